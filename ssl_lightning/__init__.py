@@ -1,0 +1,40 @@
+"""Self-supervised vision pretraining: faithful methods as PyTorch Lightning modules."""
+
+from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.knn_probe import KNNProbe
+from ssl_lightning.callbacks.linear_probe import LinearProbe
+from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.digits import DigitsData
+from ssl_lightning.data.fake import FakeData
+from ssl_lightning.data.folder import ImageFolderData
+from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data
+from ssl_lightning.data.views import ViewSpec
+from ssl_lightning.errors import UserError
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.optim import LARS, Optim
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LARS",
+    "BestCheckpoint",
+    "CIFAR10Data",
+    "CIFAR100Data",
+    "DigitsData",
+    "FakeData",
+    "ImageFolderData",
+    "KNNProbe",
+    "LastCheckpoint",
+    "LinearProbe",
+    "Optim",
+    "ProgressBar",
+    "SSLDataModule",
+    "SSLModule",
+    "STL10Data",
+    "SimCLR",
+    "Throughput",
+    "UserError",
+    "ViewSpec",
+]

@@ -1,0 +1,1 @@
+"""Callbacks: online probes, checkpoints, progress."""

@@ -1,0 +1,63 @@
+"""Checkpoints: the last one to resume from, the best one to use."""
+
+from typing import Any, Literal
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt``, written after every epoch, to resume from.
+
+    Args:
+        every_n_epochs: Write it every that many epochs.
+        every_n_train_steps: Write it every that many optimizer steps instead.
+        dirpath: Folder; None is ``checkpoints`` in the run's folder.
+    """
+
+    def __init__(
+        self, every_n_epochs: int | None = None, every_n_train_steps: int | None = None, dirpath: str | None = None
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+        )
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the best value of a logged metric; nothing while the metric is not logged.
+
+    Args:
+        monitor: The metric.
+        mode: Whether its ``max`` or ``min`` is best.
+        save_top_k: How many to keep.
+        dirpath: Folder; None is ``checkpoints`` in the run's folder.
+        filename: Name of the file, may hold metrics in braces.
+        save_weights_only: Whether to leave out what only resuming needs.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/knn_top1",
+        mode: Literal["min", "max"] = "max",
+        save_top_k: int = 1,
+        dirpath: str | None = None,
+        filename: str = "best",
+        save_weights_only: bool = False,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_weights_only=save_weights_only,
+            enable_version_counter=save_top_k > 1,
+        )
+
+    def _save_topk_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.monitor in monitor_candidates:  # data without labels has no kNN accuracy: not an error
+            super()._save_topk_checkpoint(trainer, monitor_candidates)

@@ -1,0 +1,93 @@
+"""k-nearest-neighbour accuracy of the features while the method trains."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from ssl_lightning.distributed import gather_uneven
+from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation import knn_predict
+
+
+class KNNProbe(L.Callback):
+    """Weighted kNN on clean features: evaluation transform, eval mode, each image once over all processes.
+
+    Logs ``val/knn_top1``. Silent on data without labels.
+
+    Args:
+        k: Number of neighbours.
+        temperature: Divides the cosine similarities.
+        every_n_epochs: Run every that many epochs, and after the last.
+        max_samples: Largest number of training images in the bank, evenly spread; bounds the cost.
+    """
+
+    def __init__(
+        self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1, max_samples: int | None = 50_000
+    ) -> None:
+        if k < 1 or every_n_epochs < 1:
+            raise UserError(f"KNNProbe: k={k} and every_n_epochs={every_n_epochs} must be at least 1.")
+        self.k, self.temperature = k, temperature
+        self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
+        self._features: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._wanted = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See whether the data has labels."""
+        self.num_classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+        if self.num_classes is None:
+            rank_zero_info("KNNProbe: the data has no labels, so there is no kNN accuracy.")
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Decide whether to run after this epoch."""
+        epoch = trainer.current_epoch + 1
+        due = trainer.state.fn != TrainerFn.FITTING or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        self._wanted = self.num_classes is not None and not trainer.sanity_checking and due
+        self._features, self._labels = [], []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the features of a validation batch."""
+        if self._wanted:
+            self._features.append(outputs)
+            self._labels.append(batch[1])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Build the bank, classify, and log the accuracy over all processes."""
+        if not self._wanted:
+            return
+        bank, bank_labels = self._bank(trainer, pl_module)
+        features, labels = torch.cat(self._features), torch.cat(self._labels)
+        assert self.num_classes is not None
+        predicted = knn_predict(bank, bank_labels, features, self.num_classes, self.k, self.temperature)
+        counts = torch.stack([((predicted == labels) & (labels >= 0)).sum(), (labels >= 0).sum()])
+        correct, total = gather_uneven(counts[None]).sum(0)
+        pl_module.log("val/knn_top1", correct / total, prog_bar=True)
+        self._features, self._labels = [], []
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
+        """Features and labels of the training set, the same on every process."""
+        features, labels, indices = [], [], []
+        for batch in trainer.datamodule.train_labelled_dataloader(self.max_samples):  # type: ignore[attr-defined]
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with trainer.precision_plugin.val_step_context():
+                features.append(pl_module(batch.images).float())
+            labels.append(batch.labels)
+            indices.append(batch.indices)
+        order = gather_uneven(torch.cat(indices)).argsort()  # in the order of the data, however many processes
+        return gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order]

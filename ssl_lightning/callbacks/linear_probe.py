@@ -1,0 +1,111 @@
+"""A linear classifier that learns beside the method, to watch its features."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from ssl_lightning.distributed import gather_uneven
+
+
+class LinearProbe(L.Callback):
+    """Linear classifier on the detached features of the training step: no second forward, no gradient to the method.
+
+    It normalises the features without affine parameters (as in MAE's protocol), so that one learning rate serves
+    features of any scale. Logs ``val/linear_top1`` and ``val/linear_top5``. Silent on data without labels.
+
+    Args:
+        lr: Learning rate (SGD with momentum 0.9).
+        weight_decay: Weight decay.
+    """
+
+    def __init__(self, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
+        self.head: nn.Sequential | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Build the classifier, if the data has labels."""
+        num_classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+        if num_classes is None:
+            rank_zero_info("LinearProbe: the data has no labels, so there is no linear accuracy.")
+            return
+        if self.head is not None:
+            return
+        device = trainer.strategy.root_device
+        linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
+        self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
+        self.optimizer = torch.optim.SGD(linear.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)).to(device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step on the features of this batch, gathered so that every process takes the same step."""
+        features = outputs.get("features") if isinstance(outputs, dict) else None
+        if self.head is None or features is None:
+            return
+        labels: Tensor = batch[1]
+        labels = labels.repeat(len(features) // len(labels))  # features of several views lie view by view
+        features, labels = gather_uneven(features.float()), gather_uneven(labels)
+        with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
+            losses = F.cross_entropy(self.head.train()(features), labels, ignore_index=-1, reduction="sum")
+            loss = losses / (labels >= 0).sum().clamp(min=1)
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Outside ``fit`` Lightning does not restore callbacks from a checkpoint; do it here."""
+        if self.head is None or trainer.state.fn == TrainerFn.FITTING or not trainer.ckpt_path:
+            return
+        checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
+        self.load_state_dict(checkpoint["callbacks"].get(self.state_key, {}))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Classify the features of a validation batch."""
+        if self.head is None or trainer.sanity_checking:
+            return
+        labels = batch[1]
+        with torch.autocast(outputs.device.type, enabled=False):
+            logits = self.head.eval()(outputs.float())
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the accuracies over all processes."""
+        if self.head is None or trainer.sanity_checking:
+            return
+        pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
+        pl_module.log("val/linear_top5", self.top5.compute())
+        self.top1.reset(), self.top5.reset()
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Classifier and optimizer."""
+        if self.head is None:
+            return {}
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore classifier and optimizer."""
+        if self.head is not None and state_dict:
+            self.head.load_state_dict(state_dict["head"])
+            self.optimizer.load_state_dict(state_dict["optimizer"])

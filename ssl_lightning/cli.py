@@ -1,0 +1,148 @@
+"""The command line: LightningCLI with this package's methods, data, probes and defaults."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.knn_probe import KNNProbe
+from ssl_lightning.callbacks.linear_probe import LinearProbe
+from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.errors import UserError
+from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.methods.base import SSLModule
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "linear_probe": LinearProbe,
+    "knn_probe": KNNProbe,
+    "best_checkpoint": BestCheckpoint,
+    "last_checkpoint": LastCheckpoint,
+    "throughput": Throughput,
+    "progress_bar": ProgressBar,
+}
+"""Callbacks of every run, each with its options on the command line."""
+
+_DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
+
+
+class SSLCLI(LightningCLI):
+    """LightningCLI whose runs live in ``<trainer.default_root_dir>/<name>/version_<n>``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks of every run."""
+        parser.add_argument(
+            "--name",
+            type=str,
+            default=None,
+            help="Name of the run: its folder below trainer.default_root_dir; by default that of the method.",
+        )
+        parser.add_argument(
+            "--without",
+            type=list[str],
+            default=[],
+            help=f"Callbacks to leave out, of {', '.join(CALLBACKS)}.",
+        )
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with its callbacks, and its loggers unless some are given."""
+        without = self._get(self.config, "without")
+        if unknown := set(without) - set(CALLBACKS):
+            raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
+        callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        if self.subcommand != "fit":
+            config["logger"] = False
+            self.save_config_callback = None
+        elif config["logger"] in (None, True):
+            folder = self._run_folder
+            version = self._resumed_version() or _next_version(folder)
+            where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
+            config["logger"] = [CSVLogger(**where), TensorBoardLogger(**where)]
+            rank_zero_info(f"Logs and checkpoints: {folder / version}")
+        if config["logger"]:
+            callbacks.append(LearningRateMonitor("step"))
+        return self._instantiate_trainer(config, callbacks)
+
+    @property
+    def _run_folder(self) -> Path:
+        name = self._get(self.config, "name") or self._get(self.config, "model").class_path.rsplit(".", 1)[-1]
+        return Path(self._get(self.config, "trainer").default_root_dir or ".", name)
+
+    def _resumed_version(self) -> str | None:
+        """The folder to go on in, if the checkpoint is one of this run's."""
+        path = self._get(self.config, "ckpt_path")
+        version = None if path is None else Path(path).resolve().parent.parent
+        return version.name if version is not None and version.parent == self._run_folder.resolve() else None
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolve ``last`` and ``best`` to the newest such checkpoint of the run, whichever process wrote it."""
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path in ("last", "best"):
+            self.subcommand = subcommand
+            found = list(self._run_folder.glob(f"version_*/checkpoints/{path}*.ckpt"))
+            if not found:
+                raise UserError(f"no {path}*.ckpt below {self._run_folder}; give its file as ckpt_path, or --name.")
+            newest = max(found, key=lambda file: file.stat().st_mtime)
+            rank_zero_info(f"ckpt_path {path}: {newest}")
+            self.config[subcommand]["ckpt_path"] = str(newest)
+        elif path is not None and not os.path.isfile(path):
+            raise UserError(f"ckpt_path {path} does not exist; give a file, last or best.")
+        super()._parse_ckpt_path()
+
+
+def _next_version(folder: Path) -> str:
+    taken = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    return f"version_{max(taken, default=-1) + 1}"
+
+
+def _find_configs(arguments: Sequence[str]) -> list[str]:
+    """Let ``--config configs/...`` name a recipe of the package from any folder."""
+    package = Path(__file__).parent
+    found = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, path = argument.partition("=")
+        if previous in ("--config", "-c") or (option in ("--config", "-c") and equals):
+            prefix, path = (f"{option}=", path) if equals else ("", argument)
+            shipped = [root / path for root in (package, package.parent) if (root / path).is_file()]
+            argument = prefix + (str(shipped[0]) if shipped and not os.path.exists(path) else path)
+        found.append(argument)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Words of the command; those of the process by default.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
+    words = _find_configs(sys.argv[1:] if arguments is None else arguments)
+    sys.argv[1:] = words
+    try:
+        SSLCLI(
+            SSLModule,
+            SSLDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_defaults=_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": "Self-supervised vision pretraining."},
+        )
+    except (UserError, MisconfigurationException) as error:
+        sys.exit(f"error: {error}")

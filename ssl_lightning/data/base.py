@@ -1,0 +1,281 @@
+"""SSLDataModule: views for training, plain images for evaluation, from any source of images."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, Unreadable, ViewDataset, Views
+from ssl_lightning.data.images import ImageArray, ImageFiles, Images
+from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
+from ssl_lightning.data.views import ViewSpec, resolve
+from ssl_lightning.errors import UserError
+
+
+class SSLDataModule(L.LightningDataModule):
+    """Base of all data modules: subclass it and fill ``train_images`` and ``val_images`` in ``load``.
+
+    Workers decode, crop and draw the random numbers; the batch is augmented on the device after its transfer.
+
+    Args:
+        batch_size: Images per batch and process (not counting views).
+        views: Views of training: the name of a preset (simclr, byol, dino, ...) or the views themselves; None takes
+            those of the method.
+        image_size: Side of the largest views of a preset, and of evaluation images, in pixels.
+        crop_fraction: Share of the shorter side that evaluation's central crop keeps; None is 0.875 ("resize 256,
+            crop 224"), or the whole image for ``image_size`` up to 96.
+        train_samples: Train on that many images, evenly spread over the data set; None is all.
+        val_samples: Validate on that many images; None is all.
+        in_memory: Decode all images into memory at the start; they must be of one size.
+        num_workers: Processes that load images; None is one per processor, at most 8, and none for images in memory.
+        seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
+        max_unreadable: Share of the images that may be unreadable: skipped and listed; more stop the run.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        views: str | list[ViewSpec] | None = None,
+        image_size: int = 224,
+        crop_fraction: float | None = None,
+        train_samples: int | None = None,
+        val_samples: int | None = None,
+        in_memory: bool = False,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise UserError(f"batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
+        self.batch_size, self.views, self.image_size = batch_size, views, image_size
+        self.crop_fraction = (0.875 if image_size > 96 else 1.0) if crop_fraction is None else crop_fraction
+        self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
+        self.num_workers, self.seed, self.max_unreadable = num_workers, seed, max_unreadable
+        self.train_images: Images | None = None
+        self.val_images: Images | None = None
+        self.unreadable: dict[str, str] = {}
+
+    def load(self) -> None:
+        """Set ``train_images``, and ``val_images`` if there are any: the one method a subclass writes.
+
+        Labels serve the probes alone; leave them None, or -1 for single images, where they are unknown.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define load() and set self.train_images there")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images once, and check them."""
+        if self.train_images is not None:
+            return
+        self.load()
+        if self.train_images is None or len(self.train_images) < 2:
+            raise UserError(f"{type(self).__name__} found fewer than 2 images to train on; point it at more images.")
+        self.train_images = self._prepared(self.train_images, self.train_samples)
+        if self.val_images is not None:
+            self.val_images = self._prepared(self.val_images, self.val_samples)
+        size, classes = len(self.train_images), self.num_classes
+        rank_zero_info(
+            f"{type(self).__name__}: {size:,} images to train on, {len(self.val_images or []):,} to validate on, "
+            + (f"{classes} classes" if classes else "no labels")
+        )
+
+    def _prepared(self, images: Images, samples: int | None) -> Images:
+        if samples is not None and samples < len(images):
+            images = images.subset(_spread(np.arange(len(images)), samples))
+        if self.in_memory and isinstance(images, ImageFiles):
+            rank_zero_info(f"Decoding {len(images):,} images into memory ...")
+            try:
+                return ImageArray.from_files(images)
+            except ValueError as error:
+                raise UserError(f"data.in_memory needs images of one size, but {error}; leave it off.") from error
+        return images
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes in the training labels; None where there are none."""
+        labels = None if self.train_images is None else self.train_images.labels
+        return None if labels is None or labels.max() < 0 else int(labels.max()) + 1
+
+    @property
+    def view_specs(self) -> tuple[ViewSpec, ...]:
+        """The views of training: those given, else the method's, else SimCLR's."""
+        views = self.views
+        if views is None:
+            views = getattr(getattr(self.trainer, "lightning_module", None), "views", "simclr")
+        return resolve(views, self.image_size)
+
+    # Loaders
+
+    def train_dataloader(self) -> "Loader":
+        """Batches of views; ``RawViews`` here, ``Views`` once they are on the device."""
+        images, world_size = self._images("train_images"), self._world_size
+        batch_size = min(self.batch_size, len(images) // world_size)
+        if batch_size < 2:
+            raise UserError(f"{len(images)} images are too few for {world_size} processes; use fewer devices.")
+        if batch_size < self.batch_size:
+            rank_zero_warn(
+                f"batch_size={self.batch_size} is larger than the {len(images)} training images"
+                f"{f' on {world_size} processes' if world_size > 1 else ''}; using {batch_size}. "
+                "Set data.batch_size to choose."
+            )
+            self.batch_size = batch_size
+        epoch, start = self._position()
+        order = ShuffledBatches(
+            len(images), batch_size, self._seed, self._rank, world_size, epoch=epoch, start=start
+        )
+        return self._loader(ViewDataset(images, self.view_specs, self._seed), order, images, persistent=True)
+
+    def train_labelled_dataloader(self, max_samples: int | None = None) -> "Loader":
+        """Plain images of the labelled training set, each once over all processes: the bank of a kNN probe.
+
+        Args:
+            max_samples: Take that many, evenly spread over the data set; None takes all.
+        """
+        images = self._images("train_images")
+        labelled = np.arange(0) if images.labels is None else np.flatnonzero(images.labels >= 0)
+        if max_samples is not None and len(labelled) > max_samples:
+            labelled = _spread(labelled, max_samples)
+        return self._plain_loader(images, labelled)
+
+    def val_dataloader(self) -> "Loader | list[Any]":
+        """Plain images of the validation set, each once over all processes; none if there is no such set."""
+        return [] if self.val_images is None else self._plain_loader(self.val_images, np.arange(len(self.val_images)))
+
+    def test_dataloader(self) -> "Loader | list[Any]":
+        """The validation set again: these data sets have one set aside, and no method is chosen on it here."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> "list[Loader]":
+        """Plain images in order, each once over all processes: the training set, then the validation set if any."""
+        sources = [self._images("train_images"), self.val_images]
+        return [self._plain_loader(images, np.arange(len(images))) for images in sources if images is not None]
+
+    def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> "Loader":
+        dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
+        order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
+        return self._loader(dataset, order, images, persistent=False)
+
+    def _loader(self, dataset: Dataset[Any], order: Any, images: Images, persistent: bool) -> "Loader":
+        workers = self.num_workers
+        if workers is None:
+            workers = 0 if isinstance(images, ImageArray) else min(8, len(os.sched_getaffinity(0)))
+        return Loader(dataset, order, workers, persistent)
+
+    # On the device
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment views, normalise plain images; leave alone what another loader sent."""
+        if isinstance(batch, RawViews):
+            self._report(batch.unreadable)
+            return batch.augmented(self.view_specs)
+        if isinstance(batch, PlainImages):
+            self._report(batch.unreadable)
+            return batch.normalized(self._eval_spec)
+        return batch
+
+    def _report(self, unreadable: list[Unreadable]) -> None:
+        new = {name: reason for _, name, reason in unreadable if name not in self.unreadable}
+        if not new:
+            return
+        self.unreadable.update(new)
+        listing = self._run_folder / f"unreadable-{self._rank}.txt"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
+        total = len(self._images("train_images")) + len(self.val_images or [])
+        share = len(self.unreadable) / total
+        rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
+        if share > self.max_unreadable:
+            raise UserError(
+                f"{share:.1%} of the images are unreadable, more than data.max_unreadable={self.max_unreadable:.1%}; "
+                f"mend or remove the files listed in {listing}, or raise the limit."
+            )
+
+    # Where we are
+
+    def _images(self, name: str) -> Images:
+        if getattr(self, name) is None:
+            self.setup()
+        return getattr(self, name)
+
+    @property
+    def _eval_spec(self) -> ViewSpec:
+        """Plain images are prepared as the largest views are: their size, interpolation, mean and deviation."""
+        return max(self.view_specs, key=lambda spec: spec.size)
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _run_folder(self) -> Path:
+        for logger in [] if self.trainer is None else self.trainer.loggers:
+            if logger.log_dir is not None:
+                return Path(logger.log_dir)
+        return Path("." if self.trainer is None else self.trainer.default_root_dir)
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and number of its batches already trained on, as restored from a checkpoint."""
+        if self.trainer is None:
+            return 0, 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self.trainer.current_epoch, done if self.trainer.fit_loop.restarting else 0
+
+
+class Loader:
+    """A DataLoader whose data set makes whole batches.
+
+    Not a ``torch.utils.data.DataLoader`` itself, so that Lightning leaves the order of the data alone.
+
+    Args:
+        dataset: Maps a key of ``sampler`` to a batch.
+        sampler: The keys of this process, in order.
+        train_samples: Train on that many images, evenly spread over the data set; None is all.
+        val_samples: Validate on that many images; None is all.
+        in_memory: Decode all images into memory at the start; they must be of one size.
+        num_workers: Processes that load.
+        persistent: Whether they outlive an epoch.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: Any, num_workers: int, persistent: bool) -> None:
+        self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
+        self._loader = DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            persistent_workers=persistent and num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own: iterating must not move the global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+
+def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    return indices[np.arange(count) * len(indices) // count]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+

@@ -1,0 +1,32 @@
+"""The embedded data set: scikit-learn's digits."""
+
+from typing import Any
+
+import numpy as np
+
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.images import ImageArray
+
+
+class DigitsData(SSLDataModule):
+    """1,797 real handwritten digits of 8 px that ship with scikit-learn: nothing to download.
+
+    A fifth is held out for validation.
+
+    Args:
+        image_size: Side of the views in pixels.
+        kwargs: See SSLDataModule.
+    """
+
+    def __init__(self, image_size: int = 16, **kwargs: Any) -> None:
+        super().__init__(image_size=image_size, **kwargs)
+
+    def load(self) -> None:
+        """Read the digits, gray levels 0 to 16, as RGB and split off every fifth."""
+        from sklearn.datasets import load_digits  # only here: reading help texts should not wait for it
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)
+        held_out = np.arange(len(images)) % 5 == 0
+        self.train_images = ImageArray(images[~held_out], digits.target[~held_out].astype(np.int64))
+        self.val_images = ImageArray(images[held_out], digits.target[held_out].astype(np.int64))

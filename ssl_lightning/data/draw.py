@@ -1,0 +1,189 @@
+"""The random numbers of a view, from (seed, epoch, sample index, view) alone.
+
+Drawn for whole batches by a counter-based generator, so a view does not depend on the number of workers or processes,
+on where training was interrupted, or on the device that applies the numbers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_lightning.data.views import ViewSpec
+
+_CROP_TRIES = 10
+_PER_VIEW = 40  # numbers drawn per view: 22 for the crop, 14 for the rest, rounded up to whole blocks of 4
+
+_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+Array = NDArray[np.float64]
+
+
+def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """Philox4x32-10 (Salmon et al. 2011), vectorised over counters; numpy's own makes one stream at a time.
+
+    Args:
+        counters: ``(4, ...)`` counters of 32 bits.
+        key: Key of 64 bits.
+
+    Returns:
+        ``(4, ...)`` random integers of 32 bits.
+    """
+    c0, c1, c2, c3 = counters
+    key_0, key_1 = np.uint64(key & 0xFFFFFFFF), np.uint64((key >> 32) & 0xFFFFFFFF)
+    for _ in range(10):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = (
+            (product_1 >> _SHIFT) ^ c1 ^ key_0,
+            product_1 & _LOW,
+            (product_0 >> _SHIFT) ^ c3 ^ key_1,
+            product_0 & _LOW,
+        )
+        key_0, key_1 = (key_0 + _WEYL_0) & _LOW, (key_1 + _WEYL_1) & _LOW
+    return np.stack([c0, c1, c2, c3])
+
+
+def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: NDArray[np.int64], count: int) -> Array:
+    """Uniform numbers in [0, 1), each a function of (seed, epoch, index, view, position) alone.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Epoch.
+        indices: ``(B,)`` indices of samples in the data set.
+        views: ``(V,)`` numbers of the views.
+        count: How many numbers for each.
+
+    Returns:
+        ``(V, B, count)``.
+    """
+    blocks = -(-count // 4)
+    shape = (len(views), len(indices), blocks)
+    counters = np.empty((4, *shape), dtype=np.uint64)
+    counters[0] = np.arange(blocks)
+    counters[1] = np.asarray(views)[:, None, None]
+    counters[2] = np.asarray(indices)[None, :, None]
+    counters[3] = epoch
+    numbers = np.moveaxis(philox(counters, seed), 0, -1).reshape(len(views), len(indices), blocks * 4)
+    return numbers[..., :count] * 2.0**-32
+
+
+class Augmentation(NamedTuple):
+    """What ``augment`` applies to N images of one ViewSpec; row lists are made here so the device never waits."""
+
+    flip: Tensor
+    """``(N,)`` whether to mirror."""
+    operations: Tensor
+    """``(N, 4)`` colour operation at each step: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    factors: Tensor
+    """``(N, 4)`` its factor; 1 for hue and where there is no jitter."""
+    hue_rows: list[Tensor]
+    """For each step the rows whose hue turns then."""
+    hue_turns: list[Tensor]
+    """For each step how far they turn, in turns."""
+    grayscale: Tensor
+    """``(N,)`` whether to remove colour."""
+    blur_rows: Tensor
+    """The rows to blur."""
+    blur_sigmas: Tensor
+    """The standard deviations of their blurs, in pixels."""
+    solarize: Tensor
+    """``(N,)`` whether to solarize."""
+
+
+class Draws(NamedTuple):
+    """All random decisions for N images of one ViewSpec."""
+
+    boxes: NDArray[np.int64]
+    """``(N, 4)`` crops: top, left, height, width in pixels."""
+    augmentation: Augmentation
+
+
+def draw(spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Draws:
+    """Turn uniform numbers into the decisions a ViewSpec leaves to chance.
+
+    Args:
+        spec: The view.
+        numbers: ``(N, 40)`` uniform numbers, see ``uniforms``.
+        heights: ``(N,)`` heights of the images in pixels.
+        widths: ``(N,)`` widths of the images in pixels.
+    """
+    crop, rest = np.split(numbers, [2 * _CROP_TRIES + 2], axis=1)
+    return Draws(crop_boxes(spec, crop, heights, widths), _augmentation(spec, rest))
+
+
+def crop_boxes(
+    spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Crops distributed as ``torchvision.transforms.RandomResizedCrop.get_params``.
+
+    Args:
+        spec: Gives scale, ratio and whether area and ratio are drawn only once.
+        numbers: ``(N, 22)`` uniform numbers: ten areas, ten ratios, top, left.
+        heights: ``(N,)`` heights of the images in pixels.
+        widths: ``(N,)`` widths of the images in pixels.
+
+    Returns:
+        ``(N, 4)``: top, left, height, width in pixels.
+    """
+    areas = (heights * widths)[:, None] * _between(numbers[:, :_CROP_TRIES], *spec.scale)
+    ratios = np.exp(_between(numbers[:, _CROP_TRIES : 2 * _CROP_TRIES], *np.log(spec.ratio)))
+    tried_widths, tried_heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (
+        (tried_widths > 0)
+        & (tried_widths <= widths[:, None])
+        & (tried_heights > 0)
+        & (tried_heights <= heights[:, None])
+    )
+    if spec.single_draw:
+        box_widths = np.clip(tried_widths[:, 0], 1, widths)
+        box_heights = np.clip(tried_heights[:, 0], 1, heights)
+        central = np.zeros(len(numbers), dtype=bool)
+    else:
+        rows, first = np.arange(len(numbers)), fits.argmax(axis=1)
+        central = ~fits.any(axis=1)  # no try fits: the largest central crop of an allowed ratio
+        low, high = spec.ratio
+        whole = widths / heights
+        central_widths = np.where(whole > high, np.rint(heights * high), widths)
+        central_heights = np.where(whole < low, np.rint(widths / low), heights)
+        box_widths = np.where(central, central_widths, tried_widths[rows, first])
+        box_heights = np.where(central, central_heights, tried_heights[rows, first])
+    free_heights, free_widths = heights - box_heights, widths - box_widths
+    top = np.where(central, free_heights // 2, np.floor(numbers[:, -2] * (free_heights + 1)))
+    left = np.where(central, free_widths // 2, np.floor(numbers[:, -1] * (free_widths + 1)))
+    return np.stack([top, left, box_heights, box_widths], axis=1).astype(np.int64)
+
+
+def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
+    flip, jitter, grayscale, blur, sigma, solarize = numbers[:, :6].T
+    strengths, order = numbers[:, 6:10], numbers[:, 10:14]
+
+    operations = order.argsort(axis=1)  # (N, 4): a random permutation
+    ranges = np.array([spec.brightness, spec.contrast, spec.saturation])
+    low, high = np.maximum(0, 1 - ranges), 1 + ranges
+    factors = np.concatenate([_between(strengths[:, :3], low, high), np.ones((len(numbers), 1))], axis=1)
+    turns = _between(strengths[:, 3], -spec.hue, spec.hue)
+
+    jittered = jitter < spec.jitter
+    factors = np.where(jittered[:, None], np.take_along_axis(factors, operations, axis=1), 1.0)
+    turned = jittered[:, None] & (operations == 3) & (spec.hue > 0)  # (N, 4)
+    hue_rows = [np.flatnonzero(turned[:, step]) for step in range(4)]
+    blur_rows = np.flatnonzero(blur < spec.blur)
+    return Augmentation(
+        flip=torch.from_numpy(flip < spec.flip),
+        operations=torch.from_numpy(operations.astype(np.uint8)),
+        factors=torch.from_numpy(factors.astype(np.float32)),
+        hue_rows=[torch.from_numpy(rows) for rows in hue_rows],
+        hue_turns=[torch.from_numpy(turns[rows].astype(np.float32)) for rows in hue_rows],
+        grayscale=torch.from_numpy(grayscale < spec.grayscale),
+        blur_rows=torch.from_numpy(blur_rows),
+        blur_sigmas=torch.from_numpy(_between(sigma[blur_rows], *spec.blur_sigma).astype(np.float32)),
+        solarize=torch.from_numpy(solarize < spec.solarize),
+    )
+
+
+def _between(numbers: Array, low: Array | float, high: Array | float) -> Array:
+    return low + (high - low) * numbers

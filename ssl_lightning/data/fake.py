@@ -1,0 +1,33 @@
+"""Random images, for tests of shapes."""
+
+from typing import Any
+
+import numpy as np
+
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.images import ImageArray
+
+
+class FakeData(SSLDataModule):
+    """Noise with random labels: for tests of shapes, nothing can be learnt from it.
+
+    Args:
+        num_images: Number of training images; a quarter as many are for validation.
+        num_labels: Number of classes.
+        image_size: Side of images and views in pixels.
+        kwargs: See SSLDataModule.
+    """
+
+    def __init__(self, num_images: int = 64, num_labels: int = 4, image_size: int = 32, **kwargs: Any) -> None:
+        super().__init__(image_size=image_size, **kwargs)
+        self.num_images, self.num_labels = num_images, num_labels
+
+    def load(self) -> None:
+        """Draw the images."""
+        random = np.random.Generator(np.random.Philox(key=0))
+
+        def noise(count: int) -> ImageArray:
+            pixels = random.integers(256, size=(count, 3, self.image_size, self.image_size), dtype=np.uint8)
+            return ImageArray(pixels, np.arange(count) % self.num_labels)
+
+        self.train_images, self.val_images = noise(self.num_images), noise(max(1, self.num_images // 4))

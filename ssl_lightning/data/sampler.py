@@ -1,0 +1,69 @@
+"""The order of the data: batches fixed by (seed, epoch), whatever the number of processes and wherever one resumes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+BatchKey = tuple[int, NDArray[np.int64]]
+"""Epoch and the indices of the images in a batch: what a data set needs to make it."""
+
+
+class ShuffledBatches(Sampler[BatchKey]):
+    """Each epoch a permutation of the data, cut into global batches; each process takes its part of each.
+
+    An epoch ends with the last whole global batch. Keys carry the epoch, so that persistent workers know it.
+
+    Args:
+        size: Number of images.
+        batch_size: Images per batch and process.
+        seed: Seed of the permutations.
+        rank: Index of this process.
+        world_size: Number of processes.
+        epoch: Epoch of the first pass.
+        start: Batches of the first pass that are already done: where a resumed run goes on.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass (Lightning calls this); another epoch begins at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.size)
+        epoch, start, self.start = self.epoch, self.start, 0
+        for batch in range(start, len(self)):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield epoch, order[first : first + self.batch_size]
+
+
+class OrderedBatches(Sampler[BatchKey]):
+    """The given images once each, in order, dealt to the processes without repeats.
+
+    Args:
+        indices: The images to visit.
+        batch_size: Images per batch and process.
+        rank: Index of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices, self.batch_size = indices[rank::world_size], batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield 0, self.indices[first : first + self.batch_size]

@@ -1,0 +1,68 @@
+"""Gathering across processes; every function is the identity when there is one process."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process among those that train together."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums the gradients of all processes: the only form that gives the exact gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Concatenate the rows of all processes in order of rank, with the exact gradient.
+
+    With a loss that averages over the local rows, and gradients averaged over processes, the gradient equals that of
+    one process holding the whole batch.
+
+    Args:
+        local: ``(B, ...)``, the same shape on every process.
+
+    Returns:
+        ``(W * B, ...)``.
+    """
+    return local if world_size() == 1 else _Gather.apply(local)
+
+
+@torch.no_grad()
+def gather_uneven(local: Tensor) -> Tensor:
+    """Concatenate rows of all processes in order of rank where their numbers differ; without gradient.
+
+    Args:
+        local: ``(B_r, ...)``, any number of rows per process.
+    """
+    if world_size() == 1:
+        return local
+    counts = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([local.shape[0]], device=local.device))
+    sizes = [int(count) for count in counts]
+    padded = local.new_zeros((max(sizes), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,53 @@
+"""Weighted k-nearest-neighbour classification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.errors import UserError
+
+_SIMILARITIES_AT_ONCE = 2**26  # 256 MB in float32
+
+
+@torch.no_grad()
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Classify by the k nearest training features, each voting with exp(cosine similarity / temperature).
+
+    Source: Wu et al. 2018, Instance Discrimination, section 3.4; defaults of DINO. In float32 or wider.
+
+    Args:
+        train_features: ``(N, D)``, any scale.
+        train_labels: ``(N,)`` classes from 0 to num_classes - 1.
+        features: ``(M, D)``, any scale.
+        num_classes: Number of classes.
+        k: Number of neighbours; all of them if there are fewer.
+        temperature: Divides the similarities.
+
+    Returns:
+        ``(M,)`` predicted classes.
+
+    Raises:
+        UserError: There is no training feature.
+    """
+    if len(train_features) == 0:
+        raise UserError("kNN needs at least one labelled training image; the bank is empty.")
+    wide = torch.promote_types(train_features.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        bank = F.normalize(train_features.to(wide), dim=1).T  # (D, N)
+        queries = F.normalize(features.to(wide), dim=1)  # (M, D)
+        predictions = [train_labels.new_empty(0)]
+        for chunk in queries.split(max(1, _SIMILARITIES_AT_ONCE // bank.shape[1])):
+            similarities, neighbours = (chunk @ bank).topk(min(k, bank.shape[1]), dim=1)  # (m, k)
+            # relative to the nearest: exp(1 / temperature) may overflow, the vote is the same
+            weights = ((similarities - similarities[:, :1]) / temperature).exp()
+            votes = weights.new_zeros(len(chunk), num_classes)
+            votes.scatter_add_(1, train_labels[neighbours], weights)
+            predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)

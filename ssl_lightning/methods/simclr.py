@@ -1,0 +1,67 @@
+"""SimCLR."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning import losses
+from ssl_lightning.distributed import world_size
+from ssl_lightning.heads import mlp
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+
+
+class SimCLR(SSLModule):
+    """SimCLR: two views of an image attract, those of other images repel.
+
+    Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations,
+    https://arxiv.org/abs/2002.05709. BatchNorm is meant to be global: train with ``sync_batchnorm`` on several
+    devices.
+
+    Args:
+        temperature: Divides the cosine similarities; 0.1 on ImageNet, 0.5 on CIFAR-10.
+        projector_layers: Linear layers of the projector: 2 in v1, 3 in v2.
+        projector_dim: Width of the projections.
+        reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
+        optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
+    """
+
+    views = "simclr"
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        projector_layers: int = 2,
+        projector_dim: int = 128,
+        reduction: Literal["mean", "sum"] = "mean",
+        optim: Optim = Optim("lars_simclr", base_lr=0.3, weight_decay=1e-6),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optim=optim, **kwargs)
+        self.temperature, self.reduction = temperature, reduction
+        last_norm = nn.BatchNorm1d(projector_dim)
+        last_norm.register_parameter("bias", None)  # scaled, but not shifted
+        widths = [self.embed_dim] * projector_layers + [projector_dim]
+        self.projector = mlp(widths, last_norm=last_norm)
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)
+        self._candidates: int | None = None
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """NT-Xent between the two views of each image (algorithm 1)."""
+        h = self.backbone(torch.cat(list(views)))  # (2B, embed_dim): both views share their BatchNorm statistics
+        z0, z1 = self.projector(h).chunk(2)  # (B, projector_dim)
+        self._candidates = 2 * len(z0) * world_size() - 1
+        return losses.nt_xent(z0, z1, self.temperature, self.reduction)
+
+    @property
+    def chance_loss(self) -> float | None:
+        """ln(2N - 1): every candidate is as likely as the positive; known once a batch has been seen."""
+        if self._candidates is None:
+            return None
+        return math.log(self._candidates) * (1 if self.reduction == "mean" else 2)

@@ -1,0 +1,170 @@
+"""Optimizers: LARS, the recipe of a paper as one small dataclass, and its translation to torch objects."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning.errors import UserError
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017) as self-supervised methods use it.
+
+    Tensors of fewer than two dimensions (biases, norms) get neither weight decay nor rate scaling. Own code because
+    the forms in timm and lightly differ from the papers' and wait on the device for every parameter; here the norms
+    stay on the device and all tensors are updated in a handful of calls.
+
+    Args:
+        params: Parameters or groups of parameters.
+        lr: Learning rate.
+        weight_decay: Added to the gradient before the trust ratio.
+        momentum: Momentum of the update.
+        trust_coefficient: The trust ratio is this times norm(p) / norm(gradient + weight_decay * p); 1 where a norm
+            is zero.
+        lr_in_momentum: Whether the learning rate multiplies the update before it enters the momentum (SimCLR's code)
+            or after (BYOL, MoCo v3, Barlow Twins, VICReg). The same while the learning rate is constant.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        lr_in_momentum: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "trust_coefficient": trust_coefficient,
+                "lr_in_momentum": lr_in_momentum,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        updates = [p.grad for p in params]
+        adapted = [i for i, p in enumerate(params) if p.ndim > 1]
+        if adapted:
+            weights = [params[i] for i in adapted]
+            gradients = torch._foreach_add([updates[i] for i in adapted], weights, alpha=group["weight_decay"])
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            gradient_norms = torch.stack(torch._foreach_norm(gradients))
+            ratios = group["trust_coefficient"] * weight_norms / gradient_norms
+            ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0)
+            torch._foreach_mul_(gradients, list(ratios.unbind()))
+            for i, gradient in zip(adapted, gradients, strict=True):
+                updates[i] = gradient
+        if group["lr_in_momentum"]:
+            updates = list(torch._foreach_mul(updates, group["lr"]))
+
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(params, buffers, alpha=-1.0 if group["lr_in_momentum"] else -group["lr"])
+
+
+@dataclass
+class Optim:
+    """Optimizer and learning-rate schedule of a recipe.
+
+    Args:
+        name: Optimizer: ``lars``, ``lars_simclr`` (the learning rate enters the momentum, as in SimCLR's code), or any
+            name of torch.optim or timm, e.g. ``sgd``, ``adamw``, ``lamb``.
+        base_lr: Learning rate before scaling.
+        lr_scaling: How the peak learning rate follows from ``base_lr`` and the global batch (processes and
+            accumulation counted): ``linear`` times batch / 256, ``sqrt`` times the root of the batch, ``none``.
+        weight_decay: Weight decay.
+        decay_norm_and_bias: Whether tensors of fewer than two dimensions (biases, norms) are decayed too.
+        momentum: Momentum, for optimizers that have one.
+        warmup_epochs: Epochs of linear warm-up from 0, stepped per optimizer step.
+        end_lr_factor: Learning rate at the end, as a share of the peak; in between lies a cosine.
+        extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
+    """
+
+    name: str = "lars"
+    base_lr: float = 0.3
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    weight_decay: float = 1e-6
+    decay_norm_and_bias: bool = False
+    momentum: float = 0.9
+    warmup_epochs: float = 10.0
+    end_lr_factor: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def peak_lr(self, global_batch: int) -> float:
+        """Learning rate after warm-up.
+
+        Args:
+            global_batch: Images per optimizer step over all processes and accumulated batches.
+        """
+        factor = {"linear": global_batch / 256, "sqrt": global_batch**0.5, "none": 1.0}
+        return self.base_lr * factor[self.lr_scaling]
+
+    def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
+        """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
+
+        Args:
+            module: The method.
+            global_batch: Images per optimizer step over all processes and accumulated batches.
+
+        Raises:
+            UserError: The name is unknown or the optimizer refuses an argument.
+        """
+        params = [p for p in module.parameters() if p.requires_grad]
+        decayed = [p for p in params if p.ndim > 1 or self.decay_norm_and_bias]
+        undecayed = [p for p in params if p.ndim <= 1 and not self.decay_norm_and_bias]
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": undecayed, "weight_decay": 0.0},
+        ]
+        build = _optimizer_class(self.name)
+        arguments = {"lr": self.peak_lr(global_batch), **self.extra}
+        if "momentum" in inspect.signature(build).parameters:
+            arguments.setdefault("momentum", self.momentum)
+        try:
+            return build([group for group in groups if group["params"]], **arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
+
+
+def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    ours = {"lars": LARS, "lars_simclr": functools.partial(LARS, lr_in_momentum=True)}
+    if name.lower() in ours:
+        return ours[name.lower()]
+    from timm.optim import get_optimizer_class, list_optimizers
+
+    of_torch = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    if name.lower() in of_torch:
+        return of_torch[name.lower()]
+    if name.lower() in list_optimizers():
+        return get_optimizer_class(name.lower(), bind_defaults=True)
+    near = difflib.get_close_matches(name.lower(), {*ours, *of_torch, *list_optimizers()}, n=5)
+    hint = f"did you mean {', '.join(near)}?" if near else "see torch.optim and timm.optim.list_optimizers()."
+    raise UserError(f"unknown optimizer {name!r}; {hint}")

@@ -1,10 +1,13 @@
 """The command line: LightningCLI with this package's methods, data, probes and defaults."""
 
+import difflib
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -35,8 +38,70 @@ CALLBACKS: dict[str, type[Callback]] = {
 _DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
 
 
+class SSLArgumentParser(LightningArgumentParser):
+    """Answers mistakes in a few lines, where jsonargparse prints every option there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and what to change, and exit with code 2.
+
+        Args:
+            message: What jsonargparse says.
+            ex: The exception behind it.
+        """
+        self.exit(2, f"error: {_user_error(ex) or _in_short(message)}\n")
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that jsonargparse wrapped into others, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _in_short(message: str) -> str:
+    """The message of jsonargparse without its internals, and with the names there are."""
+    if unknown := re.search(r'key "(model|data)"(?:.|\n)*Expected a dot import path string: (\S+)', message):
+        key, name = unknown.groups()
+        names = sorted(_names(SSLModule if key == "model" else SSLDataModule))
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"--{key} {name}: no such class; {hint}Choose from {', '.join(names)}, or give my_module.MyClass."
+    noise = ("Subtypes: ", "Errors:", "Given value", "Does not validate", "- Expected a <class 'NoneType'>")
+    lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
+    if "is not accepted" in message:
+        lines.append("The options are listed by fit --help, fit --model.help CLASS and fit --data.help CLASS.")
+    return "\n".join(lines)
+
+
+def _names(base: type) -> set[str]:
+    """Names of the public subclasses known so far."""
+    names = {base.__name__} if not base.__name__.startswith("_") and base not in (SSLModule, SSLDataModule) else set()
+    return names.union(*map(_names, base.__subclasses__()))
+
+
 class SSLCLI(LightningCLI):
-    """LightningCLI whose runs live in ``<trainer.default_root_dir>/<name>/version_<n>``."""
+    """LightningCLI whose runs live in ``<trainer.default_root_dir>/<name>/version_<n>``.
+
+    Args:
+        args: Words of the command; those of the process by default.
+        run: Whether to run a subcommand; else method, data and trainer are only built.
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            SSLModule,
+            SSLDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_defaults=_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=SSLArgumentParser,
+            parser_kwargs={"prog": "ssl-lightning", "description": "Self-supervised vision pretraining."},
+            args=args,
+            run=run,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
@@ -60,6 +125,8 @@ class SSLCLI(LightningCLI):
         without = self._get(self.config, "without")
         if unknown := set(without) - set(CALLBACKS):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
+        if self.subcommand != "fit":
+            without = {*without, "best_checkpoint", "last_checkpoint", "throughput"}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if self.subcommand != "fit":
@@ -130,19 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
-    words = _find_configs(sys.argv[1:] if arguments is None else arguments)
-    sys.argv[1:] = words
+    # Neither is for the user to mend: Lightning's use of torch, and that validate does not write checkpoints.
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+    sys.argv[1:] = _find_configs(sys.argv[1:] if arguments is None else arguments)
     try:
-        SSLCLI(
-            SSLModule,
-            SSLDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            trainer_defaults=_DEFAULTS,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": "Self-supervised vision pretraining."},
-        )
+        SSLCLI()
     except (UserError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
+    except ValueError as error:
+        if (cause := _user_error(error)) is None:
+            raise
+        sys.exit(f"error: {cause}")

@@ -1,6 +1,7 @@
 """Projection heads."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def mlp(
         last_norm: Module after the last linear layer, if the paper has one.
     """
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for width_in, width_out in pairwise(widths[:-1]):
         layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm is not None:

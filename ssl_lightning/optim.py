@@ -52,7 +52,7 @@ class LARS(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
@@ -65,7 +65,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        updates = [p.grad for p in params]
+        updates: list[Tensor] = [p.grad for p in params if p.grad is not None]
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
         if adapted:
             weights = [params[i] for i in adapted]
@@ -86,7 +86,7 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(params, buffers, alpha=-1.0 if group["lr_in_momentum"] else -group["lr"])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optim:
     """Optimizer and learning-rate schedule of a recipe.
 
@@ -150,7 +150,7 @@ class Optim:
             raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
 
 
-def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+def _optimizer_class(name: str) -> Any:
     ours = {"lars": LARS, "lars_simclr": functools.partial(LARS, lr_in_momentum=True)}
     if name.lower() in ours:
         return ours[name.lower()]
@@ -165,6 +165,6 @@ def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
         return of_torch[name.lower()]
     if name.lower() in list_optimizers():
         return get_optimizer_class(name.lower(), bind_defaults=True)
-    near = difflib.get_close_matches(name.lower(), {*ours, *of_torch, *list_optimizers()}, n=5)
+    near = difflib.get_close_matches(name.lower(), {*ours, *of_torch, *map(str, list_optimizers())}, n=5)
     hint = f"did you mean {', '.join(near)}?" if near else "see torch.optim and timm.optim.list_optimizers()."
     raise UserError(f"unknown optimizer {name!r}; {hint}")

@@ -47,7 +47,7 @@ class KNNProbe(L.Callback):
         epoch = trainer.current_epoch + 1
         due = trainer.state.fn != TrainerFn.FITTING or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
         self._wanted = self.num_classes is not None and not trainer.sanity_checking and due
-        self._features, self._labels = [], []
+        self._features, self._labels = [_no_features(pl_module)], [_no_numbers(pl_module)]
 
     def on_validation_batch_end(
         self,
@@ -60,7 +60,7 @@ class KNNProbe(L.Callback):
     ) -> None:
         """Keep the features of a validation batch."""
         if self._wanted:
-            self._features.append(outputs)
+            self._features.append(outputs.float())
             self._labels.append(batch[1])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,7 +82,7 @@ class KNNProbe(L.Callback):
 
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
-        features, labels, indices = [], [], []
+        features, labels, indices = [_no_features(pl_module)], [_no_numbers(pl_module)], [_no_numbers(pl_module)]
         for batch in trainer.datamodule.train_labelled_dataloader(self.max_samples):  # type: ignore[attr-defined]
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with trainer.precision_plugin.val_step_context():
@@ -91,3 +91,12 @@ class KNNProbe(L.Callback):
             indices.append(batch.indices)
         order = gather_uneven(torch.cat(indices)).argsort()  # in the order of the data, however many processes
         return gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order]
+
+
+def _no_features(pl_module: L.LightningModule) -> Tensor:
+    """What a process without images gathers."""
+    return torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)  # type: ignore[arg-type]
+
+
+def _no_numbers(pl_module: L.LightningModule) -> Tensor:
+    return torch.empty(0, dtype=torch.long, device=pl_module.device)

@@ -5,7 +5,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,13 +19,14 @@ class LinearProbe(L.Callback):
     features of any scale. Logs ``val/linear_top1`` and ``val/linear_top5``. Silent on data without labels.
 
     Args:
-        lr: Learning rate (SGD with momentum 0.9).
+        lr: Learning rate of its AdamW.
         weight_decay: Weight decay.
     """
 
-    def __init__(self, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+    def __init__(self, lr: float = 3e-3, weight_decay: float = 0.0) -> None:
         self.lr, self.weight_decay = lr, weight_decay
         self.head: nn.Sequential | None = None
+        self._trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Build the classifier, if the data has labels."""
@@ -40,7 +40,7 @@ class LinearProbe(L.Callback):
         linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)  # type: ignore[arg-type]
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
         self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
-        self.optimizer = torch.optim.SGD(linear.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay)
         self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)).to(device)
 
@@ -60,13 +60,7 @@ class LinearProbe(L.Callback):
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Outside ``fit`` Lightning does not restore callbacks from a checkpoint; do it here."""
-        if self.head is None or trainer.state.fn == TrainerFn.FITTING or not trainer.ckpt_path:
-            return
-        checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
-        self.load_state_dict(checkpoint["callbacks"].get(self.state_key, {}))
+        self._trained = True
 
     def on_validation_batch_end(
         self,
@@ -78,7 +72,7 @@ class LinearProbe(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Classify the features of a validation batch."""
-        if self.head is None or trainer.sanity_checking:
+        if self.head is None or not self._trained:
             return
         labels = batch[1]
         with torch.autocast(outputs.device.type, enabled=False):
@@ -88,19 +82,19 @@ class LinearProbe(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the accuracies over all processes."""
-        if self.head is None or trainer.sanity_checking:
+        if self.head is None or not self._trained:
             return
         pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
         pl_module.log("val/linear_top5", self.top5.compute())
-        self.top1.reset(), self.top5.reset()
+        self.top1.reset()
+        self.top5.reset()
 
-    on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
         """Classifier and optimizer."""
-        if self.head is None:
+        if self.head is None or not self._trained:
             return {}
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
@@ -109,3 +103,4 @@ class LinearProbe(L.Callback):
         if self.head is not None and state_dict:
             self.head.load_state_dict(state_dict["head"])
             self.optimizer.load_state_dict(state_dict["optimizer"])
+            self._trained = True

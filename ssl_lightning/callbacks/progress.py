@@ -67,5 +67,7 @@ class ProgressBar(RichProgressBar):
         """Print the line where there is no terminal."""
         super().on_train_epoch_end(trainer, pl_module)
         if not sys.stdout.isatty():
-            metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in self.get_metrics(trainer, pl_module).items())
+            metrics = "  ".join(
+                f"{name} {float(value):.4g}" for name, value in self.get_metrics(trainer, pl_module).items()
+            )
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}", flush=True)

@@ -120,7 +120,7 @@ def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True)
     rows = _band(weights, images.shape[-2])
     columns = _band(weights, images.shape[-1])
-    return _separable(rows, images, columns)
+    return rows[:, None] @ (images @ columns.mT[:, None])  # (N, 1, T, H) @ ((N, C, H, W) @ (N, 1, W, S))
 
 
 def _band(weights: Tensor, size: int) -> Tensor:
@@ -131,11 +131,6 @@ def _band(weights: Tensor, size: int) -> Tensor:
     source = size - 1 - (size - 1 - source.abs()).abs()
     band = weights.new_zeros(len(weights), size, size)
     return band.scatter_add_(2, source.expand(len(weights), -1, -1), weights[:, None].expand(-1, size, -1))
-
-
-def _separable(rows: Tensor, images: Tensor, columns: Tensor) -> Tensor:
-    """``rows (N, T, H) @ images (N, C, H, W) @ columns (N, S, W)^T``, ``(N, C, T, S)``."""
-    return rows[:, None] @ (images @ columns.transpose(1, 2)[:, None])
 
 
 def solarize(images: Tensor, where: Tensor, threshold: float) -> Tensor:
@@ -152,7 +147,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
     """Crop each image to its own box and resize it with antialiasing, the whole batch in two matrix products.
 
-    Equals torchvision's crop and antialiased resize, in float and rounded once.
+    Equals torchvision's crop and antialiased resize of uint8 images, within the rounding of their fixed-point weights.
 
     Args:
         images: ``(N, C, H, W)``, uint8.
@@ -166,7 +161,8 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
     top, left, height, width = boxes.float().unbind(1)
     rows = _resize_weights(top, height, images.shape[-2], size, interpolation)
     columns = _resize_weights(left, width, images.shape[-1], size, interpolation)
-    return _separable(rows, images.float(), columns).round_().clamp_(0, 255).to(torch.uint8)
+    narrow = (images.float() @ columns.mT[:, None]).round_().clamp_(0, 255)  # as Pillow: rounded after each direction
+    return (rows[:, None] @ narrow).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, interpolation: str) -> Tensor:

@@ -1,7 +1,7 @@
 """SSLDataModule: views for training, plain images for evaluation, from any source of images."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, Unreadable, ViewDataset, Views
-from ssl_lightning.data.images import ImageArray, ImageFiles, Images
+from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, ViewDataset
+from ssl_lightning.data.images import ImageArray, ImageFiles, Images, Unreadable
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
@@ -75,26 +75,28 @@ class SSLDataModule(L.LightningDataModule):
         if self.train_images is not None:
             return
         self.load()
-        if self.train_images is None or len(self.train_images) < 2:
+        train, val = (
+            self._prepared(self.train_images, self.train_samples),
+            self._prepared(self.val_images, self.val_samples),
+        )
+        if train is None or len(train) < 2:
             raise UserError(f"{type(self).__name__} found fewer than 2 images to train on; point it at more images.")
-        self.train_images = self._prepared(self.train_images, self.train_samples)
-        if self.val_images is not None:
-            self.val_images = self._prepared(self.val_images, self.val_samples)
-        size, classes = len(self.train_images), self.num_classes
+        self.train_images, self.val_images = train, val
+        classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         rank_zero_info(
-            f"{type(self).__name__}: {size:,} images to train on, {len(self.val_images or []):,} to validate on, "
-            + (f"{classes} classes" if classes else "no labels")
+            f"{type(self).__name__}: {len(train):,} images to train on, {len(val or []):,} to validate on, {classes}"
         )
 
-    def _prepared(self, images: Images, samples: int | None) -> Images:
+    def _prepared(self, images: Images | None, samples: int | None) -> Images | None:
+        if images is None:
+            return None
         if samples is not None and samples < len(images):
             images = images.subset(_spread(np.arange(len(images)), samples))
         if self.in_memory and isinstance(images, ImageFiles):
             rank_zero_info(f"Decoding {len(images):,} images into memory ...")
-            try:
-                return ImageArray.from_files(images)
-            except ValueError as error:
-                raise UserError(f"data.in_memory needs images of one size, but {error}; leave it off.") from error
+            array, unreadable = ImageArray.from_files(images)
+            self._report(unreadable, len(images))
+            return array
         return images
 
     @property
@@ -115,7 +117,7 @@ class SSLDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> "Loader":
         """Batches of views; ``RawViews`` here, ``Views`` once they are on the device."""
-        images, world_size = self._images("train_images"), self._world_size
+        images, world_size = self._training_images, self._world_size
         batch_size = min(self.batch_size, len(images) // world_size)
         if batch_size < 2:
             raise UserError(f"{len(images)} images are too few for {world_size} processes; use fewer devices.")
@@ -126,11 +128,9 @@ class SSLDataModule(L.LightningDataModule):
                 "Set data.batch_size to choose."
             )
             self.batch_size = batch_size
-        epoch, start = self._position()
-        order = ShuffledBatches(
-            len(images), batch_size, self._seed, self._rank, world_size, epoch=epoch, start=start
-        )
-        return self._loader(ViewDataset(images, self.view_specs, self._seed), order, images, persistent=True)
+        order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size)
+        dataset = ViewDataset(images, self.view_specs, self._seed)
+        return Loader(dataset, order, self._workers(images), persistent=True, position=self._position)
 
     def train_labelled_dataloader(self, max_samples: int | None = None) -> "Loader":
         """Plain images of the labelled training set, each once over all processes: the bank of a kNN probe.
@@ -138,7 +138,7 @@ class SSLDataModule(L.LightningDataModule):
         Args:
             max_samples: Take that many, evenly spread over the data set; None takes all.
         """
-        images = self._images("train_images")
+        images = self._training_images
         labelled = np.arange(0) if images.labels is None else np.flatnonzero(images.labels >= 0)
         if max_samples is not None and len(labelled) > max_samples:
             labelled = _spread(labelled, max_samples)
@@ -146,49 +146,52 @@ class SSLDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> "Loader | list[Any]":
         """Plain images of the validation set, each once over all processes; none if there is no such set."""
+        self.setup()
         return [] if self.val_images is None else self._plain_loader(self.val_images, np.arange(len(self.val_images)))
 
     def test_dataloader(self) -> "Loader | list[Any]":
-        """The validation set again: these data sets have one set aside, and no method is chosen on it here."""
+        """The validation set: training never sees it."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> "list[Loader]":
         """Plain images in order, each once over all processes: the training set, then the validation set if any."""
-        sources = [self._images("train_images"), self.val_images]
+        self.setup()
+        sources = [self.train_images, self.val_images]
         return [self._plain_loader(images, np.arange(len(images))) for images in sources if images is not None]
 
     def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> "Loader":
         dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
         order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
-        return self._loader(dataset, order, images, persistent=False)
+        return Loader(dataset, order, self._workers(images))
 
-    def _loader(self, dataset: Dataset[Any], order: Any, images: Images, persistent: bool) -> "Loader":
-        workers = self.num_workers
-        if workers is None:
-            workers = 0 if isinstance(images, ImageArray) else min(8, len(os.sched_getaffinity(0)))
-        return Loader(dataset, order, workers, persistent)
+    def _workers(self, images: Images) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        if isinstance(images, ImageArray):
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, cores)
 
     # On the device
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment views, normalise plain images; leave alone what another loader sent."""
         if isinstance(batch, RawViews):
-            self._report(batch.unreadable)
+            self._report(batch.unreadable, len(self._training_images) + len(self.val_images or []))
             return batch.augmented(self.view_specs)
         if isinstance(batch, PlainImages):
-            self._report(batch.unreadable)
+            self._report(batch.unreadable, len(self._training_images) + len(self.val_images or []))
             return batch.normalized(self._eval_spec)
         return batch
 
-    def _report(self, unreadable: list[Unreadable]) -> None:
-        new = {name: reason for _, name, reason in unreadable if name not in self.unreadable}
+    def _report(self, unreadable: list[Unreadable], total: int) -> None:
+        new = {name: reason for name, reason in unreadable if name not in self.unreadable}
         if not new:
             return
         self.unreadable.update(new)
         listing = self._run_folder / f"unreadable-{self._rank}.txt"
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
-        total = len(self._images("train_images")) + len(self.val_images or [])
         share = len(self.unreadable) / total
         rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
         if share > self.max_unreadable:
@@ -199,10 +202,11 @@ class SSLDataModule(L.LightningDataModule):
 
     # Where we are
 
-    def _images(self, name: str) -> Images:
-        if getattr(self, name) is None:
-            self.setup()
-        return getattr(self, name)
+    @property
+    def _training_images(self) -> Images:
+        self.setup()
+        assert self.train_images is not None
+        return self.train_images
 
     @property
     def _eval_spec(self) -> ViewSpec:
@@ -228,31 +232,38 @@ class SSLDataModule(L.LightningDataModule):
                 return Path(logger.log_dir)
         return Path("." if self.trainer is None else self.trainer.default_root_dir)
 
-    def _position(self) -> tuple[int, int]:
-        """Epoch and number of its batches already trained on, as restored from a checkpoint."""
-        if self.trainer is None:
-            return 0, 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self.trainer.current_epoch, done if self.trainer.fit_loop.restarting else 0
+    def _position(self) -> tuple[int, int] | None:
+        """While a trainer trains: the epoch, and how many of its batches are done, also after a resume."""
+        if self.trainer is None or not self.trainer.training:
+            return None
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]  # the same batches again and again
+        epoch = 0 if overfit else self.trainer.current_epoch
+        return epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class Loader:
-    """A DataLoader whose data set makes whole batches.
+    """A DataLoader whose data set makes whole batches, and which knows where to go on after a resume.
 
     Not a ``torch.utils.data.DataLoader`` itself, so that Lightning leaves the order of the data alone.
 
     Args:
         dataset: Maps a key of ``sampler`` to a batch.
         sampler: The keys of this process, in order.
-        train_samples: Train on that many images, evenly spread over the data set; None is all.
-        val_samples: Validate on that many images; None is all.
-        in_memory: Decode all images into memory at the start; they must be of one size.
         num_workers: Processes that load.
         persistent: Whether they outlive an epoch.
+        position: Tells the epoch and the batch to start at; None leaves that to the sampler.
     """
 
-    def __init__(self, dataset: Dataset[Any], sampler: Any, num_workers: int, persistent: bool) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: Any,
+        num_workers: int,
+        persistent: bool = False,
+        position: Callable[[], tuple[int, int] | None] = lambda: None,
+    ) -> None:
         self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
+        self.position = position
         self._loader = DataLoader(
             dataset,
             sampler=sampler,
@@ -268,7 +279,21 @@ class Loader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+        # A generator: nothing starts before the first batch is asked for. Lightning makes iterators only to look at
+        # them, and before it has restored the epoch.
+        if (position := self.position()) is not None:
+            self.sampler.epoch, self.sampler.start = position
+        yield from self._loader
+
+    def state_dict(self) -> dict[str, int]:
+        """What fixes the order of the data; the position in it is Lightning's."""
+        order = self.sampler
+        return {"images": order.size, "global_batch": order.batch_size * order.world_size, "seed": order.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Say so if a resumed run sees the data in another order."""
+        if changed := {key: value for key, value in self.state_dict().items() if state_dict.get(key, value) != value}:
+            rank_zero_warn(f"the order of the data differs from that of the resumed run: {changed}, was {state_dict}")
 
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -277,5 +302,3 @@ def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-

@@ -11,19 +11,9 @@ from torch.utils.data import Dataset
 
 from ssl_lightning.data.augment import augment, normalize, resized_crop
 from ssl_lightning.data.draw import _PER_VIEW, Augmentation, draw, uniforms
-from ssl_lightning.data.images import ImageArray, Images
+from ssl_lightning.data.images import UNREADABLE, ImageArray, Images, Unreadable
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.views import ViewSpec
-
-_UNREADABLE = (OSError, ValueError, SyntaxError)  # what Pillow raises for broken files
-
-
-class Unreadable(NamedTuple):
-    """An image that could not be read."""
-
-    index: int
-    name: str
-    reason: str
 
 
 class Views(NamedTuple):
@@ -94,20 +84,23 @@ class ViewDataset(Dataset[RawViews]):
         if isinstance(self.images, ImageArray):
             batch = self.images.images[torch.from_numpy(indices)]
             heights, widths = (np.full(len(indices), side) for side in batch.shape[-2:])
-            crops, augmentations = self._draw(epoch, indices, heights, widths)
-            boxes = [torch.from_numpy(boxes) for boxes in crops]
-            return RawViews(batch, boxes, augmentations, *self._about(indices, indices), [])
+            boxes_of, augmentations = self._draw(epoch, indices, heights, widths)
+            crops = [torch.from_numpy(boxes) for boxes in boxes_of]
+            labels = _labels(self.images, indices)
+            return RawViews(batch, crops, augmentations, labels, torch.from_numpy(indices), [])
 
         images, read, unreadable = self._read(indices)
         heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
         boxes_of, augmentations = self._draw(epoch, indices, heights, widths)
-        crops_of = []
+        crops = []
         for spec, boxes in zip(self.specs, boxes_of, strict=True):
             pixels = torch.empty(len(boxes), 3, spec.size, spec.size, dtype=torch.uint8)
-            for row, box in enumerate(boxes):
-                pixels[row] = _crop_and_resize(images[row % len(images)], box, spec)
-            crops_of.append(pixels)
-        return RawViews(None, crops_of, augmentations, *self._about(indices, read), unreadable)
+            for row, (top, left, height, width) in enumerate(boxes.tolist()):
+                crop = images[row % len(images)][:, top : top + height, left : left + width]
+                pixels[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
+            crops.append(pixels)
+        labels = _labels(self.images, read)
+        return RawViews(None, crops, augmentations, labels, torch.from_numpy(indices), unreadable)
 
     def _draw(
         self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
@@ -130,8 +123,8 @@ class ViewDataset(Dataset[RawViews]):
             for candidate in (int(index + step) % len(self.images) for step in range(len(self.images))):
                 try:
                     images.append(self.images.read(candidate))
-                except _UNREADABLE as error:
-                    unreadable.append(Unreadable(candidate, self.images.name(candidate), _reason(error)))
+                except UNREADABLE as error:
+                    unreadable.append(Unreadable.because(self.images.name(candidate), error))
                     if len(unreadable) > 100 + len(indices):  # hopeless: let the limit stop the run
                         images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
                         read.append(int(index))
@@ -141,9 +134,6 @@ class ViewDataset(Dataset[RawViews]):
                     break
         return images, np.array(read), unreadable
 
-    def _about(self, indices: np.ndarray, read: np.ndarray) -> tuple[Tensor, Tensor]:
-        return _labels(self.images, read), torch.from_numpy(indices)
-
 
 class PlainDataset(Dataset[PlainImages]):
     """Images with the deterministic transform of evaluation: resize, then central crop.
@@ -151,8 +141,8 @@ class PlainDataset(Dataset[PlainImages]):
     Args:
         images: Where images come from.
         spec: Gives size and interpolation.
-        crop_fraction: Share of the resized image's shorter side that the central crop keeps; 0.875 at 224 px is
-            "resize to 256, crop 224".
+        crop_fraction: Share of the shorter side that the central crop keeps; 0.875 at 224 px is "resize to 256,
+            crop 224".
     """
 
     def __init__(self, images: Images, spec: ViewSpec, crop_fraction: float) -> None:
@@ -166,31 +156,30 @@ class PlainDataset(Dataset[PlainImages]):
             try:
                 pixels.append(self._transform(self.images.read(index))[None])
                 read.append(index)
-            except _UNREADABLE as error:
-                unreadable.append(Unreadable(index, self.images.name(index), _reason(error)))
+            except UNREADABLE as error:
+                unreadable.append(Unreadable.because(self.images.name(index), error))
         kept = np.array(read, dtype=np.int64)
         return PlainImages(torch.cat(pixels), _labels(self.images, kept), torch.from_numpy(kept), unreadable)
 
     def _transform(self, image: Tensor) -> Tensor:
+        """Resize of the shorter side, then CenterCrop."""
+        size = self.spec.size
+        short = round(size / self.crop_fraction)
         height, width = image.shape[1:]
-        side = round(min(height, width) * self.crop_fraction)  # crop, then resize: the same pixels, less work
-        box = ((height - side) // 2, (width - side) // 2, side, side)
-        return _crop_and_resize(image, box, self.spec)
+        height, width = max(short, short * height // width), max(short, short * width // height)
+        image = _resize(image, (height, width), self.spec.interpolation)
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        return image[:, top : top + size, left : left + size]
 
 
-def _crop_and_resize(image: Tensor, box: Sequence[int] | np.ndarray, spec: ViewSpec) -> Tensor:
-    top, left, height, width = (int(value) for value in box)
-    crop = image[None, :, top : top + height, left : left + width]
-    if (height, width) == (spec.size, spec.size):
-        return crop[0]
-    return F.interpolate(crop, (spec.size, spec.size), mode=spec.interpolation, antialias=True)[0]
+def _resize(image: Tensor, shape: tuple[int, int], interpolation: str) -> Tensor:
+    """Antialiased resize of a uint8 image ``(3, H, W)``."""
+    if image.shape[1:] == shape:
+        return image
+    return F.interpolate(image[None], shape, mode=interpolation, antialias=True)[0]
 
 
 def _labels(images: Images, indices: np.ndarray) -> Tensor:
     if images.labels is None:
         return torch.full((len(indices),), -1)
     return torch.from_numpy(images.labels[indices])
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

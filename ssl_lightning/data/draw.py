@@ -4,7 +4,7 @@ Drawn for whole batches by a counter-based generator, so a view does not depend 
 on where training was interrupted, or on the device that applies the numbers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
@@ -141,10 +141,10 @@ def crop_boxes(
     if spec.single_draw:
         box_widths = np.clip(tried_widths[:, 0], 1, widths)
         box_heights = np.clip(tried_heights[:, 0], 1, heights)
-        central = np.zeros(len(numbers), dtype=bool)
+        central = np.full(len(numbers), False)
     else:
         rows, first = np.arange(len(numbers)), fits.argmax(axis=1)
-        central = ~fits.any(axis=1)  # no try fits: the largest central crop of an allowed ratio
+        central = np.logical_not(fits.any(axis=1))  # no try fits: the largest central crop of an allowed ratio
         low, high = spec.ratio
         whole = widths / heights
         central_widths = np.where(whole > high, np.rint(heights * high), widths)

@@ -1,8 +1,9 @@
 """Where images come from: files that are decoded when needed, or one array in memory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ssl_lightning.errors import UserError
+
 Labels = NDArray[np.int64]
+
+UNREADABLE = (OSError, ValueError, SyntaxError)
+"""What reading a broken image raises."""
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+    @classmethod
+    def because(cls, name: str, error: Exception) -> "Unreadable":
+        """The image of that name, and what reading it raised."""
+        return cls(name, f"{type(error).__name__}: {error}")
 
 
 class ImageFiles:
@@ -21,7 +39,7 @@ class ImageFiles:
         labels: Class of each file; -1 or None is unknown.
     """
 
-    def __init__(self, paths: Sequence[Path | bytes], labels: Labels | None = None) -> None:
+    def __init__(self, paths: Iterable[Path | bytes], labels: Labels | None = None) -> None:
         self.paths = np.array([os.fsencode(path) for path in paths])  # one block of memory, shared with the workers
         self.labels = labels
 
@@ -73,20 +91,31 @@ class ImageArray:
         return ImageArray(self.images[indices], None if self.labels is None else self.labels[indices])
 
     @classmethod
-    def from_files(cls, files: ImageFiles) -> "ImageArray":
-        """Decode all files, which must be of one size, into memory.
+    def from_files(cls, files: ImageFiles) -> "tuple[ImageArray, list[Unreadable]]":
+        """Decode all files into memory, and list those that cannot be read.
 
         Raises:
-            ValueError: Two images differ in size.
+            UserError: Two images differ in size, or none can be read.
         """
-        first = files.read(0)
-        images = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+        images: list[Tensor] = []
+        read: list[int] = []
+        unreadable: list[Unreadable] = []
         for index in range(len(files)):
-            image = files.read(index)
-            if image.shape != first.shape:
-                raise ValueError(f"{files.name(index)} is {_size(image)} px, {files.name(0)} {_size(first)} px")
-            images[index] = image
-        return cls(images, files.labels)
+            try:
+                image = files.read(index)
+            except UNREADABLE as error:
+                unreadable.append(Unreadable.because(files.name(index), error))
+                continue
+            if images and image.shape != images[0].shape:
+                raise UserError(
+                    f"data.in_memory needs images of one size, but {files.name(index)} is {_size(image)} px and "
+                    f"{files.name(read[0])} {_size(images[0])} px; leave it off."
+                )
+            images.append(image)
+            read.append(index)
+        if not images:
+            raise UserError(f"none of {len(files)} files could be read as an image, e.g. {': '.join(unreadable[0])}")
+        return cls(torch.stack(images), None if files.labels is None else files.labels[read]), unreadable
 
 
 Images = ImageFiles | ImageArray

@@ -21,24 +21,23 @@ class ShuffledBatches(Sampler[BatchKey]):
         seed: Seed of the permutations.
         rank: Index of this process.
         world_size: Number of processes.
-        epoch: Epoch of the first pass.
-        start: Batches of the first pass that are already done: where a resumed run goes on.
+
+    Attributes:
+        epoch: Epoch of the next pass.
+        start: Batches of the next pass that are already done: where a resumed run goes on.
     """
 
-    def __init__(
-        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, epoch: int = 0, start: int = 0
-    ) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = epoch, start
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass (Lightning calls this); another epoch begins at its first batch."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[BatchKey]:
         order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.size)

@@ -89,14 +89,13 @@ class ViewSpec:
             raise UserError(f"view: size={self.size} and count={self.count} must be at least 1.")
 
 
-_JITTER = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2}
-_BYOL = ViewSpec(single_draw=True, **_JITTER, blur=1.0)
-_MOCO_V3 = ViewSpec(interpolation="bilinear", **_JITTER, blur=1.0)
-_BARLOW = ViewSpec(**_JITTER, blur=1.0)
-_DINO = ViewSpec(scale=(0.4, 1.0), **_JITTER, blur=1.0)
-_DINO_LOCAL = ViewSpec(size=96, count=8, scale=(0.05, 0.4), **_JITTER, blur=0.5)
-_DINOV2 = ViewSpec(scale=(0.32, 1.0), **_JITTER, blur=1.0, blur_kernel=9)
-_DINOV2_LOCAL = ViewSpec(size=96, count=8, scale=(0.05, 0.32), **_JITTER, blur=0.5, blur_kernel=9)
+_BARLOW = ViewSpec(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2, blur=1.0)
+_BYOL = replace(_BARLOW, single_draw=True)
+_MOCO_V3 = replace(_BARLOW, interpolation="bilinear")
+_DINO = replace(_BARLOW, scale=(0.4, 1.0))
+_DINO_LOCAL = replace(_BARLOW, size=96, count=8, scale=(0.05, 0.4), blur=0.5)
+_DINOV2 = replace(_BARLOW, scale=(0.32, 1.0), blur_kernel=9)
+_DINOV2_LOCAL = replace(_DINO_LOCAL, scale=(0.05, 0.32), blur_kernel=9)
 _SWAV = ViewSpec(
     count=2,
     scale=(0.14, 1.0),
@@ -123,10 +122,8 @@ _MOCO_V2 = ViewSpec(
     blur=0.5,
 )
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
-# Inputs stay in [0, 1]; blur of 23 taps is a tenth of the image.
-_SIMCLR = replace(
-    _SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-)
+# Inputs stay in [0, 1].
+_SIMCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _second(first: ViewSpec) -> ViewSpec:
@@ -156,9 +153,13 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
 }
 """Augmentation of each paper on ImageNet, read off the official code."""
 
-_CIFAR = {"size": 32, "mean": CIFAR_MEAN, "std": CIFAR_STD}
-_CIFAR_SYMMETRIC = replace(_MOCO_V2, scale=(0.08, 1.0), interpolation="bicubic", blur=0.0, **_CIFAR)
-_CIFAR_FIRST = replace(_BARLOW, blur=0.0, **_CIFAR)
+
+def _cifar(spec: ViewSpec) -> ViewSpec:
+    return replace(spec, size=32, scale=(0.08, 1.0), interpolation="bicubic", mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+_CIFAR_SYMMETRIC = replace(_cifar(_MOCO_V2), blur=0.0)
+_CIFAR_FIRST = replace(_cifar(_BARLOW), blur=0.0)
 _CIFAR_SECOND = replace(_CIFAR_FIRST, solarize=0.2)
 
 CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
@@ -169,9 +170,9 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_CIFAR_FIRST, _CIFAR_SECOND),
     "barlow_twins": (_CIFAR_FIRST, _CIFAR_SECOND),
     "vicreg": (replace(_CIFAR_FIRST, count=2, scale=(0.2, 1.0), solarize=0.1),),
-    "swav": (replace(_CIFAR_SYMMETRIC, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5),),
+    "swav": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
-    "mae": (ViewSpec(**_CIFAR),),
+    "mae": (_cifar(ViewSpec()),),
 }
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
 

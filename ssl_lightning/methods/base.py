@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -32,14 +33,16 @@ class SSLModule(L.LightningModule):
     """Width of the features that ``forward`` gives."""
 
     def __init__(
-        self, backbone: str = "resnet50", backbone_kwargs: dict[str, Any] | None = None, optim: Optim | None = None
+        self, backbone: str = "resnet50", backbone_kwargs: dict[str, Any] | None = None, optim: Optim = Optim()
     ) -> None:
         from ssl_lightning.backbones import create_backbone  # only here: reading help texts should not wait for timm
 
         super().__init__()
-        self.optim = optim or Optim()
+        self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
+        self.save_hyperparameters(ignore=["optim"])
+        self.save_hyperparameters({"optim": asdict(self.optim)})
         self.backbone = create_backbone(backbone, **(backbone_kwargs or {}))
-        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions follow
+        self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type]
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
 
@@ -132,12 +135,14 @@ class SSLModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.update_teacher()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""
         trainer = self.trainer
         total_steps = trainer.estimated_stepping_batches
         source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
-        global_batch = getattr(source, "batch_size", 256) * trainer.world_size * trainer.accumulate_grad_batches
+        global_batch = (
+            (getattr(source, "batch_size", None) or 256) * trainer.world_size * trainer.accumulate_grad_batches
+        )
         optimizer = self.optim.create(self, global_batch)
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}

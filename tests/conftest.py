@@ -1,0 +1,43 @@
+"""Real images for the tests."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+torch.set_num_threads(1)  # the networks are tiny
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 JPEGs of different sizes in two class folders, cut from the two photographs that scikit-learn ships."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.Generator(np.random.Philox(key=1))
+    for name, photo in zip(("flower", "temple"), reversed(load_sample_images().images), strict=True):
+        (root / name).mkdir()
+        for number in range(20):
+            height, width = random.integers(60, 120, size=2)
+            top, left = random.integers(0, 427 - height), random.integers(0, 640 - width)
+            crop = Image.fromarray(photo[top : top + height, left : left + width])
+            crop.save(root / name / f"{number:02}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real CIFAR-10 images, ``train`` and ``test`` with a folder per class, from SSL_LIGHTNING_TEST_DATA."""
+    data = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data"))
+    archives = [data / f"cifar10-{split}.tar" for split in ("train", "test")]
+    if not all(archive.is_file() for archive in archives):
+        pytest.skip(f"cifar10-train.tar and cifar10-test.tar are not in SSL_LIGHTNING_TEST_DATA={data}")
+    root = tmp_path_factory.mktemp("cifar10")
+    for archive in archives:
+        with tarfile.open(archive) as opened:
+            members = [member for index, member in enumerate(opened) if index % 25 == 0 and member.isfile()]
+            opened.extractall(root, members, filter="data")
+    return root

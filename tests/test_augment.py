@@ -1,0 +1,253 @@
+"""Batched augmentation against torchvision, image by image with the same numbers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from scipy.stats import ks_2samp
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from ssl_lightning.data import augment as ours
+from ssl_lightning.data.draw import _PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
+from ssl_lightning.data.views import CIFAR_PRESETS, PRESETS, ViewSpec, preset
+from ssl_lightning.errors import UserError
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Four images with smooth and rough parts, grays, black and white."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 24, 30), generator=generator, dtype=torch.uint8)
+    images[1] = TF.gaussian_blur(images[1], [9, 9], [3.0, 3.0])
+    images[2] = images[2, :1]
+    images[3, :, :8], images[3, :, 8:16] = 0, 255
+    return images
+
+
+def drawn(spec: ViewSpec, count: int, seed: int = 0, size: tuple[int, int] = (24, 30)) -> Draws:
+    numbers = uniforms(seed, 0, np.arange(count), np.arange(1), _PER_VIEW)[0]
+    return draw(spec, numbers, np.full(count, size[0]), np.full(count, size[1]))
+
+
+def test_philox_gives_the_published_answers() -> None:
+    # Random123, kat_vectors: philox4x32 10 rounds
+    counters = np.array([[0] * 4, [0xFFFFFFFF] * 4], dtype=np.uint64).T
+    assert [hex(word) for word in philox(counters, 0)[:, 0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    ones = philox(counters, 0xFFFFFFFFFFFFFFFF)[:, 1]
+    assert [hex(word) for word in ones] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
+
+
+def test_numbers_depend_on_seed_epoch_index_and_view_alone() -> None:
+    together = uniforms(3, 5, np.arange(10), np.arange(4), 40)
+    alone = uniforms(3, 5, np.array([7]), np.array([2]), 40)
+    assert (together[2, 7] == alone[0, 0]).all()
+    for other in (uniforms(4, 5, np.arange(10), np.arange(4), 40), uniforms(3, 6, np.arange(10), np.arange(4), 40)):
+        assert not (together == other).any()
+    assert len(np.unique(together)) == together.size
+
+
+def test_flip_equals_torchvision(images: Tensor) -> None:
+    where = torch.tensor([True, False, True, False])
+    result = ours.flip(images, where)
+    for image, flipped, result_image in zip(images, where, result, strict=True):
+        assert (result_image == (TF.horizontal_flip(image) if flipped else image)).all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize(
+    ("operation", "reference"), [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
+)
+def test_blend_equals_torchvision(images: Tensor, operation: int, reference: object, factor: float) -> None:
+    x = images.float() / 255
+    result = ours.blend(x, torch.full((4,), operation), torch.full((4,), factor))
+    for image, pixels, result_image in zip(x, images, result, strict=True):
+        torch.testing.assert_close(result_image, reference(image, factor), atol=2e-6, rtol=0)  # type: ignore[operator]
+        whole = reference(pixels, factor).float() / 255  # type: ignore[operator]
+        assert (result_image - whole).abs().max() < 2 / 255  # torchvision cuts off the gray and then the result
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.25, 0.5])
+def test_hue_equals_torchvision(images: Tensor, turn: float) -> None:
+    x = images.float() / 255
+    result = ours.turn_hue(x, torch.full((4,), turn))
+    for image, pixels, result_image in zip(x, images, result, strict=True):
+        torch.testing.assert_close(result_image, TF.adjust_hue(image, turn), atol=1e-5, rtol=0)
+        assert (result_image - TF.adjust_hue(pixels, turn).float() / 255).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_grayscale_equals_torchvision(images: Tensor) -> None:
+    x = images.float() / 255
+    result = ours.grayscale(x, torch.tensor([True, False, True, True]))
+    expected = torch.stack([TF.rgb_to_grayscale(image, 3) if i != 1 else image for i, image in enumerate(x)])
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [3, 9, 23])
+def test_blur_equals_torchvision(images: Tensor, kernel: int) -> None:
+    x, sigmas = images.float() / 255, torch.tensor([0.1, 0.7, 1.3, 2.0])
+    result = ours.blur(x, sigmas, kernel)
+    for image, sigma, result_image in zip(x, sigmas.tolist(), result, strict=True):
+        expected = TF.gaussian_blur(image, [kernel, kernel], [sigma, sigma])
+        torch.testing.assert_close(result_image, expected, atol=2e-6, rtol=0)
+
+
+def test_solarize_equals_torchvision(images: Tensor) -> None:
+    result = ours.solarize(images.float() / 255, torch.tensor([True, True, False, True]), 128 / 255)
+    expected = torch.stack([TF.solarize(image, 128) if i != 2 else image for i, image in enumerate(images)])
+    torch.testing.assert_close(result, expected.float() / 255, atol=1e-6, rtol=0)
+    values = torch.tensor([127, 128, 200]).view(1, 1, 1, 3) / 255
+    result = ours.solarize(values, torch.tensor([True]), 128 / 255) * 255
+    assert result.flatten().tolist() == pytest.approx([127, 127, 55])
+
+
+def test_normalize_equals_torchvision(images: Tensor) -> None:
+    x, spec = images.float() / 255, ViewSpec()
+    torch.testing.assert_close(ours.normalize(x, spec.mean, spec.std), TF.normalize(x, spec.mean, spec.std))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [9, 24, 41])
+def test_resized_crop_equals_torchvision(images: Tensor, interpolation: str, size: int) -> None:
+    boxes = torch.tensor([[0, 0, 24, 30], [3, 5, 11, 7], [20, 29, 1, 1], [2, 0, 22, 30]])
+    result = ours.resized_crop(images, boxes, size, interpolation)
+    mode = TF.InterpolationMode(interpolation)
+    for image, box, result_image in zip(images, boxes.tolist(), result, strict=True):
+        expected = TF.resized_crop(image, *box, [size, size], mode, antialias=True)
+        assert (result_image.int() - expected.int()).abs().max() <= 1
+
+
+def reference_view(image: Tensor, spec: ViewSpec, draws: Draws, row: int) -> Tensor:
+    """One view by torchvision's functions, in the order the papers give."""
+    numbers, x = draws.augmentation, image.float() / 255
+    if numbers.flip[row]:
+        x = TF.horizontal_flip(x)
+    gray = bool(numbers.grayscale[row])
+    if gray and spec.grayscale_first:
+        x = TF.rgb_to_grayscale(x, 3)
+    if spec.jitter > 0:
+        for step in range(4):
+            operation, factor = int(numbers.operations[row, step]), float(numbers.factors[row, step])
+            if operation == 3:
+                turned = (numbers.hue_rows[step] == row).nonzero()
+                if len(turned):
+                    x = TF.adjust_hue(x, float(numbers.hue_turns[step][turned[0, 0]]))
+            else:
+                x = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation][operation](x, factor)
+    if gray and not spec.grayscale_first:
+        x = TF.rgb_to_grayscale(x, 3)
+    blurred = (numbers.blur_rows == row).nonzero()
+    if len(blurred):
+        sigma = float(numbers.blur_sigmas[blurred[0, 0]])
+        x = TF.gaussian_blur(x, [spec.blur_kernel] * 2, [sigma] * 2)
+    if numbers.solarize[row]:
+        x = TF.solarize(x, spec.solarize_threshold / 255)
+    return TF.normalize(x, spec.mean, spec.std)
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+@pytest.mark.parametrize("name", PRESETS)
+def test_whole_preset_equals_torchvision(name: str, image_size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for spec in preset(name, image_size):
+        crops = torch.randint(256, (24, 3, spec.size, spec.size), generator=generator, dtype=torch.uint8)
+        draws = drawn(spec, 24)
+        result = ours.augment(crops, draws.augmentation, spec)
+        expected = torch.stack([reference_view(crop, spec, draws, row) for row, crop in enumerate(crops)])
+        difference = (result - expected).abs() * torch.tensor(spec.std).view(3, 1, 1)
+        if spec.solarize > 0:  # a rounding error at the threshold inverts a pixel
+            assert (difference > 1e-4).float().mean() < 1e-4
+        else:
+            assert difference.max() < 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_operations_are_as_frequent_as_the_paper_says(name: str) -> None:
+    count = 10_000
+    for spec in PRESETS[name]:
+        numbers = drawn(spec, count).augmentation
+        jittered = (numbers.factors != 1).any(1)
+        seen = {
+            "flip": numbers.flip.sum(),
+            "grayscale": numbers.grayscale.sum(),
+            "blur": len(numbers.blur_rows),
+            "solarize": numbers.solarize.sum(),
+            "jitter": jittered.sum(),
+        }
+        for operation, times in seen.items():
+            p = getattr(spec, operation)
+            error = (p * (1 - p) / count) ** 0.5
+            assert abs(float(times) / count - p) <= 4 * error, (operation, times)
+
+
+def test_jitter_takes_every_order_and_the_whole_range() -> None:
+    spec = ViewSpec(jitter=1.0, brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
+    numbers = drawn(spec, 24_000).augmentation
+    orders, times = numbers.operations.unique(dim=0, return_counts=True)
+    assert len(orders) == 24
+    assert (times - 1000).abs().max() < 4 * 1000**0.5
+    for operation, (low, high) in enumerate([(0.6, 1.4), (0.0, 2.5), (0.8, 1.2)]):
+        factors = numbers.factors[numbers.operations == operation]
+        assert low <= factors.min() < low + 0.01
+        assert high - 0.01 < factors.max() <= high
+        assert abs(factors.mean() - (low + high) / 2) < 0.02
+    turns = torch.cat(numbers.hue_turns)
+    assert len(turns) == 24_000
+    assert -0.1 <= turns.min() < -0.099 < 0.099 < turns.max() <= 0.1
+
+
+@pytest.mark.parametrize("size", [(300, 400), (37, 900), (900, 37)])
+def test_crops_are_distributed_as_torchvision(size: tuple[int, int]) -> None:
+    spec, count = ViewSpec(scale=(0.08, 1.0)), 4000
+    boxes = drawn(spec, count, size=size).boxes
+    assert (boxes[:, 2:] > 0).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
+    torch.manual_seed(0)
+    image = torch.empty(3, *size)
+    expected = np.array([RandomResizedCrop.get_params(image, list(spec.scale), list(spec.ratio)) for _ in range(count)])
+    for column in range(4):
+        assert ks_2samp(boxes[:, column], expected[:, column]).pvalue > 1e-3
+    areas, expected_areas = boxes[:, 2] * boxes[:, 3], expected[:, 2] * expected[:, 3]
+    assert ks_2samp(areas, expected_areas).pvalue > 1e-3
+    assert ks_2samp(boxes[:, 3] / boxes[:, 2], expected[:, 3] / expected[:, 2]).pvalue > 1e-3
+
+
+def test_single_draw_clamps_the_crop_to_the_image() -> None:
+    numbers = np.zeros((1, 22))
+    numbers[0, 0], numbers[0, 10] = 1.0, 1.0  # whole area, ratio 4/3
+    box = crop_boxes(ViewSpec(single_draw=True), numbers, np.array([30]), np.array([30]))
+    assert box.tolist() == [[0, 0, 26, 30]]
+
+
+def test_presets_hold_the_numbers_of_the_papers() -> None:
+    first, second = PRESETS["byol"]
+    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert [(spec.size, spec.count) for spec in PRESETS["dino"]] == [(224, 1), (224, 1), (96, 8)]
+    assert [(spec.size, spec.count, spec.scale) for spec in PRESETS["swav"]] == [
+        (224, 2, (0.14, 1.0)),
+        (96, 6, (0.05, 0.14)),
+    ]
+    (simclr,) = preset("simclr", 32)
+    assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
+    assert {spec.size for specs in CIFAR_PRESETS.values() for spec in specs} == {32}
+
+
+def test_local_crops_shrink_with_the_global_ones() -> None:
+    assert [spec.size for spec in preset("dino", 128)] == [128, 128, 48]
+    assert [spec.size for spec in preset("dino", 224)] == [224, 224, 96]
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'simclr'"):
+        preset("simclear")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"flip": 1.5}, {"scale": (0.5, 0.1)}, {"scale": (0.1, 2.0)}, {"hue": 0.7}, {"blur_kernel": 4}]
+)
+def test_impossible_views_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        replace(ViewSpec(), **wrong)  # type: ignore[arg-type]

@@ -1,0 +1,237 @@
+"""The command line, as a person uses it."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ssl_lightning.cli import SSLCLI, main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "overlays")
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+DEBUG = ["--config", "configs/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ssl-lightning"])
+
+
+def shell(*words: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "ssl_lightning", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def curve(run: Path, metric: str) -> list[float]:
+    with open(run / "metrics.csv") as file:
+        return [float(row[metric]) for row in csv.DictReader(file) if row.get(metric)]
+
+
+# Running
+
+
+def test_fit_resume_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *DEBUG])
+    run = tmp_path / "runs" / "quickstart" / "version_0"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= names
+    assert any("tfevents" in name for name in names)
+    assert len(curve(run, "val/knn_top1")) == 2
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed
+    for shown in ("loss", "knn_top1", "linear_top1", "images/s"):
+        assert shown in printed
+
+    main(["fit", *DEBUG, "--trainer.max_epochs", "3", "--ckpt_path", "last"])
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]  # the run goes on in its folder
+    assert len(curve(run, "val/knn_top1")) == 3
+    assert "epoch 3/3" in capsys.readouterr().out
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 12
+    assert checkpoint["hyper_parameters"]["backbone"] == "resnet10_cifar"
+
+    for command in ("validate", "test"):
+        main([command, *DEBUG, "--ckpt_path", "last"])
+        assert "val/knn_top1" in capsys.readouterr().out
+    main(["predict", *DEBUG, "--ckpt_path", "best"])
+
+
+def test_a_saved_config_repeats_the_run(tmp_path: Path) -> None:
+    main(["fit", *DEBUG, "--name", "one"])
+    main(["fit", "--config", "runs/one/version_0/config.yaml", "--name", "two"])
+    one, two = (
+        torch.load(f"runs/{name}/version_0/checkpoints/last.ckpt", weights_only=True) for name in ("one", "two")
+    )
+    assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+
+
+@pytest.mark.filterwarnings("ignore:batch_size=256 is larger than the")
+@pytest.mark.parametrize("labels", ["folders", "none"])
+def test_a_folder_of_photos_needs_no_config(photos: Path, tmp_path: Path, labels: str) -> None:
+    small = ["--model.backbone", "resnet18", "--data.image_size", "32", "--trainer.max_epochs", "1"]
+    data = ["--data", "ImageFolderData", "--data.root", str(photos), "--data.labels", labels]
+    main(["fit", "--model", "SimCLR", *data, *small, "--trainer.accelerator", "cpu"])
+    run = tmp_path / "runs" / "SimCLR" / "version_0"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "checkpoints" / "best.ckpt").is_file() == (labels == "folders")
+
+
+def test_callbacks_can_be_left_out_and_set(tmp_path: Path) -> None:
+    main(["fit", *DEBUG, "--without", "[knn_probe, best_checkpoint]", "--linear_probe.lr", "0.5"])
+    run = tmp_path / "runs" / "quickstart" / "version_0"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["linear_probe"]["lr"] == 0.5
+    assert curve(run, "val/linear_top1")
+    assert not curve(run, "val/knn_top1")
+    assert not (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_method_of_ones_own_module(tmp_path: Path) -> None:
+    (tmp_path / "own_methods.py").write_text(
+        "from ssl_lightning import SSLModule\n\n\n"
+        "class Nothing(SSLModule):\n"
+        '    """Learns nothing."""\n\n'
+        "    def training_loss(self, views):\n"
+        "        return self.backbone(views[0]).square().mean()\n"
+    )
+    result = shell(
+        *("fit", "--model", "own_methods.Nothing", "--model.backbone", "resnet10_cifar"),
+        *("--data", "FakeData", "--data.batch_size", "8", "--trainer.fast_dev_run", "true"),
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
+    pair = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    result = shell("fit", *DEBUG, *pair, "--name", "pair", "--data.batch_size", "32")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "pair" / "version_0"
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    assert all(0 <= value <= 1 for value in curve(run, "val/knn_top1") + curve(run, "val/linear_top1"))
+
+    validate = ["validate", *DEBUG, "--trainer.limit_val_batches", "1.0", "--knn_probe.max_samples", "301"]
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    tables = [shell(*validate, *checkpoint, *devices) for devices in ([], pair)]
+    numbers = [
+        [word for line in table.stdout.splitlines() if "val/" in line for word in line.split() if word[:2] == "0."]
+        for table in tables
+    ]
+    assert len(numbers[0]) == 3, tables[0].stderr
+    assert [float(word) for word in numbers[0]] == pytest.approx([float(word) for word in numbers[1]], abs=1e-6)
+    assert float(numbers[0][0]) * 360 == pytest.approx(round(float(numbers[0][0]) * 360), abs=1e-3)  # each image once
+
+
+def test_nothing_asks_the_network(tmp_path: Path) -> None:
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    (guard / "sitecustomize.py").write_text(
+        "import socket\n\n"
+        "def refuse(self, address, *rest):\n"
+        "    raise SystemExit(f'network: {address}')\n\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+        "socket.getaddrinfo = lambda *words, **more: refuse(None, words)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(guard), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ssl_lightning", "fit", *DEBUG]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    probe = [sys.executable, "-c", "import socket; socket.socket().connect(('127.0.0.1', 9))"]
+    result = subprocess.run(probe, capture_output=True, text=True, env=environment, check=False)
+    assert "network: " in result.stderr  # the guard does stop connections
+
+
+# Configs and help
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_every_recipe_can_be_built(recipe: Path) -> None:
+    root = [] if "DigitsData" in recipe.read_text() else ["--data.root", "nowhere"]
+    cli = SSLCLI(args=["--config", str(recipe), *root], run=False)
+    assert cli.trainer.max_epochs
+    assert cli.model.optim.base_lr > 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_goes_on_top_of_a_recipe(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--print_config"])
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["init_args"]["temperature"] == 0.2
+    for key, value in yaml.safe_load(overlay.read_text())["trainer"].items():
+        if key != "logger":
+            assert config["trainer"][key] == value
+
+
+def test_overrides_keep_the_other_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "SimCLR", "--model.optim.base_lr", "9", "--data", "DigitsData", "--print_config"])
+    optim = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optim"]
+    assert (optim["base_lr"], optim["name"], optim["weight_decay"]) == (9, "lars_simclr", 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--help"], ["fit", "validate", "test", "predict"]),
+        (["fit", "--help"], ["--knn_probe.k", "Number of neighbours", "--trainer.max_epochs", "--name"]),
+        (
+            ["fit", "--model.help", "SimCLR"],
+            ["two views of an image attract", "Divides the cosine similarities", "--model.optim.base_lr"],
+        ),
+        (["fit", "--data.help", "ImageFolderData"], ["nested folders", "--data.batch_size", "Images per batch"]),
+    ],
+)
+def test_help_comes_from_the_docstrings(
+    words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code in (0, None)
+    printed = capsys.readouterr().out
+    for text in expected:
+        assert text in printed, text
+
+
+def test_the_command_line_imports_no_more_than_lightning() -> None:
+    code = "import sys, ssl_lightning.cli; print({'timm', 'sklearn', 'lightly'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+# Wrong things
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "SimCLEAR", "--data", "DigitsData"], "did you mean SimCLR?"),
+        (["--model", "SimCLR", "--model.backbone", "resnet19", "--data", "DigitsData"], "did you mean resnet18"),
+        (["--model", "SimCLR", "--model.temprature", "1", "--data", "DigitsData"], "temprature"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--data.views", "simclear"], "did you mean 'simclr'"),
+        (["--model", "SimCLR", "--data", "ImageFolderData", "--data.root", "nowhere"], "nowhere does not exist"),
+        (["--model", "SimCLR", "--data", "ImageFolderData"], "root"),
+        (["--model", "SimCLR", "--data", "CIFAR10Data"], "data.download=true"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--data.batch_size", "1"], "at least 2"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--ckpt_path", "last"], "no last*.ckpt below runs/SimCLR"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--without", "[probes]"], "choose from linear_probe"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--model.optim.name", "adan2"], "unknown optimizer"),
+        (["--config", "configs/none.yaml"], "configs/none.yaml"),
+    ],
+)
+def test_wrong_things_are_answered_in_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *words])
+    said = str(end.value.code) + capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said

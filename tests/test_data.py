@@ -1,0 +1,389 @@
+"""Data modules: the same views from any loader, every kind of image and folder, and what cannot be read."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+from ssl_lightning import (
+    CIFAR10Data,
+    CIFAR100Data,
+    DigitsData,
+    FakeData,
+    ImageFolderData,
+    SSLDataModule,
+    STL10Data,
+    UserError,
+    ViewSpec,
+)
+from ssl_lightning.data.datasets import PlainDataset, Views
+from ssl_lightning.data.images import ImageArray, ImageFiles, decode
+from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
+
+
+def views_of(data: SSLDataModule, epochs: int = 1) -> list[Views]:
+    loader = data.train_dataloader()
+    batches = []
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        batches += [data.on_after_batch_transfer(batch, 0) for batch in loader]
+    return batches
+
+
+def same(one: list[Views], other: list[Views]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x.views, y.views, strict=True)
+    )
+
+
+# The order and the views
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_views_do_not_depend_on_the_number_of_workers(photos: Path, num_workers: int) -> None:
+    settings: dict[str, Any] = {"root": str(photos), "batch_size": 8, "image_size": 24, "views": "swav", "seed": 3}
+    alone = views_of(ImageFolderData(**settings, num_workers=0), epochs=2)
+    assert same(alone, views_of(ImageFolderData(**settings, num_workers=num_workers), epochs=2))
+    assert len(alone[0].views) == 2
+    assert not torch.equal(alone[0].views[0], alone[0].views[1])
+    assert not same(alone[: len(alone) // 2], alone[len(alone) // 2 :])  # another epoch, other views
+    assert not same(alone, views_of(ImageFolderData(**{**settings, "seed": 4}, num_workers=0), epochs=2))
+
+
+def test_processes_share_each_global_batch() -> None:
+    whole = list(ShuffledBatches(100, 8, seed=1))
+    parts = [list(ShuffledBatches(100, 4, seed=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert len(whole) == len(parts[0]) == len(parts[1]) == 12
+    for (_, batch), (_, first), (_, second) in zip(whole, *parts, strict=True):
+        assert batch.tolist() == [*first, *second]
+
+
+def test_an_epoch_can_start_in_the_middle() -> None:
+    order = ShuffledBatches(100, 8, seed=1)
+    whole = [indices.tolist() for _, indices in order]
+    order.start = 5
+    assert [indices.tolist() for _, indices in order] == whole[5:]
+    assert [indices.tolist() for _, indices in order] == whole  # only once
+
+
+def test_every_epoch_has_its_own_order_and_visits_everything() -> None:
+    order = ShuffledBatches(96, 8, seed=1)
+    epochs = []
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        epochs.append(np.concatenate([indices for _, indices in order]).tolist())
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(96))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_visits_each_image_once(world_size: int) -> None:
+    parts = [OrderedBatches(np.arange(20), 6, rank, world_size) for rank in range(world_size)]
+    assert [len(part) for part in parts] == [len(list(part)) for part in parts]
+    assert sorted(index for part in parts for _, indices in part for index in indices) == list(range(20))
+
+
+def test_images_in_memory_give_the_views_of_files(photos: Path, tmp_path: Path) -> None:
+    for number, file in enumerate(sorted(photos.rglob("*.jpg"))):
+        folder = tmp_path / file.parent.name
+        folder.mkdir(exist_ok=True)
+        Image.open(file).resize((40, 40)).save(folder / f"{number}.png")
+    settings: dict[str, Any] = {"root": str(tmp_path), "batch_size": 12, "image_size": 32, "views": "byol"}
+    files = views_of(ImageFolderData(**settings, num_workers=0))
+    memory = views_of(ImageFolderData(**settings, in_memory=True))
+    for one, other in zip(files, memory, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        for a, b in zip(one.views, other.views, strict=True):
+            assert (a - b).abs().median() < 0.01
+            assert ((a - b).abs() > 0.1).float().mean() < 0.01  # solarize at its threshold
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    data = FakeData(batch_size=16)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(data.train_dataloader()), list(data.val_dataloader()), list(data.train_labelled_dataloader())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_evaluation_transform_is_resize_and_central_crop(photos: Path) -> None:
+    data = ImageFolderData(str(photos), image_size=112, views="moco_v2", batch_size=4, val_fraction=0.5)
+    batch = next(iter(data.val_dataloader()))  # type: ignore[arg-type]
+    assert data.val_images is not None
+    spec = data.view_specs[0]
+    for row, index in enumerate(batch.indices.tolist()):
+        image = TF.resize(data.val_images.read(index), [128], TF.InterpolationMode.BILINEAR, antialias=True)
+        assert (batch.images[row].int() - TF.center_crop(image, [112, 112]).int()).abs().max() <= 1
+    moved = data.on_after_batch_transfer(batch, 0)
+    torch.testing.assert_close(moved.images, TF.normalize(batch.images.float() / 255, spec.mean, spec.std))
+
+
+# Kinds of images
+
+
+def test_every_mode_is_read_as_rgb(tmp_path: Path) -> None:
+    gray = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+    rgb = Image.fromarray(np.stack([gray, gray.T, 255 - gray], axis=2))
+    rgb.save(tmp_path / "rgb.png")
+    rgb.convert("RGBA").save(tmp_path / "rgba.png")
+    rgb.quantize(64).save(tmp_path / "palette.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray).convert("LA").save(tmp_path / "gray_alpha.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray16.tif")
+    Image.fromarray(gray > 127).save(tmp_path / "black_and_white.png")
+    expected = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    for name in ("rgb.png", "rgba.png"):
+        assert torch.equal(decode(tmp_path / name), expected)
+    for name in ("palette.png", "cmyk.jpg"):
+        assert (decode(tmp_path / name).float() - expected).abs().mean() < 16
+    for name in ("gray.png", "gray_alpha.png", "gray16.png", "gray16.tif"):
+        assert torch.equal(decode(tmp_path / name), torch.from_numpy(gray).expand(3, 8, 8)), name
+    assert decode(tmp_path / "black_and_white.png").unique().tolist() == [0, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(tmp_path / "turned.jpg").shape == (3, 20, 10)
+
+
+# Kinds of folders
+
+
+def test_class_folders_are_labels_and_a_part_is_held_out(photos: Path) -> None:
+    data = ImageFolderData(str(photos), val_fraction=0.25)
+    data.setup()
+    assert data.num_classes == 2
+    assert data.train_images is not None
+    assert data.val_images is not None
+    assert isinstance(data.train_images, ImageFiles)
+    assert isinstance(data.val_images, ImageFiles)
+    assert (len(data.train_images), len(data.val_images)) == (30, 10)
+    train, val = ({images.name(i) for i in range(len(images))} for images in (data.train_images, data.val_images))
+    assert not train & val
+    for images in (data.train_images, data.val_images):
+        assert images.labels is not None
+        assert [Path(images.name(i)).parent.name for i in range(len(images))] == [
+            ("flower", "temple")[label] for label in images.labels
+        ]
+
+
+def test_flat_and_nested_folders_have_no_labels(photos: Path, tmp_path: Path) -> None:
+    flat, nested = tmp_path / "flat", tmp_path / "nested"
+    for number, file in enumerate(photos.rglob("*.jpg")):
+        for target in (flat / f"{number}.JPG", nested / f"{number % 3}" / f"{number % 2}" / f"{number}.jpg"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    (flat / ".hidden.jpg").write_bytes(b"")
+    (flat / "notes.txt").write_text("no image")
+    for root in (flat, nested):
+        data = ImageFolderData(str(root), batch_size=4, image_size=32)
+        data.setup()
+        assert data.num_classes is None
+        assert data.train_images is not None
+        assert len(data.train_images) == 40
+        assert data.val_dataloader() == []
+        assert len(data.train_labelled_dataloader()) == 0
+        assert (next(iter(data.train_dataloader())).labels == -1).all()
+    data = ImageFolderData(str(nested), labels="folders")
+    data.setup()
+    assert data.num_classes == 3
+    data = ImageFolderData(str(photos), labels="none")
+    data.setup()
+    assert data.num_classes is None
+
+
+def test_train_and_test_folders_are_found(cifar10: Path) -> None:
+    data = ImageFolderData(str(cifar10), image_size=32, batch_size=64, in_memory=True, train_samples=500)
+    data.setup()
+    assert isinstance(data.train_images, ImageArray)
+    assert data.train_images.images.shape == (500, 3, 32, 32)
+    assert data.train_images.labels is not None
+    assert np.bincount(data.train_images.labels).tolist() == [50] * 10
+    assert data.val_images is not None
+    assert len(data.val_images) == 400
+    assert views_of(data)[0].views[1].shape == (64, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "does not exist"),
+        (lambda root: _write(root / "file.txt"), "is a file"),
+        (lambda root: _write(root / "empty" / "notes.txt").parent, "no images below"),
+    ],
+)
+def test_wrong_folders_say_what_to_change(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageFolderData(str(make(tmp_path))).setup()
+
+
+def _write(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("text")
+    return path
+
+
+def test_validation_class_unknown_to_training_is_named(photos: Path, tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "val/a", "val/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
+    with pytest.raises(UserError, match="classes that training has not: c"):
+        ImageFolderData(str(tmp_path)).setup()
+
+
+def test_images_of_several_sizes_do_not_fit_in_memory_as_one_array(photos: Path) -> None:
+    with pytest.raises(UserError, match=r"in_memory needs images of one size, but .* px"):
+        ImageFolderData(str(photos), in_memory=True).setup()
+
+
+# What cannot be read
+
+
+@pytest.fixture
+def broken_photos(photos: Path, tmp_path: Path) -> Path:
+    """40 photos in class folders, three of them broken."""
+    for file in photos.rglob("*.jpg"):
+        target = tmp_path / file.relative_to(photos)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "flower" / "03.jpg").write_bytes(b"")
+    (tmp_path / "flower" / "07.jpg").write_text("no image at all")
+    truncated = tmp_path / "temple" / "05.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:600])
+    return tmp_path
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(
+    broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ImageFolderData(str(broken_photos), batch_size=10, image_size=32, max_unreadable=0.1, val_fraction=0.0)
+    with pytest.warns(UserWarning, match="unreadable and skipped"):
+        batches = views_of(data)
+    assert [len(batch.views[0]) for batch in batches] == [10] * 4
+    listed = [line.split("\t")[0] for line in (tmp_path / "unreadable-0.txt").read_text().splitlines()]
+    assert [Path(path).relative_to(broken_photos).as_posix() for path in listed] == [
+        "flower/03.jpg",
+        "flower/07.jpg",
+        "temple/05.jpg",
+    ]
+    plain = list(data.train_labelled_dataloader())
+    assert sum(len(batch.images) for batch in plain) == 37
+    assert all(len(batch.images) == len(batch.labels) == len(batch.indices) for batch in plain)
+
+
+def test_too_many_unreadable_images_stop_the_run(
+    broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ImageFolderData(str(broken_photos), batch_size=10, image_size=32, val_fraction=0.0)
+    with (
+        pytest.raises(UserError, match=r"max_unreadable=1.0%.*unreadable-0.txt"),
+        pytest.warns(UserWarning, match="skipped"),
+    ):
+        views_of(data)
+
+
+def test_unreadable_images_are_left_out_of_memory(
+    broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in broken_photos.rglob("*.jpg"):
+        with suppress(OSError):
+            Image.open(file).resize((16, 16)).save(file)
+    data = ImageFolderData(str(broken_photos), image_size=16, in_memory=True, max_unreadable=0.1, val_fraction=0.0)
+    with pytest.warns(UserWarning, match="3 of 40 images are unreadable"):
+        data.setup()
+    assert data.train_images is not None
+    assert data.train_images.labels is not None
+    assert len(data.train_images) == len(data.train_images.labels) == 37
+    assert data.train_images.labels.sum() == 19
+
+
+def test_a_folder_of_broken_images_alone_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(300):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="unreadable"), pytest.warns(UserWarning, match="skipped"):
+        views_of(ImageFolderData(str(tmp_path), batch_size=16, image_size=32))
+
+
+# Data modules
+
+
+def test_digits_are_real_and_split_without_overlap() -> None:
+    data = DigitsData()
+    data.setup()
+    assert data.train_images is not None
+    assert data.val_images is not None
+    assert (len(data.train_images), len(data.val_images), data.num_classes) == (1437, 360, 10)
+    assert data.train_images.read(0).shape == (3, 8, 8)
+    assert data.train_images.read(0).max() == 255
+
+
+@pytest.mark.parametrize("kind", [CIFAR10Data, CIFAR100Data, STL10Data])
+def test_missing_torchvision_data_says_how_to_get_it(kind: type[SSLDataModule], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.root.*data.download=true"):
+        kind(root=str(tmp_path)).setup()  # type: ignore[call-arg]
+
+
+def test_torchvision_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets as datasets
+
+    class Stored:
+        data, targets = np.zeros((12, 32, 32, 3), np.uint8), [*range(10), 0, 1]
+
+    class StoredSTL:
+        data, labels = np.zeros((12, 3, 96, 96), np.uint8), np.array([0, 1, 2, -1] * 3)
+
+    monkeypatch.setattr(datasets, "CIFAR10", lambda _root, **_split: Stored)
+    monkeypatch.setattr(datasets, "STL10", lambda _root, **_split: StoredSTL)
+    cifar, stl = CIFAR10Data(batch_size=4), STL10Data(batch_size=4)
+    cifar.setup(), stl.setup()
+    assert (cifar.num_classes, stl.num_classes) == (10, 3)
+    assert views_of(stl)[0].views[0].shape == (4, 3, 96, 96)
+    labelled = torch.cat([batch.labels for batch in stl.train_labelled_dataloader()])
+    assert labelled.tolist() == [0, 1, 2] * 3  # the probes do not see the unlabelled ones
+
+
+def test_a_batch_larger_than_the_data_is_cut_with_a_warning() -> None:
+    data = FakeData(num_images=10, batch_size=64)
+    with pytest.warns(UserWarning, match="larger than the 10 training images"):
+        assert len(data.train_dataloader()) == 1
+    assert data.batch_size == 10
+
+
+def test_a_batch_of_one_is_refused() -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        FakeData(batch_size=1)
+
+
+def test_the_bank_of_a_probe_is_bounded_and_spread_over_the_classes() -> None:
+    data = FakeData(num_images=64, num_labels=4, batch_size=8)
+    batches = list(data.train_labelled_dataloader(max_samples=16))
+    indices = torch.cat([batch.indices for batch in batches])
+    assert len(indices) == len(indices.unique()) == 16
+    assert indices.max() >= 60
+
+
+def test_own_views_replace_the_preset() -> None:
+    data = FakeData(batch_size=8, views=[ViewSpec(size=24, count=2), ViewSpec(size=12, flip=0.0)])
+    assert [view.shape[-1] for view in views_of(data)[0].views] == [24, 24, 12]
+
+
+def test_plain_images_of_any_shape_are_made_square() -> None:
+    for shape in ((3, 17, 90), (3, 90, 17), (3, 5, 5)):
+        images = ImageArray(torch.randint(256, (1, *shape), dtype=torch.uint8))
+        batch = PlainDataset(images, ViewSpec(size=32), 0.875)[0, np.arange(1)]
+        assert batch.images.shape == (1, 3, 32, 32)

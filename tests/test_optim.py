@@ -1,0 +1,123 @@
+"""LARS against worked examples and a plain restatement; recipes against torch's optimizers."""
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_lightning import LARS, Optim, UserError
+from ssl_lightning.schedules import cosine, warmup_cosine
+
+
+def steps(gradients: list[list[float]], lrs: list[float], p: list[float], **kwargs: object) -> torch.Tensor:
+    weight = nn.Parameter(torch.tensor([p], dtype=torch.float64))
+    optimizer = LARS([weight], lr=lrs[0], **kwargs)  # type: ignore[arg-type]
+    for gradient, lr in zip(gradients, lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    return weight.detach()[0]
+
+
+@pytest.mark.parametrize(
+    ("lr_in_momentum", "expected"), [(True, [2.99422806, 3.98990354]), (False, [2.99557806, 3.99170354])]
+)
+def test_lars_two_steps_of_the_worked_example(lr_in_momentum: bool, expected: list[float]) -> None:
+    kwargs = {"weight_decay": 0.01, "momentum": 0.9, "trust_coefficient": 0.001, "lr_in_momentum": lr_in_momentum}
+    first = steps([[0.6, 0.8]], [1.0], [3.0, 4.0], **kwargs)
+    assert first.tolist() == pytest.approx([2.997, 3.996], abs=1e-8)
+    second = steps([[0.6, 0.8], [0.0, 1.0]], [1.0, 0.5], [3.0, 4.0], **kwargs)
+    assert second.tolist() == pytest.approx(expected, abs=1e-8)
+
+
+def test_lars_uses_the_norm_of_the_sum_of_gradient_and_decay() -> None:
+    moved = steps([[0.6, 0.8]], [1.0], [4.0, -3.0], weight_decay=0.01)
+    q = 0.00499376
+    assert moved.tolist() == pytest.approx([4 - q * (0.6 + 0.04), -3 - q * (0.8 - 0.03)], abs=1e-8)
+
+
+def test_lars_of_zero_norms_takes_the_plain_gradient() -> None:
+    assert steps([[0.6, 0.8]], [1.0], [0.0, 0.0], weight_decay=0.1).tolist() == pytest.approx([-0.6, -0.8])
+    assert steps([[0.0, 0.0]], [1.0], [3.0, 4.0]).tolist() == [3.0, 4.0]
+    assert steps([[0.0, 0.0]], [1.0], [3.0, 4.0], weight_decay=0.01).tolist() == pytest.approx([2.997, 3.996])
+
+
+def test_lars_neither_decays_nor_adapts_vectors() -> None:
+    bias = nn.Parameter(torch.ones(3))
+    bias.grad = torch.full((3,), 0.5)
+    LARS([bias], lr=0.1, weight_decay=10.0).step()
+    torch.testing.assert_close(bias.detach(), torch.full((3,), 0.95))
+
+
+def test_lars_state_survives_a_checkpoint() -> None:
+    def trained(reload: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 3)
+        optimizer = LARS(layer.parameters(), lr=0.5, weight_decay=0.1)
+        for step in range(4):
+            if reload and step == 2:
+                state = optimizer.state_dict()
+                optimizer = LARS(layer.parameters(), lr=9.0)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            layer(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        return layer.weight.detach()
+
+    assert torch.equal(trained(False), trained(True))
+
+
+def test_schedules() -> None:
+    assert [cosine(1.0, 0.0, progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.5, 0, 0])
+    # 4 epochs of 2 steps with one epoch of warm-up: the form of MAE and MoCo v3
+    expected = [0, 0.5, 1, 0.933013, 0.75, 0.5, 0.25, 0.066987]
+    assert [warmup_cosine(step, 2, 8) for step in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "base", "batch", "peak"),
+    [("linear", 0.3, 4096, 4.8), ("sqrt", 0.075, 512, 1.697), ("none", 2.0, 64, 2)],
+)
+def test_learning_rate_follows_the_global_batch(scaling: str, base: float, batch: int, peak: float) -> None:
+    optim = Optim(base_lr=base, lr_scaling=scaling)  # type: ignore[arg-type]
+    assert optim.peak_lr(batch) == pytest.approx(peak, abs=1e-3)
+
+
+def test_norms_and_biases_are_not_decayed_unless_asked() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    decayed, undecayed = Optim("sgd", weight_decay=0.1).create(module, 256).param_groups
+    assert [p.ndim for p in decayed["params"]] == [4, 2]
+    assert [p.ndim for p in undecayed["params"]] == [1, 1, 1, 1]
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+    (everything,) = Optim("sgd", weight_decay=0.1, decay_norm_and_bias=True).create(module, 256).param_groups
+    assert len(everything["params"]) == 6
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    module = nn.Linear(3, 2)
+    module.weight.requires_grad_(False)
+    (group,) = Optim("adamw").create(module, 256).param_groups
+    assert group["params"] == [module.bias]
+
+
+@pytest.mark.parametrize("name", ["lars", "LARS", "sgd", "AdamW", "lamb", "lion", "muon"])
+def test_optimizers_of_torch_and_timm_by_name(name: str) -> None:
+    module = nn.Linear(3, 3, bias=False)
+    before = module.weight.detach().clone()
+    optimizer = Optim(name, base_lr=0.1, lr_scaling="none").create(module, 256)
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, module.weight)
+
+
+def test_torch_comes_before_timm() -> None:
+    optimizer = Optim("sgd", momentum=0.8).create(nn.Linear(2, 2), 256)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.8
+    assert not optimizer.defaults["nesterov"]  # timm's sgd would be nesterov
+
+
+def test_unknown_optimizer_and_wrong_argument_say_what_to_change() -> None:
+    with pytest.raises(UserError, match=r"did you mean .*adamw"):
+        Optim("adamv").create(nn.Linear(2, 2), 256)
+    with pytest.raises(UserError, match=r"optim\.extra"):
+        Optim("sgd", extra={"betas": [0.9, 0.95]}).create(nn.Linear(2, 2), 256)

@@ -1,0 +1,100 @@
+"""SimCLR: architecture, order of the computation, and several whole steps against a plain restatement."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lightning import Optim, SimCLR
+from tests.small import simclr
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("layers", "count"), [(2, 4_460_672), (3, 8_659_072)])
+def test_projector_has_the_published_size(layers: int, count: int) -> None:
+    method = SimCLR(projector_layers=layers)
+    assert parameters(method.projector) == count
+    assert parameters(method.backbone) == 23_508_032
+    norms = [module for module in method.projector if isinstance(module, nn.BatchNorm1d)]
+    assert len(norms) == layers
+    assert norms[-1].bias is None
+    assert norms[-1].weight is not None
+
+
+def test_defaults_are_the_papers() -> None:
+    method = SimCLR()
+    assert (method.temperature, method.views, method.embed_dim) == (0.1, "simclr", 2048)
+    assert method.optim.peak_lr(4096) == pytest.approx(4.8)
+    assert (method.optim.warmup_epochs, method.optim.weight_decay) == (10, 1e-6)
+    # the last BatchNorm of each residual branch starts at zero
+    assert all((block.bn3.weight == 0).all() for block in method.backbone.layer1)  # type: ignore[union-attr]
+
+
+def test_both_views_share_one_forward() -> None:
+    method = simclr()
+    method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
+    assert method.backbone.bn1.num_batches_tracked == 1  # type: ignore[union-attr]
+    assert method.projector[1].num_batches_tracked == 1
+
+
+def test_chance_loss_is_that_of_equal_projections() -> None:
+    method = simclr()
+    assert method.chance_loss is None
+    for parameter in method.projector.parameters():
+        nn.init.zeros_(parameter)
+    loss = method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
+    assert loss.item() == pytest.approx(math.log(7))
+    assert method.chance_loss == pytest.approx(math.log(7))
+
+
+def restated_loss(z: Tensor, temperature: float) -> Tensor:
+    """Equation 1 of the paper, pair by pair."""
+    n = len(z) // 2
+    total = z.new_zeros(())
+    for i in range(2 * n):
+        similarity = [F.cosine_similarity(z[i], z[k], dim=0) / temperature for k in range(2 * n)]
+        others = torch.stack([value for k, value in enumerate(similarity) if k != i])
+        total = total - (similarity[(i + n) % (2 * n)] - torch.logsumexp(others, 0))
+    return total / (2 * n)
+
+
+def test_whole_steps_equal_a_plain_restatement() -> None:
+    torch.manual_seed(0)
+    method = simclr(temperature=0.3, optim=Optim("lars_simclr", base_lr=3.0, weight_decay=1e-2)).double()
+    optimizer = method.optim.create(method, 256)
+    plain = {name: p.detach().clone().requires_grad_() for name, p in method.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in plain.items()}
+    for step in range(4):
+        views = list(torch.rand(2, 4, 3, 16, 16, dtype=torch.float64))
+        lr = 3.0 * (1 - step / 4)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+        loss = method.training_loss(views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        h = torch.func.functional_call(
+            method.backbone,
+            {name[9:]: p for name, p in plain.items() if name.startswith("backbone.")},
+            torch.cat(views),
+        )
+        z = F.batch_norm(h @ plain["projector.0.weight"].T, None, None, training=True)
+        z = F.relu(z * plain["projector.1.weight"] + plain["projector.1.bias"])
+        z = F.batch_norm(z @ plain["projector.3.weight"].T, None, None, training=True) * plain["projector.4.weight"]
+        expected = restated_loss(z, 0.3)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+        for name, gradient in zip(plain, torch.autograd.grad(expected, list(plain.values())), strict=True):
+            p, update = plain[name].detach(), gradient
+            if p.ndim > 1:
+                update = gradient + 1e-2 * p
+                if p.norm() > 0 and update.norm() > 0:
+                    update = update * 0.001 * p.norm() / update.norm()
+            velocity[name] = 0.9 * velocity[name] + lr * update
+            plain[name] = (p - velocity[name]).requires_grad_()
+    for name, p in method.named_parameters():
+        torch.testing.assert_close(p.detach(), plain[name].detach(), atol=1e-8, rtol=1e-7)

@@ -1,0 +1,42 @@
+"""The shape of the package: dependencies point one way, and everything public is documented."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import ssl_lightning
+
+PACKAGE = Path(ssl_lightning.__file__).parent
+MAY_IMPORT = {
+    "methods": {"methods"},
+    "data": {"data"},
+    "callbacks": {"callbacks", "evaluation"},
+    "evaluation": {"evaluation"},
+}
+FOLDERS = {"methods", "data", "callbacks", "evaluation", "cli"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_dependencies_point_one_way(file: Path) -> None:
+    place = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if place in ("__init__", "__main__", "cli"):
+        return
+    allowed = MAY_IMPORT.get(place, set())  # leaves import only leaves
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            assert name.split(".")[0] != "pytorch_lightning", "import it as lightning: the two do not mix"
+            part = name.split(".")[1] if name.startswith("ssl_lightning.") else ""
+            assert part not in FOLDERS - allowed, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("name", [name for name in ssl_lightning.__all__ if name != "UserError"])
+def test_every_argument_of_a_public_class_is_described(name: str) -> None:
+    value = getattr(ssl_lightning, name)
+    described = inspect.getdoc(value) or ""
+    for parameter in inspect.signature(value).parameters.values():
+        if parameter.name not in ("args", "kwargs"):
+            assert f"{parameter.name}: " in described, parameter.name

@@ -8,6 +8,7 @@ from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
+from ssl_lightning.data.images import ImageArray, ImageFiles
 from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
@@ -24,6 +25,8 @@ __all__ = [
     "CIFAR100Data",
     "DigitsData",
     "FakeData",
+    "ImageArray",
+    "ImageFiles",
     "ImageFolderData",
     "KNNProbe",
     "LastCheckpoint",

@@ -32,7 +32,9 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         if name == "pixels":
             return Pixels(**kwargs)
         if wanted == name and timm.is_model(name):
-            return timm.create_model(name, num_classes=0, **kwargs)
+            model = timm.create_model(name, num_classes=0, **kwargs)
+            model.num_features = getattr(model, "head_hidden_size", None) or model.num_features  # what it gives
+            return model
         if wanted in torchvision.models.list_models(module=torchvision.models):
             return _torchvision_backbone(wanted, **kwargs)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
@@ -50,8 +52,11 @@ def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) ->
             break
     was_training = model.training
     with torch.no_grad():  # torchvision does not tell the width of its features
-        size = getattr(model, "image_size", 224)
-        model.num_features = model.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        sizes = [model.image_size] if hasattr(model, "image_size") else [224, 288]
+        widths = {model.eval()(torch.zeros(1, 3, size, size)).shape[1] for size in sizes}
+    if len(widths) > 1 or getattr(model, "aux_logits", False):
+        raise UserError(f"backbone 'torchvision/{name}' does not give one feature vector; choose timm's or another.")
+    model.num_features = widths.pop()
     return model.train(was_training)
 
 

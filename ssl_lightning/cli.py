@@ -132,11 +132,13 @@ class SSLCLI(LightningCLI):
         if self.subcommand != "fit":
             config["logger"] = False
             self.save_config_callback = None
-        elif config["logger"] in (None, True):
-            folder = self._run_folder
+        elif config["logger"] is not False:
+            folder, given = self._run_folder, config["logger"]
             version = self._resumed_version() or _next_version(folder)
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
-            config["logger"] = [CSVLogger(**where), TensorBoardLogger(**where)]
+            if given in (None, True):
+                given = TensorBoardLogger(**where)
+            config["logger"] = [CSVLogger(**where), *(given if isinstance(given, list) else [given])]
             rank_zero_info(f"Logs and checkpoints: {folder / version}")
         if config["logger"]:
             callbacks.append(LearningRateMonitor("step"))
@@ -153,21 +155,23 @@ class SSLCLI(LightningCLI):
         version = None if path is None else Path(path).resolve().parent.parent
         return version.name if version is not None and version.parent == self._run_folder.resolve() else None
 
-    def _parse_ckpt_path(self) -> None:
-        """Resolve ``last`` and ``best`` to the newest such checkpoint of the run, whichever process wrote it."""
-        subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and resolve ``last`` and ``best`` to the newest such checkpoint of the run."""
+        super().parse_arguments(parser, args)
+        self.subcommand = self.config.get("subcommand")
+        path = self._get(self.config, "ckpt_path")
         if path in ("last", "best"):
-            self.subcommand = subcommand
             found = list(self._run_folder.glob(f"version_*/checkpoints/{path}*.ckpt"))
             if not found:
                 raise UserError(f"no {path}*.ckpt below {self._run_folder}; give its file as ckpt_path, or --name.")
             newest = max(found, key=lambda file: file.stat().st_mtime)
             rank_zero_info(f"ckpt_path {path}: {newest}")
-            self.config[subcommand]["ckpt_path"] = str(newest)
+            self.config[self.subcommand]["ckpt_path"] = str(newest)
         elif path is not None and not os.path.isfile(path):
             raise UserError(f"ckpt_path {path} does not exist; give a file, last or best.")
-        super()._parse_ckpt_path()
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's would lay the checkpoint's hyper-parameters over what the command line says."""
 
 
 def _next_version(folder: Path) -> str:

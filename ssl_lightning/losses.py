@@ -19,9 +19,10 @@ def _full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return value.float() if half else value
 
     @functools.wraps(loss)
-    def wrapped(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(first.device.type, enabled=False):
-            return loss(widen(first), *map(widen, args), **{key: widen(value) for key, value in kwargs.items()})
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*map(widen, args), **{key: widen(value) for key, value in kwargs.items()})
 
     return wrapped
 
@@ -45,11 +46,12 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, reduction: Literal["mean
     all0, all1 = gather(z0), gather(z1)  # (N, D)
     own = torch.arange(len(z0), device=z0.device)
     target = own + rank() * len(z0)
+    never = torch.full((), float("-inf"), dtype=z0.dtype, device=z0.device)
 
     def cross_entropy(anchors: Tensor, positives: Tensor, others: Tensor) -> Tensor:
         across = anchors @ positives.T / temperature  # (B, N)
         within = anchors @ others.T / temperature  # (B, N)
-        within = within.index_put((own, target), within.new_tensor(float("-inf")))  # an image is not its own negative
+        within = within.index_put((own, target), never)  # an image is not its own negative
         return F.cross_entropy(torch.cat([across, within], dim=1), target)
 
     both = cross_entropy(z0, all1, all0) + cross_entropy(z1, all0, all1)

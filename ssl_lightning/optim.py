@@ -80,7 +80,10 @@ class LARS(torch.optim.Optimizer):
         if group["lr_in_momentum"]:
             updates = list(torch._foreach_mul(updates, group["lr"]))
 
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, buffers, alpha=-1.0 if group["lr_in_momentum"] else -group["lr"])
@@ -148,6 +151,9 @@ class Optim:
             return build([group for group in groups if group["params"]], **arguments)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
+
+
+torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters
 
 
 def _optimizer_class(name: str) -> Any:

@@ -202,6 +202,18 @@ def test_flat_and_nested_folders_have_no_labels(photos: Path, tmp_path: Path) ->
     assert data.num_classes is None
 
 
+def test_a_flat_test_folder_is_no_validation_set(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "test"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
+    data = ImageFolderData(str(tmp_path))
+    data.setup()
+    assert data.val_images is not None
+    assert len(data.val_images) == 2
+    assert "train" in data.val_images.name(0)
+
+
 def test_train_and_test_folders_are_found(cifar10: Path) -> None:
     data = ImageFolderData(str(cifar10), image_size=32, batch_size=64, in_memory=True, train_samples=500)
     data.setup()
@@ -380,6 +392,14 @@ def test_the_bank_of_a_probe_is_bounded_and_spread_over_the_classes() -> None:
 def test_own_views_replace_the_preset() -> None:
     data = FakeData(batch_size=8, views=[ViewSpec(size=24, count=2), ViewSpec(size=12, flip=0.0)])
     assert [view.shape[-1] for view in views_of(data)[0].views] == [24, 24, 12]
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 3, 8, 8)), np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8), np.uint8)]
+)
+def test_arrays_of_another_kind_are_refused(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"uint8 images of shape \(N, 3, H, W\)"):
+        ImageArray(wrong)
 
 
 def test_plain_images_of_any_shape_are_made_square() -> None:

@@ -7,6 +7,7 @@ import torch
 from lightly.loss import NTXentLoss
 from torch import Tensor
 
+from ssl_lightning.distributed import gather
 from ssl_lightning.losses import nt_xent
 from tests.processes import run_processes
 
@@ -18,6 +19,10 @@ Z1 = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
 def test_nt_xent_worked_example(temperature: float, expected: float) -> None:
     assert nt_xent(Z0, Z1, temperature).item() == pytest.approx(expected, abs=1e-6)
     assert nt_xent(Z0, Z1, temperature, reduction="sum").item() == pytest.approx(2 * expected, abs=2e-6)
+
+
+def test_losses_take_keywords() -> None:
+    assert nt_xent(z0=Z0, z1=Z1, temperature=0.5).item() == pytest.approx(0.668040, abs=1e-6)
 
 
 def test_nt_xent_gradient_of_the_worked_example() -> None:
@@ -69,6 +74,21 @@ def _two_processes(rank: int, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
     loss = nt_xent(z0, z1, 0.2)
     loss.backward()
     return loss.detach(), torch.stack([z0.grad, z1.grad])  # type: ignore[list-item]
+
+
+def _shared_gradient(rank: int) -> Tensor:
+    a, b = (torch.full((1, 2), float(rank), requires_grad=True) for _ in range(2))
+    whole = gather(b)
+    (torch.cat([a, a]) * (rank + 1) + whole).square().sum().backward()
+    assert a.grad is not None
+    return a.grad
+
+
+def test_gather_leaves_the_gradient_of_others_alone() -> None:
+    for rank, gradient in enumerate(run_processes(_shared_gradient, 2)):
+        scale, rows = rank + 1, torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        expected = (2 * scale * (rank * scale + rows)).sum(0, keepdim=True)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_nt_xent_of_two_processes_equals_one() -> None:

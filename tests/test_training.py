@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_lightning import FakeData, KNNProbe, LastCheckpoint, LinearProbe, Optim, SSLModule, UserError
+from ssl_lightning import FakeData, KNNProbe, LastCheckpoint, LinearProbe, Optim, SSLModule, Throughput, UserError
 from ssl_lightning.evaluation import knn_predict
 from tests.small import BACKBONE, digits, simclr, trainer
 
@@ -34,17 +34,17 @@ class Recorder(L.Callback):
 
 
 def test_simclr_learns_digits_and_the_probes_see_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    L.seed_everything(0)
     recorder = Recorder()
-    running = trainer(tmp_path, max_epochs=6, callbacks=[LinearProbe(), KNNProbe(), recorder])
-    running.fit(
-        simclr(temperature=0.2, optim=Optim("adamw", base_lr=5e-3, lr_scaling="none", warmup_epochs=1)), digits()
-    )
-    assert len(recorder.metrics) == 6
+    running = trainer(tmp_path, max_epochs=5, callbacks=[LinearProbe(), KNNProbe(), recorder])
+    optim = Optim("adamw", base_lr=3e-3, lr_scaling="none", warmup_epochs=1)
+    method = simclr(temperature=0.2, optim=optim, backbone_kwargs={"channels": (16, 16, 32, 64)})
+    running.fit(method, digits(batch_size=64))
+    assert len(recorder.metrics) == 5
     first, last = recorder.metrics[0], recorder.metrics[-1]
-    assert last["train/loss"] < first["train/loss"] - 0.3
-    assert last["val/knn_top1"] > 0.6
-    assert last["val/linear_top1"] > first["val/linear_top1"] + 0.2
+    assert last["train/loss"] < first["train/loss"] - 0.5
+    assert last["val/knn_top1"] > 0.8
+    assert last["val/linear_top1"] > first["val/linear_top1"] + 0.1
     assert last["val/linear_top5"] > last["val/linear_top1"]
 
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(tmp_path: Path, sto
     def run(folder: Path, ckpt_path: str | None, extra: list[L.Callback]) -> tuple[dict[str, Tensor], Recorder, Any]:
         L.seed_everything(1)
         method, recorder, probe = simclr(optim=Optim("lars", warmup_epochs=1)), Recorder(), LinearProbe()
-        callbacks = [probe, KNNProbe(), recorder, *extra]
+        callbacks = [probe, KNNProbe(), recorder, Throughput(), *extra]
         running = trainer(folder, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
         with suppress(KeyboardInterrupt, SystemExit):
             running.fit(method, digits(num_workers=num_workers), ckpt_path=ckpt_path)
@@ -143,6 +143,69 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         trainer(tmp_path).fit(method, FakeData(batch_size=8))
     for name, p in method.named_parameters():
         assert torch.equal(p, method.before[name])
+
+
+def test_a_run_can_start_again_after_the_cause_is_removed(tmp_path: Path) -> None:
+    class Mended(Teaching):
+        broken = True
+
+        def training_loss(self, views: Any) -> Tensor:
+            return super().training_loss(views) * (float("inf") if self.broken else 1.0)
+
+    method = Mended(**BACKBONE)
+    with pytest.raises(UserError, match="loss is inf at step 0"):
+        trainer(tmp_path).fit(method, FakeData(batch_size=8))
+    method.broken = False
+    trainer(tmp_path).fit(method, FakeData(batch_size=8))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_a_loss_in_any_precision(tmp_path: Path, precision: Any) -> None:
+    class Plain(Teaching):
+        def training_loss(self, views: Any) -> Tensor:
+            return self.predictor(self.backbone(views[0])).abs().mean()
+
+    running = trainer(tmp_path, precision=precision, limit_train_batches=2)
+    running.fit(Plain(**BACKBONE), FakeData(batch_size=8))
+    assert torch.isfinite(running.callback_metrics["train/loss"])
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_also_without_validation(tmp_path: Path) -> None:
+    last = LastCheckpoint(dirpath=str(tmp_path))
+    running = trainer(
+        tmp_path,
+        max_epochs=3,
+        check_val_every_n_epoch=2,
+        limit_train_batches=2,
+        enable_checkpointing=True,
+        callbacks=[last],
+    )
+    running.fit(simclr(), digits())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_probes_are_silent_where_validation_has_no_labels(tmp_path: Path) -> None:
+    data = digits()
+    data.setup()
+    assert data.val_images is not None
+    data.val_images.labels = None
+    running = trainer(tmp_path, callbacks=[LinearProbe(), KNNProbe()])
+    running.fit(simclr(), data)
+    assert set(running.callback_metrics) == {"train/loss"}
+
+
+def test_an_endless_loader_needs_no_length_but_for_the_warm_up(tmp_path: Path) -> None:
+    class Endless(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            while True:
+                yield [torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)], torch.zeros(4)
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    running = trainer(tmp_path, max_epochs=-1, max_steps=4)
+    running.fit(simclr(), loader)
+    assert running.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(UserError, match="warmup_epochs to 0"):
+        trainer(tmp_path, max_epochs=-1, max_steps=4).fit(simclr(optim=Optim(lr_scaling="none")), loader)
 
 
 def test_probes_are_silent_without_labels_and_say_so_once(

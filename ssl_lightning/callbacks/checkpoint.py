@@ -23,6 +23,7 @@ class LastCheckpoint(ModelCheckpoint):
             filename="last",
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=None if every_n_train_steps else True,
             enable_version_counter=False,
         )
 

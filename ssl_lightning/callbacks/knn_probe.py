@@ -73,7 +73,8 @@ class KNNProbe(L.Callback):
         predicted = knn_predict(bank, bank_labels, features, self.num_classes, self.k, self.temperature)
         counts = torch.stack([((predicted == labels) & (labels >= 0)).sum(), (labels >= 0).sum()])
         correct, total = gather_uneven(counts[None]).sum(0)
-        pl_module.log("val/knn_top1", correct / total, prog_bar=True)
+        if total > 0:
+            pl_module.log("val/knn_top1", correct / total, prog_bar=True)
         self._features, self._labels = [], []
 
     on_test_epoch_start = on_validation_epoch_start

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from ssl_lightning.distributed import gather_uneven
+from ssl_lightning.distributed import gather
 
 
 class LinearProbe(L.Callback):
@@ -34,15 +35,17 @@ class LinearProbe(L.Callback):
         if num_classes is None:
             rank_zero_info("LinearProbe: the data has no labels, so there is no linear accuracy.")
             return
-        if self.head is not None:
+        if self.head is not None and self.head[1].out_features == num_classes:
             return
         device = trainer.strategy.root_device
         linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)  # type: ignore[arg-type]
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
         self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
         self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay)
-        self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
-        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)).to(device)
+        self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1).to(device)
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1, top_k=min(5, num_classes))
+        self.top5.to(device)
+        self.labelled = SumMetric().to(device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,7 +56,7 @@ class LinearProbe(L.Callback):
             return
         labels: Tensor = batch[1]
         labels = labels.repeat(len(features) // len(labels))  # features of several views lie view by view
-        features, labels = gather_uneven(features.float()), gather_uneven(labels)
+        features, labels = gather(features.float()), gather(labels)
         with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
             losses = F.cross_entropy(self.head.train()(features), labels, ignore_index=-1, reduction="sum")
             loss = losses / (labels >= 0).sum().clamp(min=1)
@@ -77,6 +80,7 @@ class LinearProbe(L.Callback):
         labels = batch[1]
         with torch.autocast(outputs.device.type, enabled=False):
             logits = self.head.eval()(outputs.float())
+        self.labelled.update((labels >= 0).sum())
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
@@ -84,10 +88,11 @@ class LinearProbe(L.Callback):
         """Log the accuracies over all processes."""
         if self.head is None or not self._trained:
             return
-        pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
-        pl_module.log("val/linear_top5", self.top5.compute())
-        self.top1.reset()
-        self.top5.reset()
+        if self.labelled.compute() > 0:
+            pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
+            pl_module.log("val/linear_top5", self.top5.compute())
+        for metric in (self.labelled, self.top1, self.top5):
+            metric.reset()
 
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

@@ -1,5 +1,7 @@
 """Batched augmentation on the device: each operation equals torchvision's, applied to every image with its numbers."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def blend(images: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
     contrast = _per_image(operations == _CONTRAST)
     other = torch.where(contrast, gray.mean(dim=(-3, -2, -1), keepdim=True), gray)
     other = other.masked_fill_(_per_image(operations == _BRIGHTNESS), 0.0)
-    factor = _per_image(factors)
+    factor = _per_image(factors.to(images.dtype))
     return torch.addcmul(other * (1 - factor), images, factor).clamp_(0, 1)
 
 
@@ -83,7 +85,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    hue = hue + 6 * turns[:, None, None]  # in sixths of a turn
+    hue = hue + 6 * turns.to(images.dtype)[:, None, None]  # in sixths of a turn
 
     def channel(offset: int) -> Tensor:
         sixths = torch.remainder(hue + offset, 6)
@@ -116,7 +118,7 @@ def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
     """
     radius = kernel // 2
     taps = torch.arange(-radius, radius + 1, device=images.device)
-    weights = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)  # (N, K)
+    weights = torch.exp(-0.5 * (taps / sigmas.to(images.dtype)[:, None]) ** 2)  # (N, K)
     weights = weights / weights.sum(1, keepdim=True)
     rows = _band(weights, images.shape[-2])
     columns = _band(weights, images.shape[-1])
@@ -140,8 +142,13 @@ def solarize(images: Tensor, where: Tensor, threshold: float) -> Tensor:
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Subtract the mean and divide by the deviation of each channel of ``(N, C, H, W)`` images."""
-    shape = (-1, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    return (images - _channels(mean, images.device)) / _channels(std, images.device)
+
+
+@functools.lru_cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value per channel; kept on the device, as copying there waits for it."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:

@@ -1,5 +1,6 @@
 """SSLDataModule: views for training, plain images for evaluation, from any source of images."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,9 +102,11 @@ class SSLDataModule(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes in the training labels; None where there are none."""
-        labels = None if self.train_images is None else self.train_images.labels
-        return None if labels is None or labels.max() < 0 else int(labels.max()) + 1
+        """Number of classes in the labels; None where training has none."""
+        train, val = (None if images is None else images.labels for images in (self.train_images, self.val_images))
+        if train is None or train.max() < 0:
+            return None
+        return int(max(train.max(), -1 if val is None else val.max(initial=-1))) + 1
 
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
@@ -177,14 +180,20 @@ class SSLDataModule(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment views, normalise plain images; leave alone what another loader sent."""
         if isinstance(batch, RawViews):
-            self._report(batch.unreadable, len(self._training_images) + len(self.val_images or []))
-            return batch.augmented(self.view_specs)
+            self._report(batch.unreadable, self._met())
+            return batch.augmented(self.view_specs, self._dtype)
         if isinstance(batch, PlainImages):
-            self._report(batch.unreadable, len(self._training_images) + len(self.val_images or []))
-            return batch.normalized(self._eval_spec)
+            self._report(batch.unreadable, self._met())
+            return batch.normalized(self._eval_spec, self._dtype)
         return batch
 
     def _report(self, unreadable: list[Unreadable], total: int) -> None:
+        """Count and list unreadable images, and stop the run if they are too many.
+
+        Args:
+            unreadable: Those met now.
+            total: How many images this process will have met at the end of the epoch.
+        """
         new = {name: reason for name, reason in unreadable if name not in self.unreadable}
         if not new:
             return
@@ -200,6 +209,12 @@ class SSLDataModule(L.LightningDataModule):
                 f"mend or remove the files listed in {listing}, or raise the limit."
             )
 
+    def _met(self) -> int:
+        """How many images this process will have met at the end of this epoch, about: at first its part of them."""
+        total = len(self._training_images) + len(self.val_images or [])
+        epochs = 1 if self.trainer is None else self.trainer.current_epoch + 1
+        return math.ceil(total * min(1.0, epochs / self._world_size))
+
     # Where we are
 
     @property
@@ -212,6 +227,12 @@ class SSLDataModule(L.LightningDataModule):
     def _eval_spec(self) -> ViewSpec:
         """Plain images are prepared as the largest views are: their size, interpolation, mean and deviation."""
         return max(self.view_specs, key=lambda spec: spec.size)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the method's weights: float32 but for trainer.precision 64-true and the like."""
+        dtype = getattr(getattr(self.trainer, "lightning_module", None), "dtype", torch.float32)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     @property
     def _seed(self) -> int:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ssl_lightning.data.augment import augment, normalize, resized_crop
 from ssl_lightning.data.draw import _PER_VIEW, Augmentation, draw, uniforms
-from ssl_lightning.data.images import UNREADABLE, ImageArray, Images, Unreadable
+from ssl_lightning.data.images import ImageArray, Images, Unreadable
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.views import ViewSpec
 
@@ -40,14 +40,14 @@ class RawViews(NamedTuple):
     indices: Tensor
     unreadable: list[Unreadable]
 
-    def augmented(self, specs: Sequence[ViewSpec]) -> Views:
-        """Crop if the workers did not, augment, and split into views; on the device where the batch is."""
+    def augmented(self, specs: Sequence[ViewSpec], dtype: torch.dtype = torch.float32) -> Views:
+        """Crop if the workers did not, augment in float32, and split into views; on the device where the batch is."""
         views: list[Tensor] = []
         for spec, crops, augmentation in zip(specs, self.crops, self.augmentations, strict=True):
             if self.images is not None:
                 images = self.images.repeat(spec.count, 1, 1, 1)
                 crops = resized_crop(images, crops, spec.size, spec.interpolation)
-            views += augment(crops, augmentation, spec).chunk(spec.count)
+            views += augment(crops, augmentation, spec).to(dtype).chunk(spec.count)
         return Views(views, self.labels, self.indices)
 
 
@@ -62,9 +62,9 @@ class PlainImages(NamedTuple):
     """``(B,)`` indices of the images in the data set."""
     unreadable: list[Unreadable]
 
-    def normalized(self, spec: ViewSpec) -> "PlainImages":
+    def normalized(self, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> "PlainImages":
         """The batch as the backbone wants it, float with the mean and deviation of ``spec``."""
-        return self._replace(images=normalize(self.images.float() / 255, spec.mean, spec.std))
+        return self._replace(images=normalize(self.images.float() / 255, spec.mean, spec.std).to(dtype))
 
 
 class ViewDataset(Dataset[RawViews]):
@@ -100,7 +100,7 @@ class ViewDataset(Dataset[RawViews]):
                 pixels[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
             crops.append(pixels)
         labels = _labels(self.images, read)
-        return RawViews(None, crops, augmentations, labels, torch.from_numpy(indices), unreadable)
+        return RawViews(None, crops, augmentations, labels, torch.from_numpy(read), unreadable)
 
     def _draw(
         self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
@@ -123,7 +123,7 @@ class ViewDataset(Dataset[RawViews]):
             for candidate in (int(index + step) % len(self.images) for step in range(len(self.images))):
                 try:
                     images.append(self.images.read(candidate))
-                except UNREADABLE as error:
+                except Exception as error:
                     unreadable.append(Unreadable.because(self.images.name(candidate), error))
                     if len(unreadable) > 100 + len(indices):  # hopeless: let the limit stop the run
                         images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
@@ -156,7 +156,7 @@ class PlainDataset(Dataset[PlainImages]):
             try:
                 pixels.append(self._transform(self.images.read(index))[None])
                 read.append(index)
-            except UNREADABLE as error:
+            except Exception as error:
                 unreadable.append(Unreadable.because(self.images.name(index), error))
         kept = np.array(read, dtype=np.int64)
         return PlainImages(torch.cat(pixels), _labels(self.images, kept), torch.from_numpy(kept), unreadable)

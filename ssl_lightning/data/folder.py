@@ -45,17 +45,22 @@ class ImageFolderData(SSLDataModule):
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"{self.root} {what}; give the folder of your images as data.root.")
         train_root = self.root / "train" if (self.root / "train").is_dir() else self.root
-        val_root = next((self.root / name for name in _VALIDATION_FOLDERS if (self.root / name).is_dir()), None)
         files = find_images(train_root)
         classes = self._classes(train_root, files)
         train = ImageFiles(files, _labels(train_root, files, classes))
-        val: ImageFiles | None = None
-        if train_root != self.root and val_root is not None:
-            val_files = find_images(val_root)
-            val = ImageFiles(val_files, _labels(val_root, val_files, classes))
-        elif train.labels is not None:
+        val = self._validation(classes) if train_root != self.root else None
+        if val is None and train.labels is not None:
             train, val = _split(train, self.val_fraction)
         self.train_images, self.val_images = train, val
+
+    def _validation(self, classes: list[str] | None) -> ImageFiles | None:
+        """The neighbour of ``train`` for validation; with classes, one that has class folders too."""
+        for name in _VALIDATION_FOLDERS:
+            root = self.root / name
+            if root.is_dir() and (classes is None or any(path.is_dir() for path in root.iterdir())):
+                files = find_images(root)
+                return ImageFiles(files, _labels(root, files, classes))
+        return None
 
     def _classes(self, root: Path, files: list[Path]) -> list[str] | None:
         parts = [file.relative_to(root).parts for file in files]

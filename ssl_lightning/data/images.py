@@ -15,9 +15,6 @@ from ssl_lightning.errors import UserError
 
 Labels = NDArray[np.int64]
 
-UNREADABLE = (OSError, ValueError, SyntaxError)
-"""What reading a broken image raises."""
-
 
 class Unreadable(NamedTuple):
     """An image that could not be read."""
@@ -41,7 +38,7 @@ class ImageFiles:
 
     def __init__(self, paths: Iterable[Path | bytes], labels: Labels | None = None) -> None:
         self.paths = np.array([os.fsencode(path) for path in paths])  # one block of memory, shared with the workers
-        self.labels = labels
+        self.labels = _checked(labels, len(self))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,7 +51,7 @@ class ImageFiles:
         """Decode one image to uint8 RGB ``(3, H, W)``, laid out channels last.
 
         Raises:
-            OSError, ValueError, SyntaxError: The file is missing, truncated or no image.
+            Exception: The file is missing, truncated or no image.
         """
         return decode(self.name(index))
 
@@ -73,7 +70,10 @@ class ImageArray:
 
     def __init__(self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None) -> None:
         self.images = torch.as_tensor(images)
-        self.labels = labels
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            kind = f"{self.images.dtype} {tuple(self.images.shape)}"
+            raise UserError(f"ImageArray wants uint8 images of shape (N, 3, H, W), not {kind}; convert them.")
+        self.labels = _checked(labels, len(self))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,7 +103,7 @@ class ImageArray:
         for index in range(len(files)):
             try:
                 image = files.read(index)
-            except UNREADABLE as error:
+            except Exception as error:
                 unreadable.append(Unreadable.because(files.name(index), error))
                 continue
             if images and image.shape != images[0].shape:
@@ -119,6 +119,15 @@ class ImageArray:
 
 
 Images = ImageFiles | ImageArray
+
+
+def _checked(labels: Labels | None, count: int) -> Labels | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels, dtype=np.int64)
+    if labels.shape != (count,):
+        raise UserError(f"{count} images need labels of shape ({count},), not {labels.shape}.")
+    return labels
 
 
 def _size(image: Tensor) -> str:
@@ -137,7 +146,7 @@ def decode(path: str | Path) -> Tensor:
         uint8 ``(3, H, W)``, laid out channels last, as the resize wants it.
 
     Raises:
-        OSError, ValueError, SyntaxError: The file is missing, truncated or no image.
+        Exception: The file is missing, truncated or no image; which one depends on its format.
     """
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)

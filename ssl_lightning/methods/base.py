@@ -1,5 +1,6 @@
 """SSLModule: what all methods share."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -7,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning.errors import UserError
@@ -96,7 +98,7 @@ class SSLModule(L.LightningModule):
         views = batch[0]
         with self._recording() as features:
             loss = self.training_loss(views)
-        self._pending_losses.append(_to_host(loss.detach()))
+        self._pending_losses.append(_to_host(loss.detach().float()))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0] if features else None}
 
@@ -118,7 +120,8 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: The loss is nan or infinite.
         """
-        for value, copied in self._pending_losses:
+        pending, self._pending_losses = self._pending_losses, []
+        for value, copied in pending:
             if copied is not None:
                 copied.synchronize()  # waits for the forward pass; the backward pass is queued behind and runs on
             loss = value.numpy()
@@ -128,7 +131,6 @@ class SSLModule(L.LightningModule):
                     "are as before that step. Lower model.optim.base_lr or lengthen the warm-up, and under 16-mixed "
                     "try trainer.precision bf16-mixed or 32."
                 )
-        self._pending_losses.clear()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the teacher."""
@@ -137,20 +139,25 @@ class SSLModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""
-        trainer = self.trainer
+        trainer, optim = self.trainer, self.optim
         total_steps = trainer.estimated_stepping_batches
         source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
-        global_batch = (
-            (getattr(source, "batch_size", None) or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        )
-        optimizer = self.optim.create(self, global_batch)
+        batch_size = getattr(source, "batch_size", None)
+        if batch_size is None and optim.lr_scaling != "none":
+            rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
+        global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
+        optimizer = optim.create(self, global_batch)
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}
-        steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        warmup_steps = round(min(total_steps, self.optim.warmup_epochs * steps_per_epoch))
+        warmup_steps = 0
+        if optim.warmup_epochs > 0:
+            if trainer.num_training_batches == float("inf"):
+                raise UserError("the loader has no length to count epochs of warm-up by; set optim.warmup_epochs to 0.")
+            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            warmup_steps = round(min(total_steps, optim.warmup_epochs * steps_per_epoch))
 
         def factor(step: int) -> float:
-            return warmup_cosine(step, warmup_steps, int(total_steps), self.optim.end_lr_factor)
+            return warmup_cosine(step, warmup_steps, int(total_steps), optim.end_lr_factor)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

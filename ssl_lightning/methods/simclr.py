@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import losses
@@ -18,8 +19,8 @@ class SimCLR(SSLModule):
     """SimCLR: two views of an image attract, those of other images repel.
 
     Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations,
-    https://arxiv.org/abs/2002.05709. BatchNorm is meant to be global: train with ``sync_batchnorm`` on several
-    devices.
+    https://arxiv.org/abs/2002.05709. BatchNorm is global: train with ``sync_batchnorm`` on several devices.
+    Convolutions keep timm's initialisation (fan-out normal; the released code has fan-in truncated normal).
 
     Args:
         temperature: Divides the cosine similarities; 0.1 on ImageNet, 0.5 on CIFAR-10.
@@ -51,6 +52,11 @@ class SimCLR(SSLModule):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)
         self._candidates: int | None = None
+
+    def on_fit_start(self) -> None:
+        """Warn of BatchNorm that is not global, by which an image could be told from its negatives."""
+        if self.trainer.world_size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            rank_zero_warn("SimCLR's BatchNorm is global; on several GPUs set trainer.sync_batchnorm to true.")
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """NT-Xent between the two views of each image (algorithm 1)."""

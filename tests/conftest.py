@@ -41,3 +41,17 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
             members = [member for index, member in enumerate(opened) if index % 25 == 0 and member.isfile()]
             opened.extractall(root, members, filter="data")
     return root
+
+
+@pytest.fixture
+def broken_photos(photos: Path, tmp_path: Path) -> Path:
+    """40 photos in class folders, three of them broken."""
+    for file in photos.rglob("*.jpg"):
+        target = tmp_path / file.relative_to(photos)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "flower" / "03.jpg").write_bytes(b"")
+    (tmp_path / "flower" / "07.jpg").write_text("no image at all")
+    truncated = tmp_path / "temple" / "05.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:600])
+    return tmp_path

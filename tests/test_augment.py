@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from ssl_lightning.data import augment as ours
-from ssl_lightning.data.draw import _PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
+from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
 from ssl_lightning.data.views import CIFAR_PRESETS, PRESETS, ViewSpec, preset
 from ssl_lightning.errors import UserError
 
@@ -28,7 +28,7 @@ def images() -> Tensor:
 
 
 def drawn(spec: ViewSpec, count: int, seed: int = 0, size: tuple[int, int] = (24, 30)) -> Draws:
-    numbers = uniforms(seed, 0, np.arange(count), np.arange(1), _PER_VIEW)[0]
+    numbers = uniforms(seed, 0, np.arange(count), np.arange(1), NUMBERS_PER_VIEW)[0]
     return draw(spec, numbers, np.full(count, size[0]), np.full(count, size[1]))
 
 

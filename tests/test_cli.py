@@ -107,7 +107,7 @@ def test_a_saved_config_repeats_the_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
 
 
-@pytest.mark.filterwarnings("ignore:batch_size=256 is larger than the")
+@pytest.mark.filterwarnings("ignore:batch_size=64 is larger than the")
 @pytest.mark.parametrize("labels", ["folders", "none"])
 def test_a_folder_of_photos_needs_no_config(photos: Path, tmp_path: Path, labels: str) -> None:
     small = ["--model.backbone", "resnet18", "--data.image_size", "32", "--trainer.max_epochs", "1"]
@@ -116,6 +116,18 @@ def test_a_folder_of_photos_needs_no_config(photos: Path, tmp_path: Path, labels
     run = tmp_path / "runs" / "SimCLR" / "version_0"
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert (run / "checkpoints" / "best.ckpt").is_file() == (labels == "folders")
+
+
+@pytest.mark.filterwarnings("ignore:batch_size=64 is larger than the", "ignore:.* unreadable and skipped")
+def test_broken_photos_are_listed_in_the_run_folder_or_stop_the_run(broken_photos: Path, tmp_path: Path) -> None:
+    small = ["--model.backbone", "resnet10_cifar", "--data.image_size", "16", "--trainer.max_epochs", "1"]
+    fit = ["fit", "--model", "SimCLR", "--data", "ImageFolderData", "--data.root", str(broken_photos), *small]
+    main([*fit, "--data.max_unreadable", "0.1"])
+    listing = tmp_path / "runs" / "SimCLR" / "version_0" / "unreadable-0.txt"
+    assert len(listing.read_text().splitlines()) == 3
+    with pytest.raises(SystemExit) as end:
+        main(fit)
+    assert "more than data.max_unreadable=1.0%" in str(end.value.code)
 
 
 def test_callbacks_can_be_left_out_and_set(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class SSLDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        batch_size: int = 256,
+        batch_size: int = 64,
         views: str | list[ViewSpec] | None = None,
         image_size: int = 224,
         crop_fraction: float | None = None,
@@ -63,6 +63,7 @@ class SSLDataModule(L.LightningDataModule):
         self.train_images: Images | None = None
         self.val_images: Images | None = None
         self.unreadable: dict[str, str] = {}
+        self._run_folder = Path()
 
     def load(self) -> None:
         """Set ``train_images``, and ``val_images`` if there are any: the one method a subclass writes.
@@ -75,6 +76,8 @@ class SSLDataModule(L.LightningDataModule):
         """Load the images once, and check them."""
         if self.train_images is not None:
             return
+        if self.trainer is not None:
+            self._run_folder = Path(self.trainer.strategy.broadcast(str(_run_folder(self.trainer))))
         self.load()
         train, val = (
             self._prepared(self.train_images, self.train_samples),
@@ -246,13 +249,6 @@ class SSLDataModule(L.LightningDataModule):
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
-    @property
-    def _run_folder(self) -> Path:
-        for logger in [] if self.trainer is None else self.trainer.loggers:
-            if logger.log_dir is not None:
-                return Path(logger.log_dir)
-        return Path("." if self.trainer is None else self.trainer.default_root_dir)
-
     def _position(self) -> tuple[int, int] | None:
         """While a trainer trains: the epoch, and how many of its batches are done, also after a resume."""
         if self.trainer is None or not self.trainer.training:
@@ -315,6 +311,11 @@ class Loader:
         """Say so if a resumed run sees the data in another order."""
         if changed := {key: value for key, value in self.state_dict().items() if state_dict.get(key, value) != value}:
             rank_zero_warn(f"the order of the data differs from that of the resumed run: {changed}, was {state_dict}")
+
+
+def _run_folder(trainer: L.Trainer) -> Path:
+    folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
+    return Path([*folders, trainer.default_root_dir][0])
 
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssl_lightning.data.augment import augment, normalize, resized_crop
-from ssl_lightning.data.draw import _PER_VIEW, Augmentation, draw, uniforms
+from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Augmentation, draw, uniforms
 from ssl_lightning.data.images import ImageArray, Images, Unreadable
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.views import ViewSpec
@@ -108,8 +108,8 @@ class ViewDataset(Dataset[RawViews]):
         """Boxes and augmentation of each ViewSpec, rows ordered view by view."""
         boxes, augmentations, view = [], [], 0
         for spec in self.specs:
-            numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), _PER_VIEW)
-            flat = numbers.reshape(spec.count * len(indices), _PER_VIEW)
+            numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), NUMBERS_PER_VIEW)
+            flat = numbers.reshape(spec.count * len(indices), NUMBERS_PER_VIEW)
             draws = draw(spec, flat, np.tile(heights, spec.count), np.tile(widths, spec.count))
             boxes.append(draws.boxes)
             augmentations.append(draws.augmentation)
@@ -118,21 +118,18 @@ class ViewDataset(Dataset[RawViews]):
 
     def _read(self, indices: np.ndarray) -> tuple[list[Tensor], np.ndarray, list[Unreadable]]:
         """Decode; the next readable image of the data set stands in for one that cannot be read."""
-        images, read, unreadable = [], [], []
-        for index in indices:
-            for candidate in (int(index + step) % len(self.images) for step in range(len(self.images))):
-                try:
-                    images.append(self.images.read(candidate))
-                except Exception as error:
-                    unreadable.append(Unreadable.because(self.images.name(candidate), error))
-                    if len(unreadable) > 100 + len(indices):  # hopeless: let the limit stop the run
-                        images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
-                        read.append(int(index))
-                        break
-                else:
-                    read.append(candidate)
-                    break
-        return images, np.array(read), unreadable
+        unreadable: list[Unreadable] = []
+        images, read = zip(*(self._first_readable(int(index), unreadable) for index in indices), strict=True)
+        return list(images), np.array(read), unreadable
+
+    def _first_readable(self, index: int, unreadable: list[Unreadable]) -> tuple[Tensor, int]:
+        for candidate in range(index, index + min(100, len(self.images))):
+            candidate %= len(self.images)
+            try:
+                return self.images.read(candidate), candidate
+            except Exception as error:
+                unreadable.append(Unreadable.because(self.images.name(candidate), error))
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), index  # hopeless: the limit will stop the run
 
 
 class PlainDataset(Dataset[PlainImages]):

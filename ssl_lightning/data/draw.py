@@ -14,7 +14,8 @@ from torch import Tensor
 from ssl_lightning.data.views import ViewSpec
 
 _CROP_TRIES = 10
-_PER_VIEW = 40  # numbers drawn per view: 22 for the crop, 14 for the rest, rounded up to whole blocks of 4
+NUMBERS_PER_VIEW = 40
+"""22 for the crop, 14 for the rest, rounded up to whole blocks of 4."""
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

@@ -201,9 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
-    # Neither is for the user to mend: Lightning's use of torch, and that validate does not write checkpoints.
+    # None is for the user to mend: Lightning's use of torch, that validate writes no checkpoints, that data without
+    # labels has no validation set.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
     sys.argv[1:] = _find_configs(sys.argv[1:] if arguments is None else arguments)
     try:
         SSLCLI()

@@ -222,16 +222,57 @@ def test_single_draw_clamps_the_crop_to_the_image() -> None:
     assert box.tolist() == [[0, 0, 26, 30]]
 
 
-def test_presets_hold_the_numbers_of_the_papers() -> None:
-    first, second = PRESETS["byol"]
-    assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
-    assert [(spec.size, spec.count) for spec in PRESETS["dino"]] == [(224, 1), (224, 1), (96, 8)]
-    assert [(spec.size, spec.count, spec.scale) for spec in PRESETS["swav"]] == [
-        (224, 2, (0.14, 1.0)),
-        (96, 6, (0.05, 0.14)),
+# Size, count, smallest and largest area, interpolation, jitter (brightness, contrast, saturation, hue), probability of
+# blur and of solarize, as in the official code.
+STRONG, SOFT, EVEN = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1), (0.4, 0.4, 0.4, 0.1)
+PAPERS = {
+    "simclr": [(224, 2, 0.08, 1.0, "bicubic", STRONG, 0.5, 0.0)],
+    "moco_v2": [(224, 2, 0.2, 1.0, "bilinear", EVEN, 0.5, 0.0)],
+    "simsiam": [(224, 2, 0.2, 1.0, "bilinear", EVEN, 0.5, 0.0)],
+    "moco_v3": [(224, 1, 0.08, 1.0, "bilinear", SOFT, 1.0, 0.0), (224, 1, 0.08, 1.0, "bilinear", SOFT, 0.1, 0.2)],
+    "byol": [(224, 1, 0.08, 1.0, "bicubic", SOFT, 1.0, 0.0), (224, 1, 0.08, 1.0, "bicubic", SOFT, 0.1, 0.2)],
+    "barlow_twins": [(224, 1, 0.08, 1.0, "bicubic", SOFT, 1.0, 0.0), (224, 1, 0.08, 1.0, "bicubic", SOFT, 0.1, 0.2)],
+    "vicreg": [(224, 1, 0.08, 1.0, "bicubic", SOFT, 1.0, 0.0), (224, 1, 0.08, 1.0, "bicubic", SOFT, 0.1, 0.2)],
+    "swav": [(224, 2, 0.14, 1.0, "bilinear", STRONG, 0.5, 0.0), (96, 6, 0.05, 0.14, "bilinear", STRONG, 0.5, 0.0)],
+    "dino": [
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 1.0, 0.0),
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.1, 0.2),
+        (96, 8, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "dinov2": [
+        (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.0, 0.0),
+        (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.9, 0.2),
+        (96, 8, 0.05, 0.32, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "mae": [(224, 1, 0.2, 1.0, "bicubic", (0, 0, 0, 0), 0.0, 0.0)],
+    "simmim": [(192, 1, 0.67, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0)],
+    "ijepa": [(224, 1, 0.3, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0)],
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
+    found = [
+        (
+            *(spec.size, spec.count, *spec.scale, spec.interpolation),
+            (spec.brightness, spec.contrast, spec.saturation, spec.hue),
+            *(spec.blur, spec.solarize),
+        )
+        for spec in PRESETS[name]
     ]
+    assert found == PAPERS[name]
+    for spec in PRESETS[name]:
+        assert spec.flip == (0.0 if name == "ijepa" else 0.5)
+        assert (spec.jitter, spec.grayscale) == ((0.8, 0.2) if spec.brightness else (0.0, 0.0))
+        assert spec.ratio == (3 / 4, 4 / 3)
+
+
+def test_presets_for_small_images() -> None:
+    assert PRESETS["ibot"] == PRESETS["dino"]
     (simclr,) = preset("simclr", 32)
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
+    first, second = preset("byol", 32)
+    assert (first.blur, first.solarize, second.blur, second.solarize) == (0.0, 0.0, 0.0, 0.2)
     assert {spec.size for specs in CIFAR_PRESETS.values() for spec in specs} == {32}
 
 

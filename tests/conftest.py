@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+DATA = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data")).resolve()  # before a test changes folder
 torch.set_num_threads(1)  # the networks are tiny
 
 
@@ -31,10 +32,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real CIFAR-10 images, ``train`` and ``test`` with a folder per class, from SSL_LIGHTNING_TEST_DATA."""
-    data = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data"))
-    archives = [data / f"cifar10-{split}.tar" for split in ("train", "test")]
+    archives = [DATA / f"cifar10-{split}.tar" for split in ("train", "test")]
     if not all(archive.is_file() for archive in archives):
-        pytest.skip(f"cifar10-train.tar and cifar10-test.tar are not in SSL_LIGHTNING_TEST_DATA={data}")
+        pytest.skip(f"cifar10-train.tar and cifar10-test.tar are not in SSL_LIGHTNING_TEST_DATA={DATA}")
     root = tmp_path_factory.mktemp("cifar10")
     for archive in archives:
         with tarfile.open(archive) as opened:

@@ -1,6 +1,7 @@
 """What views a method wants: one ViewSpec per kind of view, and the presets of the papers."""
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -177,6 +178,7 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
 
 
+@functools.cache  # asked for with every batch
 def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
     """The views of a paper at an image size; 32 and below give the CIFAR variant where there is one.
 

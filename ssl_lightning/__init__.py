@@ -13,13 +13,23 @@ from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.mae import MAE
+from ssl_lightning.methods.moco_v2 import MoCoV2
+from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.simclr import SimCLR
-from ssl_lightning.optim import LARS, Optim
+from ssl_lightning.methods.swav import SwAV
+from ssl_lightning.optim import LARC, LARS, Optim
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BYOL",
+    "DINO",
+    "LARC",
     "LARS",
+    "MAE",
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
@@ -31,12 +41,15 @@ __all__ = [
     "KNNProbe",
     "LastCheckpoint",
     "LinearProbe",
+    "MoCoV2",
+    "MoCoV3",
     "Optim",
     "ProgressBar",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",
     "SimCLR",
+    "SwAV",
     "Throughput",
     "UserError",
     "ViewSpec",

@@ -1,13 +1,19 @@
-"""Backbones by name: everything timm and torchvision know, and ResNets with the CIFAR stem."""
+"""Backbones by name: everything timm and torchvision know, ResNets with the CIFAR stem, ViTs of any image size."""
 
 import difflib
+import functools
+import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
-from timm.models import register_model
+from timm.models import is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssl_lightning.errors import UserError
@@ -15,6 +21,8 @@ from ssl_lightning.errors import UserError
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     """Build a backbone without its classifier, randomly initialised unless ``pretrained=True`` is given.
+
+    ViTs of timm take images of any size that their patch divides.
 
     Args:
         name: A timm model name, else a torchvision one; ``torchvision/NAME`` asks for torchvision's. ``pixels`` is
@@ -32,7 +40,11 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         if name == "pixels":
             return Pixels(**kwargs)
         if wanted == name and timm.is_model(name):
+            if is_vit(name):
+                kwargs = {"dynamic_img_size": True, **kwargs}
             model = timm.create_model(name, num_classes=0, **kwargs)
+            if type(model) is VisionTransformer and model.dynamic_img_size and model.pos_embed is not None:
+                model.__class__ = AnySizeViT
             model.num_features = getattr(model, "head_hidden_size", None) or model.num_features  # what it gives
             return model
         if wanted in torchvision.models.list_models(module=torchvision.models):
@@ -58,6 +70,135 @@ def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) ->
         raise UserError(f"backbone 'torchvision/{name}' does not give one feature vector; choose timm's or another.")
     model.num_features = widths.pop()
     return model.train(was_training)
+
+
+def is_vit(name: str) -> bool:
+    """Whether a name is that of a plain ViT of timm, e.g. vit_small_patch16_224."""
+    return timm.is_model(name) and is_model_in_modules(name, ["vision_transformer"])
+
+
+class AnySizeViT(VisionTransformer):
+    """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.
+
+    Own code because timm interpolates with antialiasing and to the exact grid, which gives small crops other
+    positions than those the released weights were trained with.
+    """
+
+    pos_embed: nn.Parameter
+    rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learnt
+
+    @property
+    def patch_side(self) -> int:
+        """Number that the sides of images must be divisible by."""
+        return math.lcm(*self.patch_embed.patch_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the papers' ViT: a class token with a position, no other tokens, no norm before the blocks."""
+        plain = self.cls_token is not None and self.num_prefix_tokens == 1 and not self.no_embed_class
+        return plain and isinstance(self.norm_pre, nn.Identity)
+
+    def fix_positions(self, rows_first: bool) -> None:
+        """Replace the learnt positions by fixed sine-cosine ones.
+
+        Args:
+            rows_first: As for ``sincos_positions``.
+        """
+        self.rows_first = rows_first
+        positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first)
+        self.pos_embed = nn.Parameter(positions.clone(), requires_grad=False)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings ``(1, prefix + height * width, D)`` for a grid of patches; the prefix is that of tokens.
+
+        Args:
+            height: Rows of patches.
+            width: Columns of patches.
+        """
+        rows, columns = self.patch_embed.grid_size
+        if (height, width) == (rows, columns):
+            return self.pos_embed
+        if self.rows_first is not None:
+            positions = sincos_positions(self.embed_dim, (height, width), self.rows_first, self.pos_embed.device)
+            return positions.to(self.pos_embed.dtype)
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        grid = self.pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        # The released code adds 0.1 so that rounding never loses a row, and samples by this scale.
+        scale = ((height + 0.1) / rows, (width + 0.1) / columns)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([self.pos_embed[:, :prefix], grid], dim=1)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        positions = self.positions(*x.shape[1:3])
+        tokens = x.flatten(1, 2)  # (B, height * width, D)
+        if self.no_embed_class:
+            tokens = tokens + positions
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = torch.cat([*prefix, tokens], dim=1)
+        return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
+
+
+@functools.lru_cache(maxsize=16)
+def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: torch.device | None = None) -> Tensor:
+    """Fixed two-dimensional sine and cosine positions, zero for the class token.
+
+    Half of the width encodes the row, half the column, each as sines, then cosines, of D / 4 frequencies from 1 down
+    to 1 / 10000. Own code because MoCo v3 and MAE order the halves differently, and timm and lightly know MAE's alone.
+
+    Args:
+        dim: Width D, divisible by 4.
+        grid: Rows and columns of patches.
+        rows_first: Whether the first half encodes the row (MoCo v3) or the column (MAE).
+        device: Where they shall lie.
+
+    Returns:
+        ``(1, 1 + rows * columns, D)``.
+    """
+    with torch.inference_mode(False):  # what validation asks for first is used in training, too
+        frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        sides = (torch.arange(side, dtype=torch.float64) for side in grid)
+        rows, columns = (index.flatten()[:, None] * frequencies for index in torch.meshgrid(*sides, indexing="ij"))
+        first, second = (rows, columns) if rows_first else (columns, rows)
+        patches = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
+        return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
+
+
+def init_patch_projection(vit: VisionTransformer) -> None:
+    """Draw the patch projection of a ViT as if it were a linear layer (Xavier uniform; MoCo v3 and MAE).
+
+    Args:
+        vit: A ViT of timm.
+    """
+    weight = vit.patch_embed.proj.weight  # (D, 3, P, P)
+    bound = math.sqrt(6 / (len(weight) + weight[0].numel()))
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Features ``(V * B, embed_dim)`` of crops of several sizes, view by view.
+
+    Neighbouring views of one size go through the backbone together and share their BatchNorm statistics, as in the
+    released code of SwAV and DINO.
+
+    Args:
+        backbone: Maps images to features.
+        views: ``(B, 3, S, S)`` each.
+    """
+    groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
+    return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+def init_residual_branches(backbone: nn.Module, scale: float) -> None:
+    """Set the last BatchNorm weight of each residual branch of a ResNet: 0 starts with the identity (Goyal 2017).
+
+    Args:
+        backbone: A ResNet of timm or torchvision; others are left alone.
+        scale: 0 or 1.
+    """
+    for block in backbone.modules():
+        last = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+        if hasattr(block, "downsample") and isinstance(last, nn.BatchNorm2d):
+            nn.init.constant_(last.weight, scale)
 
 
 def _cifar_resnet(block: Any, layers: tuple[int, ...], stem_stride: int = 1, **kwargs: Any) -> ResNet:

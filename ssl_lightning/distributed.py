@@ -1,6 +1,6 @@
 """Gathering across processes; every function is the identity when there is one process."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,21 @@ def gather(local: Tensor) -> Tensor:
         ``(W * B, ...)``.
     """
     return local if world_size() == 1 else _Gather.apply(local)
+
+
+@torch.no_grad()
+def reduced(local: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
+    """Sum or maximum of a tensor over the processes, without gradient.
+
+    Args:
+        local: The same shape on every process.
+        how: ``sum`` or ``max``.
+    """
+    if world_size() == 1:
+        return local
+    total = local.clone()
+    dist.all_reduce(total, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return total
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""Projection heads."""
+"""Projection heads, and images as patches."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def mlp(
@@ -26,3 +29,55 @@ def mlp(
     if last_norm is not None:
         layers.append(last_norm)
     return nn.Sequential(*layers)
+
+
+class DINOHead(nn.Module):
+    """MLP with GELU, a bottleneck of unit norm, and similarities to prototypes of unit norm.
+
+    Caron et al. 2021, DINO, section 3.1. Own code because lightly's is built on torch's old weight norm: it cannot be
+    copied into a teacher once it has run. The new one cannot be pickled.
+
+    Args:
+        embed_dim: Width of the features.
+        hidden_dim: Width of the two hidden layers.
+        bottleneck_dim: Width of the bottleneck.
+        num_prototypes: Number of outputs K.
+        norm_last_layer: Whether the norm of the prototypes stays 1, or is learnt.
+    """
+
+    def __init__(
+        self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last_layer: bool
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
+            *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))  # their direction
+        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as a linear layer of torch
+        self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(B, K)`` of features ``(B, embed_dim)``."""
+        prototypes = F.normalize(self.prototypes, dim=1) * self.prototype_norms  # (K, bottleneck_dim)
+        return F.linear(F.normalize(self.mlp(features), dim=1), prototypes)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches, row by row; inside a patch the order is (row, column, channel).
+
+    Args:
+        images: ``(B, C, H, W)``, sides divisible by the patch.
+        patch_size: Side P of the patches in pixels.
+
+    Returns:
+        ``(B, N, P*P*C)``.
+    """
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)

@@ -1,4 +1,8 @@
-"""Loss functions of the methods: pure functions of tensors, in float32 or wider, exact across processes."""
+"""Loss functions of the methods: pure functions of tensors, in float32 or wider, exact across processes.
+
+What a paper stops the gradient at (keys, targets, assignments, the teacher) is detached here. Own code beside
+lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning.distributed import gather, rank
+from ssl_lightning.distributed import gather, rank, reduced, world_size
+from ssl_lightning.heads import patchify
 
 
 def _full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -56,3 +61,157 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, reduction: Literal["mean
 
     both = cross_entropy(z0, all1, all0) + cross_entropy(z1, all0, all1)
     return both / 2 if reduction == "mean" else both
+
+
+@_full_precision
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Each query finds its key among the negatives of a queue.
+
+    Source: He et al. 2020, MoCo, eq. 1.
+
+    Args:
+        queries: ``(B, D)``, any scale.
+        keys: ``(B, D)``, any scale; row i is the positive of query i.
+        negatives: ``(K, D)`` with rows of unit norm.
+        temperature: Divides the cosine similarities.
+    """
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
+    positive = (queries * keys).sum(1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, queries @ negatives.detach().T], dim=1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+@_full_precision
+def moco_v3(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Each query finds its key among those of the global batch: one direction, times 2 * temperature.
+
+    Source: Chen et al. 2021, MoCo v3, algorithm 1.
+
+    Args:
+        queries: ``(B, D)`` of one view, any scale.
+        keys: ``(B, D)`` of the other view, any scale; row i is the positive of query i.
+        temperature: Divides the cosine similarities.
+    """
+    queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys.detach(), dim=1))
+    logits = queries @ keys.T / temperature  # (B, N)
+    target = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return 2 * temperature * F.cross_entropy(logits, target)
+
+
+@_full_precision
+def byol(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos: one direction, mean over rows.
+
+    Source: Grill et al. 2020, BYOL, eq. 2.
+
+    Args:
+        predictions: ``(B, D)`` of the online network, any scale.
+        targets: ``(B, D)`` of the teacher on the other view, any scale.
+    """
+    return 2 + 2 * negative_cosine(predictions, targets)
+
+
+@_full_precision
+def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Negative cosine similarity, mean over rows.
+
+    Source: Chen & He 2021, SimSiam, eq. 1.
+
+    Args:
+        predictions: ``(B, D)``, any scale.
+        targets: ``(B, D)``, any scale.
+    """
+    return -(F.normalize(predictions, dim=1) * F.normalize(targets.detach(), dim=1)).sum(1).mean()
+
+
+@_full_precision
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign the global batch to prototypes, all of them about equally often (Sinkhorn-Knopp).
+
+    Source: Caron et al. 2020, SwAV, section 3.1 and its released code.
+
+    Args:
+        scores: ``(B, K)``, this process's rows.
+        epsilon: Smoothness: scores are divided by it.
+        iterations: Normalisations over prototypes and rows.
+
+    Returns:
+        ``(B, K)``; each row sums to 1.
+    """
+    assignments = torch.exp((scores - reduced(scores.max(), "max")) / epsilon)
+    rows, prototypes = len(scores) * world_size(), scores.shape[1]
+    assignments /= reduced(assignments.sum())
+    for _ in range(iterations):
+        assignments /= reduced(assignments.sum(0)) * prototypes
+        assignments /= assignments.sum(1, keepdim=True) * rows
+    return assignments * rows
+
+
+@_full_precision
+def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Predict the assignment of each of the first crops from every other crop of the image.
+
+    Source: Caron et al. 2020, SwAV, eq. 2 and section 3.2.
+
+    Args:
+        scores: ``(V, B, K)`` cosine similarities of all crops to the prototypes.
+        assignments: ``(A, B, K)`` of the first A crops.
+        temperature: Divides the scores.
+    """
+    return _cross_views(F.log_softmax(scores / temperature, dim=-1), assignments.detach())
+
+
+@_full_precision
+def dino(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Predict the teacher's distribution on each global crop from every other crop of the image.
+
+    Source: Caron et al. 2021, DINO, eq. 3 and algorithm 1.
+
+    Args:
+        student: ``(V, B, K)`` logits of all crops.
+        teacher: ``(G, B, K)`` logits of the global crops, which come first.
+        center: ``(K,)`` subtracted from the teacher's logits.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's centred logits.
+    """
+    targets = F.softmax((teacher.detach() - center) / teacher_temperature, dim=-1)
+    return _cross_views(F.log_softmax(student / student_temperature, dim=-1), targets)
+
+
+def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy over all pairs of a target and another view.
+
+    Summed over views first: the work of all V * A pairs for that of V + A.
+
+    Args:
+        log_predictions: ``(V, B, K)``.
+        targets: ``(A, B, K)`` of the first A views.
+    """
+    across = (targets.sum(0) * log_predictions.sum(0)).sum()
+    within = (targets * log_predictions[: len(targets)]).sum()
+    pairs = len(targets) * (len(log_predictions) - 1)
+    return (within - across) / (pairs * targets.shape[1])
+
+
+@_full_precision
+def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
+    """Mean squared error of the pixels of masked patches.
+
+    Source: He et al. 2022, MAE, section 3 and its released code.
+
+    Args:
+        predictions: ``(B, N, P*P*3)``.
+        images: ``(B, 3, S, S)``.
+        mask: ``(B, N)``, 1 where the patch was masked.
+        patch_size: Side P of the patches in pixels.
+        normalize: Whether each target patch is normalised by its own mean and (unbiased) variance.
+    """
+    targets = patchify(images, patch_size)
+    if normalize:
+        variance, mean = torch.var_mean(targets, dim=-1, keepdim=True)
+        targets = (targets - mean) / (variance + 1e-6).sqrt()
+    errors = (predictions - targets).square().mean(-1)  # (B, N)
+    return (errors * mask).sum() / mask.sum()

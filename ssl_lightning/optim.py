@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning.errors import UserError
+from ssl_lightning.schedules import cosine
 
 
 class LARS(torch.optim.Optimizer):
@@ -66,16 +67,10 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         updates: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        adapted = [i for i, p in enumerate(params) if p.ndim > 1]
+        adapted = [i for i, p in enumerate(params) if self._adapts(p)]
         if adapted:
-            weights = [params[i] for i in adapted]
-            gradients = torch._foreach_add([updates[i] for i in adapted], weights, alpha=group["weight_decay"])
-            weight_norms = torch.stack(torch._foreach_norm(weights))
-            gradient_norms = torch.stack(torch._foreach_norm(gradients))
-            ratios = group["trust_coefficient"] * weight_norms / gradient_norms
-            ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0)
-            torch._foreach_mul_(gradients, list(ratios.unbind()))
-            for i, gradient in zip(adapted, gradients, strict=True):
+            scaled = self._scaled([params[i] for i in adapted], [updates[i] for i in adapted], group)
+            for i, gradient in zip(adapted, scaled, strict=True):
                 updates[i] = gradient
         if group["lr_in_momentum"]:
             updates = list(torch._foreach_mul(updates, group["lr"]))
@@ -88,22 +83,70 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, buffers, alpha=-1.0 if group["lr_in_momentum"] else -group["lr"])
 
+    def _adapts(self, param: Tensor) -> bool:
+        return param.ndim > 1
+
+    def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Gradients with weight decay, times the trust ratio."""
+        gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        ratios = group["trust_coefficient"] * weight_norms / gradient_norms
+        ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0)
+        torch._foreach_mul_(gradients, list(ratios.unbind()))
+        return gradients
+
+
+class LARC(LARS):
+    """LARS as SwAV uses it (NVIDIA apex's LARC without clipping): nothing is excluded.
+
+    The trust ratio divides by norm(gradient) + weight_decay * norm(p), the sum of the norms; a tensor one of whose
+    norms is zero gets its plain gradient without decay.
+
+    Args:
+        params: Parameters or groups of parameters.
+        lr: Learning rate.
+        weight_decay: Added to the gradient after the trust ratio is taken.
+        momentum: Momentum of the update.
+        trust_coefficient: As for LARS.
+        lr_in_momentum: As for LARS.
+    """
+
+    def _adapts(self, param: Tensor) -> bool:
+        return True
+
+    def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        adapted = (weight_norms > 0) & (gradient_norms > 0)
+        norms = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
+        ratios = torch.where(adapted, group["trust_coefficient"] * weight_norms / norms, 1.0)
+        decays = torch.where(adapted, group["weight_decay"], 0.0)
+        decayed = torch._foreach_mul(weights, list(decays.unbind()))
+        torch._foreach_add_(decayed, gradients)
+        torch._foreach_mul_(decayed, list(ratios.unbind()))
+        return list(decayed)
+
 
 @dataclass(frozen=True)
 class Optim:
     """Optimizer and learning-rate schedule of a recipe.
 
     Args:
-        name: Optimizer: ``lars``, ``lars_simclr`` (the learning rate enters the momentum, as in SimCLR's code), or any
-            name of torch.optim or timm, e.g. ``sgd``, ``adamw``, ``lamb``.
+        name: Optimizer: ``lars``, ``lars_simclr`` (the learning rate enters the momentum, as in SimCLR's code),
+            ``larc`` (SwAV's form), or any name of torch.optim or timm, e.g. ``sgd``, ``adamw``, ``lamb``.
         base_lr: Learning rate before scaling.
         lr_scaling: How the peak learning rate follows from ``base_lr`` and the global batch (processes and
             accumulation counted): ``linear`` times batch / 256, ``sqrt`` times the root of the batch, ``none``.
         weight_decay: Weight decay.
+        end_weight_decay: Weight decay at the end, reached along a cosine (DINO); None keeps it constant.
         decay_norm_and_bias: Whether tensors of fewer than two dimensions (biases, norms) are decayed too.
         momentum: Momentum, for optimizers that have one.
-        warmup_epochs: Epochs of linear warm-up from 0, stepped per optimizer step.
+        warmup_epochs: Epochs of linear warm-up, stepped per optimizer step.
+        warmup_start_factor: Learning rate of the first step of warm-up, as a share of the peak.
+        warmup_inclusive: Whether the last step of warm-up has the peak already (SwAV, DINO), not the one after.
         end_lr_factor: Learning rate at the end, as a share of the peak; in between lies a cosine.
+        per_epoch: Whether the cosine changes once per epoch (MoCo v2), not per optimizer step.
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
     """
 
@@ -111,10 +154,14 @@ class Optim:
     base_lr: float = 0.3
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     weight_decay: float = 1e-6
+    end_weight_decay: float | None = None
     decay_norm_and_bias: bool = False
     momentum: float = 0.9
     warmup_epochs: float = 10.0
+    warmup_start_factor: float = 0.0
+    warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
+    per_epoch: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def peak_lr(self, global_batch: int) -> float:
@@ -125,6 +172,34 @@ class Optim:
         """
         factor = {"linear": global_batch / 256, "sqrt": global_batch**0.5, "none": 1.0}
         return self.base_lr * factor[self.lr_scaling]
+
+    def lr_factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
+        """Learning rate of a step, as a share of the peak.
+
+        Args:
+            step: Optimizer steps done so far.
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of an epoch.
+        """
+        warmup_steps = round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
+        if self.per_epoch and step >= warmup_steps:
+            step = max(warmup_steps, int(step // steps_per_epoch * steps_per_epoch))
+        if step < warmup_steps:
+            share = step / max(1, warmup_steps - self.warmup_inclusive)
+            return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
+        return cosine(1.0, self.end_lr_factor, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+    def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Set the weight decay of the decayed parameters, where it follows a schedule.
+
+        Args:
+            optimizer: What ``create`` built.
+            progress: Share of the optimizer steps done.
+        """
+        if self.end_weight_decay is not None:
+            for group in optimizer.param_groups:
+                if group["decayed"]:
+                    group["weight_decay"] = cosine(self.weight_decay, self.end_weight_decay, progress)
 
     def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
@@ -140,8 +215,8 @@ class Optim:
         decayed = [p for p in params if p.ndim > 1 or self.decay_norm_and_bias]
         undecayed = [p for p in params if p.ndim <= 1 and not self.decay_norm_and_bias]
         groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": self.weight_decay, "decayed": True},
+            {"params": undecayed, "weight_decay": 0.0, "decayed": False},
         ]
         build = _optimizer_class(self.name)
         arguments = {"lr": self.peak_lr(global_batch), **self.extra}
@@ -157,7 +232,7 @@ torch.serialization.add_safe_globals([Optim])  # a subclass may save it among it
 
 
 def _optimizer_class(name: str) -> Any:
-    ours = {"lars": LARS, "lars_simclr": functools.partial(LARS, lr_in_momentum=True)}
+    ours = {"lars": LARS, "larc": LARC, "lars_simclr": functools.partial(LARS, lr_in_momentum=True)}
     if name.lower() in ours:
         return ours[name.lower()]
     from timm.optim import get_optimizer_class, list_optimizers

@@ -5,14 +5,37 @@ from typing import Any
 
 import lightning as L
 
-from ssl_lightning import DigitsData, Optim, SimCLR, ViewSpec
+from ssl_lightning import BYOL, DINO, MAE, DigitsData, MoCoV2, MoCoV3, Optim, SimCLR, SSLModule, SwAV, ViewSpec
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
     "backbone_kwargs": {"stem_stride": 2, "channels": (8, 8, 16, 16)},
 }
+VIT: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "backbone_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3},
+}
+HEADS: dict[type[SSLModule], dict[str, Any]] = {
+    BYOL: {"hidden_dim": 32},
+    DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
+    MoCoV2: {"queue_length": 64, "bn_splits": 2},
+    MoCoV3: {**BACKBONE, "hidden_dim": 32},
+    SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
+}
+"""Arguments that make each method small; the others are small with a small backbone."""
+
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)
 ADAMW = Optim("adamw", base_lr=1e-3, lr_scaling="none", warmup_epochs=0)
+
+
+def small(method: type[SSLModule], *more: dict[str, Any], **kwargs: Any) -> Any:
+    """A method of some ten thousand parameters."""
+    heads = next((HEADS[base] for base in method.__mro__ if base in HEADS), {})
+    arguments = {**BACKBONE, "optim": ADAMW, **heads}
+    for part in (*more, kwargs):
+        arguments |= part
+    return method(**arguments)
 
 
 def simclr(**kwargs: Any) -> SimCLR:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ssl_lightning import UserError
-from ssl_lightning.backbones import create_backbone
+from ssl_lightning.backbones import create_backbone, init_residual_branches, multi_crop, sincos_positions
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,8 @@ from ssl_lightning.backbones import create_backbone
         ("resnet18", 11_176_512),
         ("resnet18_cifar", 11_168_832),
         ("vit_tiny_patch16_224", 5_524_416),
+        ("vit_small_patch16_224", 21_665_664),
+        ("vit_base_patch16_224", 85_798_656),
         ("torchvision/resnet18", 11_176_512),
         ("torchvision/vit_b_16", 85_798_656),
     ],
@@ -72,3 +75,76 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
 def test_wrong_backbones_say_what_to_change(name: str, kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_backbone(name, **kwargs)
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_one_vit_takes_images_of_any_size_its_patch_divides(size: int) -> None:
+    backbone = create_backbone("vit_tiny_patch16_224", depth=1).eval()
+    with torch.no_grad():
+        assert backbone(torch.rand(1, 3, size, size)).shape == (1, 192)
+
+
+def test_positions_are_interpolated_as_in_dinos_released_code() -> None:
+    torch.manual_seed(0)
+    vit = create_backbone("vit_tiny_patch16_224", depth=1)
+    assert vit.positions(14, 14) is vit.pos_embed  # type: ignore[operator]
+    torch.nn.init.normal_(vit.pos_embed)  # type: ignore[arg-type]
+    grid = vit.pos_embed[:, 1:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)  # type: ignore[index]
+    released = F.interpolate(grid, scale_factor=((6 + 0.1) / 14, (6 + 0.1) / 14), mode="bicubic")
+    positions = vit.positions(6, 6)  # type: ignore[operator]
+    assert positions.shape == (1, 37, 192)
+    assert torch.equal(positions[:, 0], vit.pos_embed[:, 0])  # type: ignore[index]
+    torch.testing.assert_close(positions[:, 1:], released.permute(0, 2, 3, 1).reshape(1, 36, 192))
+    to_the_grid = F.interpolate(grid, size=(6, 6), mode="bicubic").permute(0, 2, 3, 1).reshape(1, 36, 192)
+    assert (positions[:, 1:] - to_the_grid).abs().max() > 0.1
+
+
+def test_an_any_size_vit_is_timms_at_its_own_size() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    ours = create_backbone("vit_tiny_patch16_224", depth=2).eval()
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_fixed_positions_of_moco_v3_and_mae() -> None:
+    moco_v3 = sincos_positions(8, (2, 2), rows_first=True)
+    mae = sincos_positions(8, (2, 2), rows_first=False)
+    column = [0.841471, 0.010000, 0.540302, 0.999950]
+    torch.testing.assert_close(moco_v3[0, 2], torch.tensor([0.0, 0, 1, 1, *column]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mae[0, 2], torch.tensor([*column, 0.0, 0, 1, 1]), atol=1e-6, rtol=0)
+    assert not mae[0, 0].any()
+    assert mae.shape == (1, 5, 8)
+
+
+def test_crops_are_grouped_by_neighbouring_sizes_and_stay_in_order() -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            calls.append((len(images), images.shape[-1]))
+            return images.mean((2, 3))
+
+    views = [torch.full((2, 3, size, size), float(i)) for i, size in enumerate((8, 8, 4, 8))]
+    features = multi_crop(Mean(), views)
+    assert calls == [(4, 8), (2, 4), (2, 8)]
+    assert features[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "torchvision/resnet18", "resnet18_cifar"])
+def test_residual_branches_start_at_zero_or_one(name: str) -> None:
+    backbone = create_backbone(name)
+    for scale in (0.0, 1.0):
+        init_residual_branches(backbone, scale)
+        last = [
+            p
+            for key, p in backbone.named_parameters()
+            if key.endswith("1.bn3.weight" if "50" in name else "1.bn2.weight")
+        ]
+        assert last
+        assert all((p == scale).all() for p in last)
+    assert (backbone.bn1.weight == 1).all()  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ from tests.small import digits, simclr, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "overlays")
+QUICKSTARTS = [recipe for recipe in RECIPES if recipe.name == "quickstart.yaml"]
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
 DEBUG = ["--config", "configs/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
 
@@ -197,12 +198,32 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
 # Configs and help
 
 
+@pytest.mark.parametrize("recipe", QUICKSTARTS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
+    main(["fit", "--config", str(recipe), "--config", "configs/overlays/debug.yaml"])
+    (run,) = (tmp_path / "runs").glob("*/version_0")
+    assert len(curve(run, "val/knn_top1")) == 2
+    assert len(curve(run, "val/linear_top1")) == 2
+
+
+def test_every_method_has_its_recipes() -> None:
+    names = {
+        folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONFIGS.iterdir() if folder.is_dir()
+    }
+    names.pop("overlays")
+    assert set(names) == {"simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae"}
+    for method, recipes in names.items():
+        for wanted in ("quickstart", "cifar10_cpu", "cifar10_", "imagenet100_", "imagenet_"):
+            found = [name for name in recipes if name.startswith(wanted) and (name != "cifar10_cpu" or wanted == name)]
+            assert found or (method, wanted) == ("simclr", "quickstart"), (method, wanted)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_recipe_can_be_built(recipe: Path) -> None:
     root = [] if "DigitsData" in recipe.read_text() else ["--data.root", "nowhere"]
     cli = SSLCLI(args=["--config", str(recipe), *root], run=False)
     assert cli.trainer.max_epochs
-    if recipe.name == "cifar10_resnet18.yaml":  # what a recipe leaves out stays the paper's
+    if recipe.match("simclr/cifar10_resnet18.yaml"):  # what a recipe leaves out stays the paper's
         optim = cli.model.optim
         assert (optim.name, optim.base_lr, optim.weight_decay, optim.warmup_epochs) == ("lars_simclr", 1.0, 1e-4, 10)
         assert cli.model.temperature == 0.5
@@ -275,6 +296,16 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
         (["--model", "SimCLR", "--data", "DigitsData", "--without", "[probes]"], "choose from linear_probe"),
         (["--model", "SimCLR", "--data", "DigitsData", "--model.optim.name", "adan2"], "unknown optimizer"),
         (["--config", "configs/none.yaml"], "configs/none.yaml"),
+        (["--model", "MAE", "--model.backbone", "resnet18", "--data", "DigitsData"], "set model.backbone to a ViT"),
+        (["--config", "configs/moco_v2/quickstart.yaml", "--model.queue_length", "100"], "queue_length=100"),
+        (["--config", "configs/dino/quickstart.yaml", "--data.views", "mae"], "DINO needs 2 views"),
+        (
+            (
+                *("--config", "configs/byol/quickstart.yaml", "--model.backbone", "vit_tiny_patch16_224"),
+                *("--model.backbone_kwargs", "{patch_size: 7}"),
+            ),
+            "patches of 7 px do not divide views of 16 px",
+        ),
     ],
 )
 def test_wrong_things_are_answered_in_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,21 @@
-"""What every method promises; a new method is one more entry of METHODS."""
+"""What every method promises; a new method is one more public class."""
 
+import copy
+import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
 import ssl_lightning
-from ssl_lightning import FakeData, SSLModule
-from tests.small import ADAMW, BACKBONE, trainer
+from ssl_lightning import MAE, FakeData, LastCheckpoint, LinearProbe, MoCoV2, SSLModule, SwAV, UserError, ViewSpec
+from ssl_lightning.distributed import world_size
+from tests.processes import run_processes
+from tests.small import VIT, small, trainer
 
 METHODS = [
     value
@@ -17,31 +23,108 @@ METHODS = [
     if isinstance(value, type) and issubclass(value, SSLModule) and value is not SSLModule
 ]
 
+CNN_AND_VIT = [
+    pytest.param(method, net, id=f"{method.__name__}-{'vit' if net else 'cnn'}")
+    for method in METHODS
+    for net in ({}, VIT)
+    if net or method is not MAE
+]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+every_backbone = pytest.mark.parametrize(("method", "net"), CNN_AND_VIT)
+CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
 
 
-def small(method: type[SSLModule], **kwargs: Any) -> SSLModule:
-    return method(**{**BACKBONE, "optim": ADAMW, **kwargs})  # type: ignore[arg-type]
+def data(method: type[SSLModule], **kwargs: Any) -> FakeData:
+    """64 images in batches of 8, with local crops for the methods that take them."""
+    return FakeData(**{"batch_size": 8, "seed": 0, "views": CROPS if method.local_views else None, **kwargs})
 
 
-@every_method
-def test_a_step_gives_a_finite_loss_and_every_parameter_a_gradient(method: type[SSLModule], tmp_path: Path) -> None:
-    module = small(method)
-    missing: list[str] = []
+class Watch(L.Callback):
+    """What happens to parameters, optimizers and teachers, step by step."""
 
-    class Gradients(ssl_lightning.Throughput):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            missing.extend(name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None)
+    def __init__(self) -> None:
+        self.without_gradient: set[str] = set()
+        self.followers: list[dict[str, Tensor]] = []
 
-    running = trainer(tmp_path, callbacks=[Gradients()], limit_train_batches=2)
-    running.fit(module, FakeData(batch_size=8))
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        missing = {name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None}
+        self.without_gradient |= missing
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in pl_module.named_parameters():
+            assert (id(p) in optimized) == p.requires_grad, name
+            if name.startswith("teacher_"):
+                assert p.grad is None, name
+                assert not p.requires_grad, name
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.followers.append(
+            {
+                name: value.clone()
+                for name, value in pl_module.state_dict().items()
+                if name.startswith(("teacher_", "queue", "center")) and "running" not in name and "num_b" not in name
+            }
+        )
+
+
+@every_backbone
+def test_a_step_gives_a_finite_loss_and_every_parameter_a_gradient(
+    method: type[SSLModule], net: dict[str, Any], tmp_path: Path
+) -> None:
+    watch = Watch()
+    running = trainer(tmp_path, callbacks=[watch], limit_train_batches=2)
+    running.fit(small(method, net), data(method))
     assert torch.isfinite(running.callback_metrics["train/loss"])
-    assert not missing
+    assert not watch.without_gradient
 
 
 @every_method
-def test_features_have_the_promised_width(method: type[SSLModule]) -> None:
-    module = small(method).eval()
+def test_teacher_queue_and_centre_move_once_per_optimizer_step(method: type[SSLModule], tmp_path: Path) -> None:
+    watch = Watch()
+    running = trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=2)
+    queue: dict[str, Any] = {"queue_length": 32, "queue_start_epoch": 0} if method is SwAV else {}
+    running.fit(small(method, queue), data(method))
+    states = watch.followers
+    if states[0]:
+        assert len(states) == 8
+        for batch in range(1, 7):  # in the last step a momentum that rises to 1 has arrived
+            still = all(torch.equal(value, states[batch - 1][name]) for name, value in states[batch].items())
+            assert still == (batch % 2 == 0), batch
+    else:
+        assert method.update_teacher is SSLModule.update_teacher
+
+
+@every_backbone
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(
+    method: type[SSLModule], net: dict[str, Any], tmp_path: Path
+) -> None:
+    queue: dict[str, Any] = {"queue_length": 16, "queue_start_epoch": 0} if method is SwAV else {}
+
+    def run(stop: int | None, ckpt_path: str | None) -> dict[str, Any]:
+        L.seed_everything(1)
+
+        class Stop(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+                if trainer.global_step == stop:
+                    raise KeyboardInterrupt
+
+        last = LastCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path / str(stop)))
+        running = trainer(tmp_path, max_epochs=2, callbacks=[last, Stop()], enable_checkpointing=True)
+        module = small(method, net, queue)
+        with suppress(KeyboardInterrupt, SystemExit):
+            running.fit(module, data(method), ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    whole = run(None, None)
+    stopped = run(11, None)  # in the middle of the second epoch
+    assert any(not torch.equal(value, whole[name]) for name, value in stopped.items())
+    resumed = run(None, str(tmp_path / "11" / "last.ckpt"))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@every_backbone
+def test_features_have_the_promised_width(method: type[SSLModule], net: dict[str, Any]) -> None:
+    module = small(method, net).eval()
     assert module(torch.rand(2, 3, 32, 32)).shape == (2, module.embed_dim)
 
 
@@ -52,7 +135,7 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
         torch.manual_seed(0)
         module = small(method)
         running = trainer(tmp_path, precision=precision, max_steps=1)
-        running.fit(module, FakeData(batch_size=32, seed=0))
+        running.fit(module, data(method, batch_size=32))
         loss = running.callback_metrics["train/loss"]
         assert loss.dtype == torch.float32
         losses.append(float(loss))
@@ -62,12 +145,16 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
 @every_method
 def test_the_backbone_can_be_compiled(method: type[SSLModule]) -> None:
     torch.manual_seed(0)
-    module = small(method)
+    module = small(method, {"bn_splits": 1} if method is MoCoV2 else {})
     views = list(torch.rand(2, 4, 3, 32, 32))
-    with torch.no_grad():
-        expected = module.training_loss(views)
-        module.backbone.compile()
-        torch.testing.assert_close(module.training_loss(views), expected, atol=1e-4, rtol=1e-4)
+    losses = []
+    for compiled in (False, True):
+        if compiled:
+            (module.backbone.blocks if method is MAE else module.backbone).compile()  # MAE calls its parts
+        torch.manual_seed(0)  # masks and drop path
+        with torch.no_grad():
+            losses.append(module.training_loss(views))
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
 
 
 @every_method
@@ -76,17 +163,159 @@ def test_a_subclass_with_one_override_trains(method: type[SSLModule], tmp_path: 
         def training_loss(self, views: list[Tensor]) -> Tensor:
             return 2 * super().training_loss(views)
 
-    trainer(tmp_path, limit_train_batches=2).fit(small(Doubled), FakeData(batch_size=8))
+    trainer(tmp_path, limit_train_batches=2).fit(small(Doubled), data(method))
 
 
 @every_method
 def test_a_checkpoint_holds_what_builds_the_method_again(method: type[SSLModule], tmp_path: Path) -> None:
     running = trainer(tmp_path, limit_train_batches=1)
     module = small(method)
-    running.fit(module, FakeData(batch_size=8))
+    running.fit(module, data(method))
     running.save_checkpoint(tmp_path / "x.ckpt")
     torch.load(tmp_path / "x.ckpt", weights_only=True)  # no code in it
     again = method.load_from_checkpoint(tmp_path / "x.ckpt")
     assert again.optim == module.optim
     for name, value in module.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@every_method
+def test_probes_learn_from_the_features_of_training(method: type[SSLModule], tmp_path: Path) -> None:
+    probe = LinearProbe()
+    running = trainer(tmp_path, callbacks=[probe])
+    running.fit(small(method), data(method))
+    assert probe.head is not None
+    assert probe.head[1].weight.any()
+    assert "val/linear_top1" in running.callback_metrics
+
+
+@every_method
+def test_validation_changes_nothing(method: type[SSLModule], tmp_path: Path) -> None:
+    module = small(method)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer(tmp_path).validate(module, data(method), verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@every_method
+def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], tmp_path: Path) -> None:
+    module = small(method)
+    running = trainer(tmp_path, limit_train_batches=1)
+    running.fit(module, data(method))
+    if module.chance_loss is not None:
+        assert float(running.callback_metrics["train/loss"]) < 3 * module.chance_loss
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18_cifar", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method is not MAE], ids=lambda m: m.__name__)
+def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> None:
+    module = small(method, {"backbone": name, "backbone_kwargs": {}})
+    views = [torch.rand(4, 3, 32, 32) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
+    loss = module.training_loss(views)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@every_method
+def test_what_an_interrupted_step_left_behind_is_forgotten(method: type[SSLModule], tmp_path: Path) -> None:
+    broken = True
+
+    class Mended(method):  # type: ignore[misc,valid-type]
+        def training_loss(self, views: list[Tensor]) -> Tensor:
+            loss = super().training_loss([view * float("nan") for view in views] if broken else views)
+            return loss * float("nan") if broken else loss
+
+    module = small(Mended)
+    with pytest.raises(UserError, match="loss is nan at step 0"):
+        trainer(tmp_path).fit(module, data(method))
+    broken = False
+    for buffer in module.modules():
+        if isinstance(buffer, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            buffer.reset_running_stats()
+    trainer(tmp_path, limit_train_batches=2).fit(module, data(method))
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+@every_method
+def test_a_module_can_be_pickled_and_copied(method: type[SSLModule]) -> None:
+    module = small(method)
+    for again in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def _steps_of(rank: int, method: type[SSLModule], views: list[Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and state after two optimizer steps on this process's part of the batch; BatchNorm in eval mode."""
+    torch.manual_seed(0)
+    module = small(method, {"queue_length": 8, "queue_start_epoch": 0} if method is SwAV else {}).double()
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            part.eval()
+    processes = world_size()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        torch.manual_seed(step)  # as within a step of training: the same on all processes
+        loss = module.training_loss([view.chunk(processes)[rank] for view in views])
+        optimizer.zero_grad()
+        loss.backward()
+        for p in module.parameters():
+            if p.grad is not None and processes > 1:
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= processes
+        optimizer.step()
+        module.update_teacher()
+    return loss.item(), module.state_dict()
+
+
+@every_method
+def test_two_processes_train_as_one(method: type[SSLModule]) -> None:
+    torch.manual_seed(5)
+    views = [torch.rand(8, 3, 32, 32, dtype=torch.float64) for _ in range(method.global_views or 1)]
+    (loss0, state0), (loss1, state1) = run_processes(_steps_of, 2, method, views)
+    loss, state = _steps_of(0, method, views)
+    assert (loss0 + loss1) / 2 == pytest.approx(loss, abs=1e-9)
+    for name, value in state.items():
+        torch.testing.assert_close(state0[name], value, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(state0[name], state1[name]), name
+
+
+# What cannot be trained is refused before training starts
+
+
+@pytest.mark.parametrize(
+    ("method", "views", "message"),
+    [
+        *((method, [ViewSpec(size=32)], "needs 2 views of full size") for method in METHODS if method is not MAE),
+        (MAE, [ViewSpec(size=32, count=2)], "MAE needs 1 view of full size, and no others"),
+        (MoCoV2, [ViewSpec(size=32, count=2), ViewSpec(size=16)], "needs 2 views of full size, and no others"),
+        (SwAV, [ViewSpec(size=16), ViewSpec(size=32, count=2)], "smaller ones may follow; data.views gives 16 px, 32"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused(method: Any, views: list[ViewSpec], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path).fit(small(method), FakeData(batch_size=8, views=views))
+
+
+@every_method
+def test_patches_that_do_not_divide_the_crops_are_refused(method: type[SSLModule], tmp_path: Path) -> None:
+    views = [ViewSpec(size=20, count=method.global_views or 1)]
+    with pytest.raises(UserError, match=r"patches of 8 px do not divide views of 20 px; set data.image_size"):
+        trainer(tmp_path).fit(small(method, VIT), FakeData(batch_size=8, views=views))
+
+
+@every_method
+def test_a_batch_of_one_is_refused_from_any_loader(method: type[SSLModule], tmp_path: Path) -> None:
+    batch = ([torch.rand(1, 3, 32, 32)] * (method.global_views or 1), torch.zeros(1))
+    loader = torch.utils.data.DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="batch_size to 2 or more"):
+        trainer(tmp_path).fit(small(method), loader)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.__name__ in ("BYOL", "DINO", "MoCoV2", "MoCoV3")])
+def test_a_teacher_in_half_precision_is_refused(method: type[SSLModule], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="precision to bf16-mixed"):
+        trainer(tmp_path, precision="bf16-true").fit(small(method), data(method))
+
+
+def test_backbones_with_other_patches_train() -> None:
+    for name in ("xcit_nano_12_p16_224", "pvt_v2_b0"):
+        small(ssl_lightning.SimCLR, {"backbone": name, "backbone_kwargs": {}}).check([32, 32], 8)

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
-from lightly.loss import NTXentLoss
+from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss
+from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+from lightly.models import utils as lightly_utils
 from torch import Tensor
 
+from ssl_lightning import losses
 from ssl_lightning.distributed import gather
+from ssl_lightning.heads import patchify
 from ssl_lightning.losses import nt_xent
 from tests.processes import run_processes
 
@@ -101,3 +105,199 @@ def test_nt_xent_of_two_processes_equals_one() -> None:
     torch.testing.assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach())
     gradients = torch.cat([result[1] for result in results], dim=1) / 2  # processes average their gradients
     torch.testing.assert_close(gradients, torch.stack([z.grad for z in whole]))  # type: ignore[arg-type,misc]
+
+
+def double(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.2, 0.0489068), (0.07, 0.000189406)])
+def test_info_nce_worked_example(temperature: float, expected: float) -> None:
+    queries, keys = double([[1, 0]]).requires_grad_(), double([[0.6, 0.8]]).requires_grad_()
+    negatives = double([[0, 1], [-1, 0]]).requires_grad_()
+    loss = losses.info_nce(queries, keys, negatives, temperature)
+    assert loss.item() == pytest.approx(expected, abs=1e-7)
+    loss.backward()
+    assert keys.grad is None
+    assert negatives.grad is None
+    if temperature == 0.2:
+        torch.testing.assert_close(queries.grad, double([[0, 0.0461]]), atol=1e-4, rtol=0)
+
+
+def test_info_nce_equals_lightlys_with_a_memory_bank() -> None:
+    torch.manual_seed(0)
+    bank = NTXentLoss(0.3, memory_bank_size=(16, 8)).double()
+    queries, keys = torch.randn(2, 4, 8, dtype=torch.float64)
+    theirs = queries.clone().requires_grad_()
+    queries.requires_grad_()
+    bank(theirs.detach(), keys)  # fills the bank
+    negatives = bank.memory_bank.bank.clone().double()
+    negatives = negatives if negatives.shape == (16, 8) else negatives.T
+    expected = bank(theirs, keys)
+    loss = losses.info_nce(queries, keys, negatives, 0.3)
+    loss.backward(), expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(queries.grad, theirs.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, 1.018556), (0.2, 0.262835)])
+def test_moco_v3_worked_example(temperature: float, expected: float) -> None:
+    queries, keys = Z0.clone().requires_grad_(), Z1.clone().requires_grad_()
+    loss = losses.moco_v3(queries, keys, temperature)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    loss.backward()
+    assert keys.grad is None
+    if temperature == 0.2:
+        torch.testing.assert_close(queries.grad, double([[0, -1.8217e-4], [1.0235, 0]]), atol=1e-4, rtol=0)
+
+
+def test_byol_and_negative_cosine_worked_example() -> None:
+    for loss_of, expected, gradient in (
+        (losses.byol, 0.8, [[0, -1.6]]),
+        (losses.negative_cosine, -0.6, [[0, -0.8]]),
+    ):
+        predictions, targets = double([[1, 0]]).requires_grad_(), double([[3, 4]]).requires_grad_()
+        loss = loss_of(predictions, targets)
+        assert loss.item() == pytest.approx(expected)
+        loss.backward()
+        torch.testing.assert_close(predictions.grad, double(gradient))
+        assert targets.grad is None
+
+
+def test_negative_cosine_equals_lightly() -> None:
+    torch.manual_seed(0)
+    predictions, targets = torch.randn(2, 5, 7, dtype=torch.float64)
+    expected = NegativeCosineSimilarity()(predictions, targets)
+    torch.testing.assert_close(losses.negative_cosine(predictions, targets), expected)
+
+
+SCORES = double([[1, 0], [0.9, 0.3], [0.5, 0.4]])
+ASSIGNED = double([[0.703041, 0.296959], [0.515451, 0.484549], [0.281269, 0.718731]])
+
+
+def test_sinkhorn_worked_example() -> None:
+    once = double([[0.697743, 0.302257], [0.509142, 0.490858], [0.276192, 0.723808]])
+    torch.testing.assert_close(losses.sinkhorn(SCORES, 0.5, 1), once, atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses.sinkhorn(SCORES, 0.5, 3), ASSIGNED, atol=1e-6, rtol=0)
+
+
+def test_sinkhorn_properties() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(12, 5, dtype=torch.float64)
+    q = losses.sinkhorn(scores, 0.05, 3)
+    torch.testing.assert_close(q.sum(1), torch.ones(12, dtype=torch.float64))
+    torch.testing.assert_close(losses.sinkhorn(scores + 3, 0.05, 3), q)
+    order = torch.randperm(12)
+    torch.testing.assert_close(losses.sinkhorn(scores[order], 0.05, 3), q[order])
+    torch.testing.assert_close(losses.sinkhorn(torch.ones(4, 1), 0.05, 3), torch.ones(4, 1))
+    torch.testing.assert_close(losses.sinkhorn(torch.ones(4, 8), 0.05, 3), torch.full((4, 8), 1 / 8))
+    assert not q.requires_grad
+    half = losses.sinkhorn(torch.ones(4, 8, dtype=torch.float16), 0.05, 3)  # exp(20) overflows float16
+    assert half.dtype == torch.float32
+    assert torch.isfinite(half).all()
+    torch.testing.assert_close(q, lightly_sinkhorn(scores, 3, 0.05))
+
+
+def test_swav_worked_example() -> None:
+    predictions = double([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    scores = torch.stack([predictions, predictions])
+    # two crops with the same scores: each predicts the other
+    loss = losses.swav(scores, torch.stack([ASSIGNED, ASSIGNED]), 0.1)
+    assert loss.item() == pytest.approx(2.054777, abs=1e-5)
+
+
+def test_swav_equals_lightly() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(4, 6, 5, dtype=torch.float64, requires_grad=True)
+    theirs = scores.detach().clone().requires_grad_()
+    assignments = torch.stack([losses.sinkhorn(scores[crop], 0.05, 3) for crop in range(2)])
+    loss = losses.swav(scores, assignments, 0.1)
+    expected = SwaVLoss(temperature=0.1)(list(theirs[:2]), list(theirs[2:]))
+    loss.backward(), expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    torch.testing.assert_close(scores.grad, theirs.grad)
+
+
+def test_dino_worked_examples() -> None:
+    student, teacher = double([[[1, 0]], [[0, 1]], [[0.5, 0.5]]]), double([[[0.5, 0.3]], [[0.1, 0.2]]])
+    loss = losses.dino(student, teacher, torch.zeros(2, dtype=torch.float64), 0.1, 0.04)
+    assert loss.item() == pytest.approx(5.140219, abs=1e-6)
+    teacher, center = double([[[0.5, 0.3]]]), double([0.1, 0])
+    pair = losses.dino(double([[[0, 0]], [[1, 0]]]), teacher, center, 0.1, 0.04)
+    assert pair.item() == pytest.approx(0.758628, abs=1e-5)
+    shifted = losses.dino(student, teacher - center, torch.zeros(2, dtype=torch.float64), 0.1, 0.04)
+    torch.testing.assert_close(losses.dino(student, teacher, center, 0.1, 0.04), shifted)
+
+
+def test_dino_equals_lightly_and_leaves_the_teacher_alone() -> None:
+    torch.manual_seed(0)
+    student = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    theirs = student.detach().clone().requires_grad_()
+    # lightly's temperatures are float32
+    oracle = DINOLoss(output_dim=7, warmup_teacher_temp=0.04, teacher_temp=0.04, student_temp=0.1).double()
+    loss = losses.dino(student, teacher, torch.zeros(7, dtype=torch.float64), 0.1, 0.04)
+    expected = oracle(list(teacher.detach()), list(theirs), epoch=0)
+    loss.backward(), expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7)
+    torch.testing.assert_close(student.grad, theirs.grad, atol=1e-6, rtol=0)
+    assert teacher.grad is None
+
+
+def test_patchify_keeps_pixels_together() -> None:
+    image = torch.arange(48.0).view(1, 3, 4, 4)
+    patches = patchify(image, 2)
+    assert patches.shape == (1, 4, 12)
+    assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(patchify(images, 8), lightly_utils.patchify(images, 8))
+
+
+def test_mae_worked_examples() -> None:
+    torch.manual_seed(0)
+    images, mask = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
+    zeros = torch.zeros(2, 4, 768, dtype=torch.float64)
+    assert losses.mae(zeros, images, mask, 16, normalize=True).item() == pytest.approx(0.998698, abs=1e-4)
+    # targets of rows 1, 2, 3, 0; the first and third are masked: (1 + 9) / 2
+    patches = double([1, 2, 3, 0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert losses.mae(torch.zeros(1, 4, 3), patches, torch.tensor([[1.0, 0, 1, 0]]), 1, normalize=False).item() == 5
+    # what is visible does not count
+    targets = patchify(images, 16)
+    mask[:, 0] = 0
+    predictions = targets.clone()
+    predictions[:, 0] = 99
+    assert losses.mae(predictions, images, mask, 16, normalize=False).item() == 0
+
+
+def test_losses_of_half_precision_are_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 8, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss, expected in (
+            (losses.info_nce(a, b, c, 0.05), losses.info_nce(a.float(), b.float(), c.float(), 0.05)),
+            (losses.moco_v3(a, b, 0.05), losses.moco_v3(a.float(), b.float(), 0.05)),
+            (losses.byol(a, b), losses.byol(a.float(), b.float())),
+        ):
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, expected)
+
+
+def _distributed_losses(rank: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    part = slice(rank * 4, rank * 4 + 4)
+    queries = a[part].requires_grad_()
+    loss = losses.moco_v3(queries, b[part], 0.2)
+    loss.backward()
+    assert queries.grad is not None
+    return loss.detach(), queries.grad, losses.sinkhorn(a[part].detach(), 0.5, 3)
+
+
+def test_moco_v3_and_sinkhorn_of_two_processes_equal_one() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 8, 4, dtype=torch.float64)
+    results = run_processes(_distributed_losses, 2, a, b)
+    whole = a.clone().requires_grad_()
+    loss = losses.moco_v3(whole, b, 0.2)
+    loss.backward()
+    torch.testing.assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach())
+    torch.testing.assert_close(torch.cat([result[1] for result in results]) / 2, whole.grad)
+    torch.testing.assert_close(torch.cat([result[2] for result in results]), losses.sinkhorn(a, 0.5, 3))

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_lightning import LARS, Optim, UserError
-from ssl_lightning.schedules import cosine, warmup_cosine
+from ssl_lightning import LARC, LARS, Optim, UserError
+from ssl_lightning.schedules import cosine
 
 
-def steps(gradients: list[list[float]], lrs: list[float], p: list[float], **kwargs: object) -> torch.Tensor:
+def steps(
+    gradients: list[list[float]], lrs: list[float], p: list[float], optimizer_class: type[LARS] = LARS, **kwargs: object
+) -> torch.Tensor:
     weight = nn.Parameter(torch.tensor([p], dtype=torch.float64))
-    optimizer = LARS([weight], lr=lrs[0], **kwargs)  # type: ignore[arg-type]
+    optimizer = optimizer_class([weight], lr=lrs[0], **kwargs)  # type: ignore[arg-type]
     for gradient, lr in zip(gradients, lrs, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
@@ -33,6 +35,22 @@ def test_lars_uses_the_norm_of_the_sum_of_gradient_and_decay() -> None:
     moved = steps([[0.6, 0.8]], [1.0], [4.0, -3.0], weight_decay=0.01)
     q = 0.00499376
     assert moved.tolist() == pytest.approx([4 - q * (0.6 + 0.04), -3 - q * (0.8 - 0.03)], abs=1e-8)
+
+
+def test_larc_of_the_worked_example() -> None:
+    moved = steps([[0.6, 0.8], [0.0, 1.0]], [1.0, 0.5], [3.0, 4.0], LARC, weight_decay=0.01)
+    assert moved.tolist() == pytest.approx([2.99557871, 3.99172626], abs=1e-8)
+    moved = steps([[0.6, 0.8]], [1.0], [4.0, -3.0], LARC, weight_decay=0.01)  # the sum of norms, not norm of the sum
+    q = 0.0047619
+    assert moved.tolist() == pytest.approx([4 - q * (0.6 + 0.04), -3 - q * (0.8 - 0.03)], abs=1e-7)
+
+
+def test_larc_adapts_vectors_too_and_decays_nothing_without_gradient() -> None:
+    assert steps([[0.0, 0.0]], [1.0], [3.0, 4.0], LARC, weight_decay=0.01).tolist() == [3.0, 4.0]
+    bias = nn.Parameter(torch.tensor([3.0, 4.0]))
+    bias.grad = torch.tensor([0.6, 0.8])
+    LARC([bias], lr=1.0, weight_decay=0.01).step()
+    assert bias.tolist() == pytest.approx([2.997, 3.996])
 
 
 def test_lars_of_zero_norms_takes_the_plain_gradient() -> None:
@@ -70,7 +88,7 @@ def test_schedules() -> None:
     assert [cosine(1.0, 0.0, progress) for progress in (0, 0.5, 1, 2)] == pytest.approx([1, 0.5, 0, 0])
     # 4 epochs of 2 steps with one epoch of warm-up: the form of MAE and MoCo v3
     expected = [0, 0.5, 1, 0.933013, 0.75, 0.5, 0.25, 0.066987]
-    assert [warmup_cosine(step, 2, 8) for step in range(8)] == pytest.approx(expected, abs=1e-6)
+    assert [Optim(warmup_epochs=1).lr_factor(step, 8, 2) for step in range(8)] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "moco_v1": (replace(_NPID, count=2),),
     "moco_v2": (_MOCO_V2,),
     "simsiam": (_MOCO_V2,),
-    "moco_v3": (_MOCO_V3, _second(_MOCO_V3)),  # the ViT recipe; ResNets use scale (0.2, 1)
+    "moco_v3": (replace(_MOCO_V3, scale=(0.2, 1.0)), _second(replace(_MOCO_V3, scale=(0.2, 1.0)))),
+    "moco_v3_vit": (_MOCO_V3, _second(_MOCO_V3)),
     "byol": (_BYOL, replace(_second(_BYOL), solarize_threshold=127.5)),
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
@@ -168,6 +169,7 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "moco_v2": (_CIFAR_SYMMETRIC,),
     "simsiam": (replace(_CIFAR_SYMMETRIC, scale=(0.2, 1.0)),),
     "moco_v3": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "moco_v3_vit": (_CIFAR_FIRST, _CIFAR_SECOND),
     "byol": (_CIFAR_FIRST, _CIFAR_SECOND),
     "barlow_twins": (_CIFAR_FIRST, _CIFAR_SECOND),
     "vicreg": (replace(_CIFAR_FIRST, count=2, scale=(0.2, 1.0), solarize=0.1),),

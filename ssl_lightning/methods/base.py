@@ -4,16 +4,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from ssl_lightning.distributed import rank
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
-from ssl_lightning.schedules import warmup_cosine
 
 
 class SSLModule(L.LightningModule):
@@ -34,19 +35,40 @@ class SSLModule(L.LightningModule):
     embed_dim: int
     """Width of the features that ``forward`` gives."""
 
+    # What the paper prescribes
+
+    global_views: int | None = None
+    """Number of full-size views that ``training_loss`` takes; None leaves them unchecked."""
+
+    local_views: bool = False
+    """Whether smaller views may follow."""
+
+    batch_norm: Literal["global", "per_process"] | None = None
+    """Whose images BatchNorm sees in the paper: those of all processes (``sync_batchnorm``) or of one."""
+
+    zero_init_residual: bool = True
+    """Whether the residual branches of a ResNet start at zero."""
+
     def __init__(
         self, backbone: str = "resnet50", backbone_kwargs: dict[str, Any] | None = None, optim: Optim = Optim()
     ) -> None:
-        from ssl_lightning.backbones import create_backbone  # only here: reading help texts should not wait for timm
+        from ssl_lightning import backbones  # only here: reading help texts should not wait for timm
 
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
         self.save_hyperparameters(ignore=["optim"])
         self.save_hyperparameters({"optim": asdict(self.optim)})
-        self.backbone = create_backbone(backbone, **(backbone_kwargs or {}))
+        backbone_kwargs = backbone_kwargs or {}
+        self.backbone = backbones.create_backbone(backbone, **backbone_kwargs)
+        if not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
+            backbones.init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type]
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
+        self._pending: list[Tensor] = []
+        self._seed: int | None = None
+        self._generator: torch.Generator | None = None
+        self._checked = False
 
     # The contract of a method
 
@@ -71,7 +93,41 @@ class SSLModule(L.LightningModule):
         return self.backbone
 
     def update_teacher(self) -> None:
-        """Move the teacher, if there is one; called once after each optimizer step."""
+        """Move what follows the weights (teacher, queue, centre); called once after each optimizer step."""
+
+    def _take_pending(self) -> list[Tensor]:
+        """What the batches of the step left for ``update_teacher``: keys, embeddings, mean logits."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """See whether the method can train on such views; called before training starts.
+
+        Args:
+            sizes: Side of each view in pixels.
+            global_batch: Images per step over all processes, accumulated batches not counted.
+
+        Raises:
+            UserError: It cannot; says which argument to change.
+        """
+        count = self.global_views
+        if count is not None and (
+            sizes[:count] != [max(sizes)] * count or (len(sizes) > count and not self.local_views)
+        ):
+            others = "smaller ones may follow" if self.local_views else "and no others"
+            raise UserError(
+                f"{type(self).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; data.views gives "
+                f"{', '.join(f'{size} px' for size in sizes)}."
+            )
+        if global_batch < 2:
+            raise UserError("a batch of 1 image has no BatchNorm and no negatives; set data.batch_size to 2 or more.")
+        patch = getattr(self.backbone, "patch_side", 1)
+        for size in sizes:
+            if size % patch:
+                raise UserError(
+                    f"the backbone's patches of {patch} px do not divide views of {size} px; set data.image_size, "
+                    "the sizes in data.views, or model.backbone_kwargs.patch_size."
+                )
 
     @property
     def chance_loss(self) -> float | None:
@@ -81,12 +137,58 @@ class SSLModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Optimizer steps done, as a share of those planned, in [0, 1]; 0 outside a training."""
-        if self._trainer is None:
-            return 0.0
-        planned = self.trainer.estimated_stepping_batches
-        return min(1.0, self.trainer.global_step / max(1, planned))
+        return self.progress_of(self.global_step)
+
+    def progress_of(self, step: int) -> float:
+        """Share of the planned optimizer steps that are done before a step, in [0, 1].
+
+        Args:
+            step: Optimizer steps done.
+        """
+        return 0.0 if self._trainer is None else min(1.0, step / max(1, self.trainer.estimated_stepping_batches))
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Random numbers of the step, on the CPU: the same on every process and after a resume."""
+        return self._generator or torch.default_generator
+
+    def random_to_device(self, host: Tensor) -> Tensor:
+        """Move what ``generator`` drew to the device, without waiting for it.
+
+        Args:
+            host: Tensor on the CPU.
+        """
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     # Training
+
+    def on_fit_start(self) -> None:
+        """Check the views, the batch and BatchNorm against what the paper prescribes."""
+        self._pending, self._pending_losses = [], []  # of a step that was interrupted
+        if self._seed is None:  # else that of the checkpoint
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        if hasattr(self, "teacher_backbone") and self.dtype in (torch.float16, torch.bfloat16):
+            raise UserError("a teacher in half precision never moves; set trainer.precision to bf16-mixed or 32-true.")
+        self._check_batch_norm()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        specs = getattr(data, "view_specs", None)
+        self._checked = specs is not None
+        if specs is not None:
+            sizes = [spec.size for spec in specs for _ in range(spec.count)]
+            self.check(sizes, data.batch_size * self.trainer.world_size)
+
+    def _check_batch_norm(self) -> None:
+        kinds = {type(module) for module in self.modules()}
+        if self.batch_norm == "per_process" and nn.SyncBatchNorm in kinds:
+            raise UserError(f"{type(self).__name__}'s BatchNorm is per process; set trainer.sync_batchnorm to false.")
+        if self.batch_norm == "global" and kinds & {nn.BatchNorm1d, nn.BatchNorm2d} and self.trainer.world_size > 1:
+            rank_zero_warn(f"{type(self).__name__}'s BatchNorm is global; on GPUs set trainer.sync_batchnorm to true.")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Check the first batch of a loader that does not tell its views."""
+        if not self._checked:
+            self.check([view.shape[-1] for view in batch[0]], len(batch[0][0]) * self.trainer.world_size)
+            self._checked = True
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Loss of a batch, and the features that the probes learn from.
@@ -96,11 +198,30 @@ class SSLModule(L.LightningModule):
             batch_idx: Unused.
         """
         views = batch[0]
-        with self._recording() as features:
+        with self._seeded(batch_idx), self._recording() as features:
             loss = self.training_loss(views)
         self._pending_losses.append(_to_host(loss.detach().float()))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0] if features else None}
+
+    @contextmanager
+    def _seeded(self, batch_idx: int) -> Iterator[None]:
+        """Make the random numbers of a step (masks, drop path) depend on the seed and the step alone."""
+        step = (self._seed or 0, self.trainer.global_step, batch_idx)
+        self._generator = torch.Generator().manual_seed(_mixed(*step))
+        torch.manual_seed(_mixed(*step, 1 + rank()))
+        try:
+            yield
+        finally:
+            self._generator = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the seed of the steps."""
+        checkpoint["step_seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the seed of the steps."""
+        self._seed = checkpoint.get("step_seed")
 
     @contextmanager
     def _recording(self) -> Iterator[list[Tensor]]:
@@ -132,9 +253,10 @@ class SSLModule(L.LightningModule):
                     "try trainer.precision bf16-mixed or 32."
                 )
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then move the teacher."""
-        super().optimizer_step(*args, **kwargs)
+        self.optim.set_weight_decay(optimizer, self.progress)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.update_teacher()
 
     def configure_optimizers(self) -> Any:
@@ -147,17 +269,22 @@ class SSLModule(L.LightningModule):
             rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
         optimizer = optim.create(self, global_batch)
+        if total_steps < 0:
+            raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}
-        warmup_steps = 0
-        if optim.warmup_epochs > 0:
-            if trainer.num_training_batches == float("inf"):
-                raise UserError("the loader has no length to count epochs of warm-up by; set optim.warmup_epochs to 0.")
-            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            warmup_steps = round(min(total_steps, optim.warmup_epochs * steps_per_epoch))
+        if trainer.num_training_batches < float("inf"):
+            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        elif optim.warmup_epochs > 0 or optim.per_epoch:
+            raise UserError(
+                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
+                "to 0 and model.optim.per_epoch to false."
+            )
+        else:
+            steps_per_epoch = total_steps
 
         def factor(step: int) -> float:
-            return warmup_cosine(step, warmup_steps, int(total_steps), optim.end_lr_factor)
+            return optim.lr_factor(step, int(total_steps), steps_per_epoch)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -180,6 +307,11 @@ class SSLModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Features ``(B, embed_dim)`` of plain images."""
         return self(batch[0])
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _to_host(loss: Tensor) -> tuple[Tensor, "torch.Event | None"]:

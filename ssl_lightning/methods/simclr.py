@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import losses
@@ -32,6 +31,8 @@ class SimCLR(SSLModule):
     """
 
     views = "simclr"
+    global_views = 2
+    batch_norm = "global"
 
     def __init__(
         self,
@@ -52,11 +53,6 @@ class SimCLR(SSLModule):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)
         self._candidates: int | None = None
-
-    def on_fit_start(self) -> None:
-        """Warn of BatchNorm that is not global, by which an image could be told from its negatives."""
-        if self.trainer.world_size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            rank_zero_warn("SimCLR's BatchNorm is global; on several GPUs set trainer.sync_batchnorm to true.")
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """NT-Xent between the two views of each image (algorithm 1)."""

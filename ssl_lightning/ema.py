@@ -1,0 +1,35 @@
+"""Teachers: copies of a student that follow it as an exponential moving average."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def teacher_of(student: nn.Module) -> nn.Module:
+    """A copy that gets no gradient and drops nothing; it stays in train mode, where BatchNorm sees the batch.
+
+    Args:
+        student: Backbone or head to copy.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        for rate in ("drop_prob", "p"):  # stochastic depth of timm; of torchvision, and dropout
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    return teacher
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the parameters of a teacher: momentum * teacher + (1 - momentum) * student, in one call for all tensors.
+
+    Buffers are left alone: a teacher's BatchNorm keeps the statistics of its own batches.
+
+    Args:
+        teacher: Module to move.
+        student: Module of the same parameters.
+        momentum: Share of the teacher that stays.
+    """
+    weights: list[Tensor] = list(teacher.parameters())
+    torch._foreach_lerp_(weights, [*student.parameters()], 1 - momentum)

@@ -1,0 +1,146 @@
+"""DINO."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning import ema, losses
+from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.heads import DINOHead
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+from ssl_lightning.schedules import cosine
+
+
+class DINO(SSLModule):
+    """DINO: a student predicts the teacher's distribution over prototypes from other crops of the image.
+
+    Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transformers, https://arxiv.org/abs/2104.14294. For
+    ViTs and ResNets. The teacher sees the global crops, the student all; the probes read the teacher. BatchNorm is
+    global. ``optim.end_lr_factor`` gives the paper's final rate of 1e-6 at its batch of 512.
+
+    Args:
+        num_prototypes: Number of outputs K of the head.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's centred logits.
+        warmup_teacher_temperature: Teacher temperature of the first epoch.
+        warmup_teacher_temperature_epochs: Epochs in which the teacher temperature rises linearly to its final value.
+        momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine. 0.9995 for batches
+            of 256.
+        center_momentum: Share of the centre that stays at each step.
+        hidden_dim: Width of the head's hidden layers.
+        bottleneck_dim: Width of the head's bottleneck.
+        norm_last_layer: Whether the norms of the prototypes stay 1.
+        freeze_last_layer: Epochs in which the prototypes stay as they are.
+        clip_gradient: Largest norm of the gradient of each parameter, one by one; 0 for none.
+        drop_path: Stochastic depth of a ViT student: rate of the last block, rising linearly from 0.
+        backbone: Name of a timm or torchvision model.
+        backbone_kwargs: Arguments of the backbone's builder.
+        optim: Optimizer and learning-rate schedule.
+    """
+
+    views = "dino"
+    global_views = 2
+    local_views = True
+    batch_norm = "global"
+    zero_init_residual = False
+
+    def __init__(
+        self,
+        num_prototypes: int = 65536,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        warmup_teacher_temperature: float = 0.04,
+        warmup_teacher_temperature_epochs: int = 30,
+        momentum: float = 0.996,
+        center_momentum: float = 0.9,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        freeze_last_layer: int = 1,
+        clip_gradient: float = 3.0,
+        drop_path: float = 0.1,
+        backbone: str = "vit_small_patch16_224",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim(
+            "adamw", base_lr=5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True, end_lr_factor=0.001
+        ),
+    ) -> None:
+        from ssl_lightning.backbones import is_vit
+
+        if is_vit(backbone):
+            backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
+        super().__init__(backbone, backbone_kwargs, optim)
+        class_token = getattr(self.backbone, "cls_token", None)
+        if class_token is not None and not (backbone_kwargs or {}).get("pretrained"):
+            nn.init.trunc_normal_(class_token, std=0.02)
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.warmup_teacher_temperature = warmup_teacher_temperature
+        self.warmup_teacher_temperature_epochs = warmup_teacher_temperature_epochs
+        self.momentum, self.center_momentum = momentum, center_momentum
+        self.freeze_last_layer, self.clip_gradient = freeze_last_layer, clip_gradient
+        self.projector = DINOHead(self.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
+        self.teacher_backbone = ema.teacher_of(self.backbone)
+        self.teacher_projector = ema.teacher_of(self.projector)
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(num_prototypes))
+
+    @property
+    def evaluated_backbone(self) -> nn.Module:
+        """The teacher."""
+        return self.teacher_backbone
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Cross entropy between the teacher on global crops and the student on all others (algorithm 1)."""
+        from ssl_lightning.backbones import multi_crop
+
+        with torch.no_grad():
+            teacher = self.teacher_projector(self.teacher_backbone(torch.cat(list(views[:2]))))  # (2B, K)
+        student = self.projector(multi_crop(self.backbone, views))  # (V * B, K)
+        self._pending.append(teacher.to(self.center.dtype).mean(0))
+        student, teacher = student.unflatten(0, (len(views), -1)), teacher.unflatten(0, (2, -1))
+        return losses.dino(student, teacher, self.center, self.student_temperature, self.current_teacher_temperature)
+
+    @property
+    def current_teacher_temperature(self) -> float:
+        """Teacher temperature of this epoch."""
+        epochs = self.warmup_teacher_temperature_epochs
+        if self.current_epoch >= epochs - 1:
+            return self.teacher_temperature
+        share = self.current_epoch / (epochs - 1)
+        return self.warmup_teacher_temperature + share * (self.teacher_temperature - self.warmup_teacher_temperature)
+
+    def update_teacher(self) -> None:
+        """Move the teacher with the momentum of the step just taken, and the centre by the teacher's mean logits."""
+        momentum = cosine(self.momentum, 1.0, self.progress)
+        ema.follow(self.teacher_backbone, self.backbone, momentum)
+        ema.follow(self.teacher_projector, self.projector, momentum)
+        if means := self._take_pending():
+            mean = reduced(torch.stack(means).mean(0)) / world_size()
+            self.center.lerp_(mean, 1 - self.center_momentum)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._clip_each()
+        if self.current_epoch < self.freeze_last_layer:
+            self.projector.prototypes.grad = self.projector.prototype_norms.grad = None
+
+    def _clip_each(self) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if self.clip_gradient > 0 and gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            torch._foreach_mul_(gradients, list((self.clip_gradient / (norms + 1e-6)).clamp(max=1).unbind()))
+
+    @property
+    def chance_loss(self) -> float:
+        """The entropy ln K: every prototype is as likely."""
+        return math.log(len(self.center))

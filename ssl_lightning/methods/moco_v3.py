@@ -1,0 +1,104 @@
+"""MoCo v3."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning import ema, losses
+from ssl_lightning.distributed import world_size
+from ssl_lightning.errors import UserError
+from ssl_lightning.heads import mlp
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+from ssl_lightning.schedules import cosine
+
+
+class MoCoV3(SSLModule):
+    """MoCo v3: a query finds its key among those of the batch; for ResNets and ViTs.
+
+    Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Vision Transformers,
+    https://arxiv.org/abs/2104.02057. The paper's encoder f_q is ``backbone``, ``projector`` and ``predictor``, f_m the
+    teachers. BatchNorm is global. A ViT gets the paper's initialisation, fixed sine-cosine positions and a frozen
+    random patch projection; vit_small has 12 heads. Defaults are those of the ResNet-50 recipe of 100 epochs; ViTs are
+    trained with ``temperature=0.2`` and AdamW, as in configs/moco_v3/imagenet_vit_small.yaml.
+
+    Args:
+        temperature: Divides the cosine similarities; 1.0 for ResNets, 0.2 for ViTs in the paper.
+        momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine.
+        hidden_dim: Width of the hidden layers of projector and predictor.
+        projector_dim: Width of queries and keys.
+        backbone: Name of a timm or torchvision model.
+        backbone_kwargs: Arguments of the backbone's builder.
+        optim: Optimizer and learning-rate schedule.
+    """
+
+    views = "moco_v3"
+    global_views = 2
+    batch_norm = "global"
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        momentum: float = 0.99,
+        hidden_dim: int = 4096,
+        projector_dim: int = 256,
+        backbone: str = "resnet50",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim("lars", base_lr=0.6, weight_decay=1e-6),
+    ) -> None:
+        from ssl_lightning.backbones import is_vit
+
+        vit, pretrained = is_vit(backbone), (backbone_kwargs or {}).get("pretrained", False)
+        if vit and not pretrained:
+            paper = {"weight_init": "moco", **({"num_heads": 12} if backbone.startswith("vit_small") else {})}
+            backbone_kwargs = {**paper, **(backbone_kwargs or {})}
+        super().__init__(backbone, backbone_kwargs, optim)
+        self.temperature, self.momentum = temperature, momentum
+        if vit:
+            self.views = "moco_v3_vit"
+            if not pretrained:
+                _fix_patches_and_positions(self.backbone, backbone)
+        layers = 3 if vit else 2
+        last_norms = [nn.BatchNorm1d(projector_dim, affine=False) for _ in range(2)]
+        self.projector = mlp([self.embed_dim] + [hidden_dim] * (layers - 1) + [projector_dim], last_norm=last_norms[0])
+        self.predictor = mlp([projector_dim, hidden_dim, projector_dim], last_norm=last_norms[1] if vit else None)
+        self.teacher_backbone = ema.teacher_of(self.backbone)
+        self.teacher_projector = ema.teacher_of(self.projector)
+        self._candidates: int | None = None
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """InfoNCE of queries with the other view's keys, in both directions (algorithm 1).
+
+        Each view has its own forward pass and so its own BatchNorm statistics.
+        """
+        q1, q2 = (self.predictor(self.projector(self.backbone(view))) for view in views)  # (B, projector_dim)
+        with torch.no_grad():
+            k1, k2 = (self.teacher_projector(self.teacher_backbone(view)) for view in views)
+        self._candidates = len(q1) * world_size()
+        return losses.moco_v3(q1, k2, self.temperature) + losses.moco_v3(q2, k1, self.temperature)
+
+    def update_teacher(self) -> None:
+        """Move the teacher with the momentum of the next step: the released code moves it as that step starts."""
+        momentum = cosine(self.momentum, 1.0, self.progress_of(self.global_step + 1))
+        ema.follow(self.teacher_backbone, self.backbone, momentum)
+        ema.follow(self.teacher_projector, self.projector, momentum)
+
+    @property
+    def chance_loss(self) -> float | None:
+        """4 * temperature * ln N: every candidate is as likely as the key; known once a batch has been seen."""
+        return None if self._candidates is None else 4 * self.temperature * math.log(self._candidates)
+
+
+def _fix_patches_and_positions(vit: nn.Module, name: str) -> None:
+    """Patch projection frozen at its random values, sine-cosine positions (section 4 and appendix of the paper)."""
+    from ssl_lightning.backbones import AnySizeViT, init_patch_projection
+
+    if not isinstance(vit, AnySizeViT) or not vit.is_plain:
+        raise UserError(f"MoCoV3 knows ViTs with a class token alone, not {name}; take e.g. vit_small_patch16_224.")
+    init_patch_projection(vit)
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    vit.patch_embed.requires_grad_(False)
+    vit.fix_positions(rows_first=True)

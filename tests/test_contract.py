@@ -243,8 +243,10 @@ def test_a_module_can_be_pickled_and_copied(method: type[SSLModule]) -> None:
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
 
 
-def _steps_of(rank: int, method: type[SSLModule], views: list[Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and state after two optimizer steps on this process's part of the batch; BatchNorm in eval mode."""
+def _steps_of(rank: int, method: type[SSLModule]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and state after three optimizer steps on this process's part of the batch; BatchNorm in eval mode."""
+    torch.manual_seed(5)
+    views = [torch.rand(8, 3, 32, 32, dtype=torch.float64) for _ in range(method.global_views or 1)]
     torch.manual_seed(0)
     module = small(method, {"queue_length": 8, "queue_start_epoch": 0} if method is SwAV else {}).double()
     for part in module.modules():
@@ -266,12 +268,19 @@ def _steps_of(rank: int, method: type[SSLModule], views: list[Tensor]) -> tuple[
     return loss.item(), module.state_dict()
 
 
+def _steps_of_all(rank: int) -> dict[str, Any]:
+    return {method.__name__: _steps_of(rank, method) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def of_two_processes() -> list[dict[str, Any]]:
+    return run_processes(_steps_of_all, 2)
+
+
 @every_method
-def test_two_processes_train_as_one(method: type[SSLModule]) -> None:
-    torch.manual_seed(5)
-    views = [torch.rand(8, 3, 32, 32, dtype=torch.float64) for _ in range(method.global_views or 1)]
-    (loss0, state0), (loss1, state1) = run_processes(_steps_of, 2, method, views)
-    loss, state = _steps_of(0, method, views)
+def test_two_processes_train_as_one(method: type[SSLModule], of_two_processes: list[dict[str, Any]]) -> None:
+    (loss0, state0), (loss1, state1) = (results[method.__name__] for results in of_two_processes)
+    loss, state = _steps_of(0, method)
     assert (loss0 + loss1) / 2 == pytest.approx(loss, abs=1e-9)
     for name, value in state.items():
         torch.testing.assert_close(state0[name], value, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -49,6 +49,15 @@ def gather(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _Gather.apply(local)
 
 
+def own_part(rows: Tensor) -> Tensor:
+    """This process's rows of those of all processes: the way back from ``gather``.
+
+    Args:
+        rows: ``(W * B, ...)``.
+    """
+    return rows.chunk(world_size())[rank()]
+
+
 @torch.no_grad()
 def reduced(local: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
     """Sum or maximum of a tensor over the processes, without gradient.

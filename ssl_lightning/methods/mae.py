@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
-from ssl_lightning.distributed import rank, world_size
+from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -118,7 +118,7 @@ class MAE(SSLModule):
         """Random numbers ``(B, N)``: this process's rows of the global batch's, whatever the number of processes."""
         patches = images.shape[2] * images.shape[3] // self.patch_size**2
         noise = torch.rand(len(images) * world_size(), patches, generator=self.generator)
-        return self.random_to_device(noise.chunk(world_size())[rank()])
+        return self.random_to_device(own_part(noise))
 
     def _encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Tokens ``(B, 1 + visible, embed_dim)`` of the class token and the visible patches."""

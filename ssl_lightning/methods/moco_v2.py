@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.distributed import gather, rank, world_size
+from ssl_lightning.distributed import gather, own_part, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -69,8 +69,7 @@ class MoCoV2(SSLModule):
         queries = self.projector(self.backbone(views[0]))  # (B, projector_dim)
         all_keys = self._keys(views[1])  # (N, projector_dim): those of all processes
         self._pending.append(all_keys)
-        keys = all_keys.chunk(world_size())[rank()]
-        return losses.info_nce(queries, keys, self.queue.rows, self.temperature)
+        return losses.info_nce(queries, own_part(all_keys), self.queue.rows, self.temperature)
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class MoCoV2(SSLModule):
         if shuffle:
             images = gather(images)  # (N, 3, S, S)
             order = self.random_to_device(torch.randperm(len(images), generator=self.generator))
-            images = images[order.chunk(world_size())[rank()]]
+            images = images[own_part(order)]
         keys = self.teacher_projector(self.teacher_backbone(images))
         keys = gather(F.normalize(keys.to(self.queue.rows.dtype), dim=1))
         return keys[order.argsort()] if shuffle else keys

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
-from ssl_lightning.distributed import gather, rank, world_size
+from ssl_lightning.distributed import gather, own_part
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -94,7 +94,7 @@ class SwAV(SSLModule):
         """Assignment ``(B, K)`` of a global crop, even over the batch and, once it is full, the queue."""
         batch = scores[crop].detach()
         if self.queue is not None and self.queue.written >= len(self.queue.rows):
-            earlier = self.queue.rows[:, crop].chunk(world_size())[rank()]
+            earlier = own_part(self.queue.rows[:, crop])
             batch = torch.cat([self.prototypes(earlier), batch])
         return losses.sinkhorn(batch, self.epsilon, self.sinkhorn_iterations)[-scores.shape[1] :]
 

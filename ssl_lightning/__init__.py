@@ -4,12 +4,16 @@ from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.view_grid import ViewGrid
+from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
-from ssl_lightning.data.images import ImageArray, ImageFiles
-from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data
+from ssl_lightning.data.huggingface import HuggingFaceData
+from ssl_lightning.data.images import DatasetImages, ImageArray, ImageFiles, Images, ImageStream
+from ssl_lightning.data.shards import ShardsData
+from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data, TorchvisionData
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
@@ -30,14 +34,19 @@ __all__ = [
     "LARC",
     "LARS",
     "MAE",
+    "ArrayData",
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
+    "DatasetImages",
     "DigitsData",
     "FakeData",
+    "HuggingFaceData",
     "ImageArray",
     "ImageFiles",
     "ImageFolderData",
+    "ImageStream",
+    "Images",
     "KNNProbe",
     "LastCheckpoint",
     "LinearProbe",
@@ -48,9 +57,12 @@ __all__ = [
     "SSLDataModule",
     "SSLModule",
     "STL10Data",
+    "ShardsData",
     "SimCLR",
     "SwAV",
     "Throughput",
+    "TorchvisionData",
     "UserError",
+    "ViewGrid",
     "ViewSpec",
 ]

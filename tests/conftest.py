@@ -14,6 +14,11 @@ DATA = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data")).resolve
 torch.set_num_threads(1)  # the networks are tiny
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SSL_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 JPEGs of different sizes in two class folders, cut from the two photographs that scikit-learn ships."""

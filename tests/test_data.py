@@ -1,5 +1,6 @@
 """Data modules: the same views from any loader, every kind of image and folder, and what cannot be read."""
 
+import io
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,15 @@ from ssl_lightning import (
     ViewSpec,
 )
 from ssl_lightning.data.datasets import PlainDataset, Views
-from ssl_lightning.data.images import ImageArray, ImageFiles, decode
+from ssl_lightning.data.images import ImageArray, open_image
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
+
+
+def decode(data: bytes) -> torch.Tensor:
+    image = open_image(data)
+    pixels = image.decode(image.height)
+    assert pixels.shape == (3, image.height, image.width)
+    return pixels
 
 
 def views_of(data: SSLDataModule, epochs: int = 1) -> list[Views]:
@@ -94,7 +102,7 @@ def test_images_in_memory_give_the_views_of_files(photos: Path, tmp_path: Path) 
         folder.mkdir(exist_ok=True)
         Image.open(file).resize((40, 40)).save(folder / f"{number}.png")
     settings: dict[str, Any] = {"root": str(tmp_path), "batch_size": 12, "image_size": 32, "views": "byol"}
-    files = views_of(ImageFolderData(**settings, num_workers=0))
+    files = views_of(ImageFolderData(**settings, in_memory=False, num_workers=0))
     memory = views_of(ImageFolderData(**settings, in_memory=True))
     for one, other in zip(files, memory, strict=True):
         assert torch.equal(one.labels, other.labels)
@@ -140,12 +148,26 @@ def test_every_mode_is_read_as_rgb(tmp_path: Path) -> None:
     Image.fromarray(gray > 127).save(tmp_path / "black_and_white.png")
     expected = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     for name in ("rgb.png", "rgba.png"):
-        assert torch.equal(decode(tmp_path / name), expected)
+        assert torch.equal(decode((tmp_path / name).read_bytes()), expected)
     for name in ("palette.png", "cmyk.jpg"):
-        assert (decode(tmp_path / name).float() - expected).abs().mean() < 16
+        assert (decode((tmp_path / name).read_bytes()).float() - expected).abs().mean() < 16
     for name in ("gray.png", "gray_alpha.png", "gray16.png", "gray16.tif"):
-        assert torch.equal(decode(tmp_path / name), torch.from_numpy(gray).expand(3, 8, 8)), name
-    assert decode(tmp_path / "black_and_white.png").unique().tolist() == [0, 255]
+        assert torch.equal(decode((tmp_path / name).read_bytes()), torch.from_numpy(gray).expand(3, 8, 8)), name
+    assert decode((tmp_path / "black_and_white.png").read_bytes()).unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{"quality": 90, "subsampling": 2}, {"progressive": True}, {"quality": 75, "subsampling": 0}]
+)
+def test_jpegs_are_decoded_as_pillow_does(photos: Path, mode: str, options: dict[str, Any]) -> None:
+    photo = Image.open(photos / "flower" / "00.jpg").resize((123, 77)).convert(mode)
+    content = io.BytesIO()
+    photo.save(content, "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0", **options)
+    expected = np.asarray(Image.open(content).convert("RGB"))
+    image = open_image(content.getvalue())
+    for rows in range(1, 78):
+        assert (image.decode(rows).permute(1, 2, 0).numpy()[:rows] == expected[:rows]).all()
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
@@ -153,7 +175,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = image.getexif()
     exif[0x0112] = 6  # to be turned by a quarter
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert decode(tmp_path / "turned.jpg").shape == (3, 20, 10)
+    assert decode((tmp_path / "turned.jpg").read_bytes()).shape == (3, 20, 10)
 
 
 # Kinds of folders
@@ -165,8 +187,6 @@ def test_class_folders_are_labels_and_a_part_is_held_out(photos: Path) -> None:
     assert data.num_classes == 2
     assert data.train_images is not None
     assert data.val_images is not None
-    assert isinstance(data.train_images, ImageFiles)
-    assert isinstance(data.val_images, ImageFiles)
     assert (len(data.train_images), len(data.val_images)) == (30, 10)
     train, val = ({images.name(i) for i in range(len(images))} for images in (data.train_images, data.val_images))
     assert not train & val
@@ -207,7 +227,7 @@ def test_a_flat_test_folder_is_no_validation_set(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
         for number in range(10):
             Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
-    data = ImageFolderData(str(tmp_path))
+    data = ImageFolderData(str(tmp_path), in_memory=False)
     data.setup()
     assert data.val_images is not None
     assert len(data.val_images) == 2
@@ -376,16 +396,36 @@ def test_the_bank_of_a_probe_is_bounded_and_spread_over_the_classes() -> None:
     assert indices.max() >= 60
 
 
+def test_small_images_of_one_size_are_held_in_memory(photos: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    data = ImageFolderData(str(tmp_path), batch_size=4)
+    data.setup()
+    assert isinstance(data.train_images, ImageArray)
+    others = ImageFolderData(str(photos), batch_size=4)  # of many sizes
+    others.setup()
+    assert not isinstance(others.train_images, ImageArray)
+    Image.new("RGB", (31, 40)).save(tmp_path / "05.png")  # an exception that the first look may miss
+    mixed = ImageFolderData(str(tmp_path), batch_size=4)
+    mixed.setup()
+    assert not isinstance(mixed.train_images, ImageArray)
+
+
 def test_own_views_replace_the_preset() -> None:
     data = FakeData(batch_size=8, views=[ViewSpec(size=24, count=2), ViewSpec(size=12, flip=0.0)])
     assert [view.shape[-1] for view in views_of(data)[0].views] == [24, 24, 12]
 
 
 @pytest.mark.parametrize(
-    "wrong", [np.zeros((4, 3, 8, 8)), np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8), np.uint8)]
+    ("wrong", "message"),
+    [
+        (np.zeros((4, 3, 8, 8)), r"uint8 of shape \(N, C, H, W\)"),
+        (np.zeros((4, 8, 8), np.uint8), r"uint8 of shape \(N, C, H, W\)"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "puts them first"),
+    ],
 )
-def test_arrays_of_another_kind_are_refused(wrong: Any) -> None:
-    with pytest.raises(UserError, match=r"uint8 images of shape \(N, 3, H, W\)"):
+def test_arrays_of_another_kind_are_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         ImageArray(wrong)
 
 

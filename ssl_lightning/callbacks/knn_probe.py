@@ -68,6 +68,8 @@ class KNNProbe(L.Callback):
         if not self._wanted:
             return
         bank, bank_labels = self._bank(trainer, pl_module)
+        if len(bank) == 0:  # a stream has none
+            return
         features, labels = torch.cat(self._features), torch.cat(self._labels)
         assert self.num_classes is not None
         predicted = knn_predict(bank, bank_labels, features, self.num_classes, self.k, self.temperature)

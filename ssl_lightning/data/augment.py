@@ -1,148 +1,184 @@
 """Batched augmentation on the device: each operation equals torchvision's, applied to every image with its numbers."""
 
 import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.draw import Augmentation
 from ssl_lightning.data.views import ViewSpec
 
-_BRIGHTNESS, _CONTRAST = 0, 1
+_LUMA = (0.2989, 0.587, 0.114)
 
 
-def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec) -> Tensor:
+def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec, out: Tensor | None = None) -> Tensor:
     """Apply all operations of a view after the crop, in the papers' order.
 
     Args:
-        images: ``(N, 3, S, S)``, uint8.
+        images: ``(N, C, S, S)``, uint8 or float, of 255.
         numbers: What was drawn for these N images.
         spec: The view.
+        out: Where to write the result.
 
     Returns:
-        ``(N, 3, S, S)``, float32, normalised.
+        ``(N, C, S, S)``, float32, normalised.
     """
-    x = images.float() / 255  # (N, 3, S, S) in [0, 1]
-    if spec.flip > 0:
-        x = flip(x, numbers.flip)
-    if spec.grayscale > 0 and spec.grayscale_first:
-        x = grayscale(x, numbers.grayscale)
-    if spec.jitter > 0:
-        x = color_jitter(x, numbers)
-    if spec.grayscale > 0 and not spec.grayscale_first:
-        x = grayscale(x, numbers.grayscale)
-    if spec.blur > 0:
-        x = x.index_copy(0, numbers.blur_rows, blur(x[numbers.blur_rows], numbers.blur_sigmas, spec.blur_kernel))
-    if spec.solarize > 0:
-        x = solarize(x, numbers.solarize, spec.solarize_threshold / 255)
-    return normalize(x, spec.mean, spec.std)
+    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(255)  # (N, C, S, S) in [0, 1]
+    for operation, rows, amounts in _steps(numbers, spec, images.device):
+        if len(rows) == len(x):
+            x = operation(x, *amounts)
+        else:
+            x.index_copy_(0, rows, operation(x.index_select(0, rows), *amounts))
+    return torch.mul(x.sub_(_channels(spec.mean, x.device)), _scale(spec, x.device), out=out)
 
 
-def flip(images: Tensor, where: Tensor) -> Tensor:
-    """Mirror the images ``(N, C, H, W)`` left to right ``where`` ``(N,)`` says so."""
-    return torch.where(_per_image(where), images.flip(-1), images)
+_Drawn = tuple[Callable[..., Tensor], NDArray[np.bool_], list[NDArray[np.float32]]]
+"""An operation, ``(N,)`` whether it changes an image, and ``(N,)`` by how much if that is drawn."""
 
 
-def color_jitter(images: Tensor, numbers: Augmentation) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each image's own order.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1].
-        numbers: Operations, factors and turns of the hue.
-    """
-    for step in range(4):
-        images = blend(images, numbers.operations[:, step], numbers.factors[:, step])
-        rows = numbers.hue_rows[step]
+def _steps(
+    numbers: Augmentation, spec: ViewSpec, device: torch.device
+) -> Iterator[tuple[Callable[..., Tensor], Tensor, list[Tensor]]]:
+    """The operations of a view in order, with the rows each changes and, if drawn, by how much."""
+    blurring = functools.partial(blur, kernel=spec.blur_kernel)
+    solarizing = functools.partial(solarize, threshold=spec.solarize_threshold / 255)
+    gray: list[_Drawn] = [(grayscale, numbers.grayscale, [])]
+    jitter: list[_Drawn] = [
+        ((brightness, contrast, saturation, hue)[operation], numbers.operations[:, step] == operation, [amounts])
+        for step, amounts in enumerate(numbers.amounts.T)
+        for operation in set(numbers.operations[:, step].tolist()) - {-1}
+    ]
+    drawn: list[_Drawn] = [
+        (flip, numbers.flip, []),
+        *(gray + jitter if spec.grayscale_first else jitter + gray),
+        (blurring, numbers.sigmas > 0, [numbers.sigmas]),
+        (solarizing, numbers.solarize, []),
+    ]
+    for operation, where, amounts in drawn:
+        rows = where.nonzero()[0]
         if len(rows):
-            images.index_copy_(0, rows, turn_hue(images[rows], numbers.hue_turns[step]))
-    return images
+            yield operation, _sent(rows, device), [_sent(amount[rows], device) for amount in amounts]
 
 
-def blend(images: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast or saturation: each blends the image with black, its mean gray, or its gray version.
-
-    Args:
-        images: ``(N, 3, H, W)`` in [0, 1].
-        operations: ``(N,)``: 0 brightness, 1 contrast, else saturation.
-        factors: ``(N,)``: 1 leaves an image as it is.
-    """
-    gray = to_gray(images)  # (N, 1, H, W)
-    contrast = _per_image(operations == _CONTRAST)
-    other = torch.where(contrast, gray.mean(dim=(-3, -2, -1), keepdim=True), gray)
-    other = other.masked_fill_(_per_image(operations == _BRIGHTNESS), 0.0)
-    factor = _per_image(factors.to(images.dtype))
-    return torch.addcmul(other * (1 - factor), images, factor).clamp_(0, 1)
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device, which is not waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of ``(N, 3, H, W)`` images in [0, 1] by ``turns`` ``(N,)``, keeping saturation and value (HSV)."""
+# Operations work in place where they can, and return the result.
+
+
+def flip(images: Tensor) -> Tensor:
+    """Mirror ``(N, C, H, W)`` images left to right."""
+    return images.flip(-1)
+
+
+def brightness(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend ``(N, 3, H, W)`` images in [0, 1] with black; factors ``(N,)`` of 1 leave them as they are."""
+    return images.mul_(_per_image(factors)).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend ``(N, 3, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``."""
+    mean = images.mean((-2, -1)) @ _channels(_LUMA, images.device).view(3)  # (N,)
+    return images.mul_(_per_image(factors)).add_(_per_image(mean * (1 - factors))).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend ``(N, 3, H, W)`` images in [0, 1] with their gray versions by factors ``(N,)``."""
+    gray = to_gray(images).mul_(_per_image(1 - factors))
+    return images.mul_(_per_image(factors)).add_(gray).clamp_(0, 1)
+
+
+def hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of ``(N, 3, H, W)`` images in [0, 1] by ``(N,)`` turns, keeping saturation and value (HSV)."""
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)  # (N, H, W)
+    value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)  # (N, H, W)
     chroma = value - low
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    hue = hue + 6 * turns.to(images.dtype)[:, None, None]  # in sixths of a turn
-
-    def channel(offset: int) -> Tensor:
-        sixths = torch.remainder(hue + offset, 6)
-        return value - chroma * torch.minimum(sixths, 4 - sixths).clamp_(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], dim=1)
+    # The hue in sixths of a turn: red is 0, green 2, blue 4; of equal channels the first counts. Masks are numbers, as
+    # boolean ones are ten times slower on the CPU.
+    is_red = torch.eq(red, value, out=torch.empty_like(value))
+    is_green = torch.eq(green, value, out=torch.empty_like(value)).mul_(1 - is_red)
+    hue = (red - green).add_(chroma, alpha=4).mul_(1 - is_red - is_green)
+    hue.addcmul_((blue - red).add_(chroma, alpha=2), is_green).addcmul_(green - blue, is_red)
+    hue.div_(chroma.clamp(min=1e-9)).add_((6 * turns)[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
+    x = hue[:, None] - _channels((3, 2, 4), images.device)  # (N, 3, H, W)
+    x = x.abs_().mul_(_channels((-1, 1, 1), images.device)).add_(_channels((2, -1, -1), images.device)).clamp_(0, 1)
+    return torch.sub(value[:, None], x.mul_(chroma[:, None]), out=images)
 
 
 def to_gray(images: Tensor) -> Tensor:
     """Luma of ``(N, 3, H, W)`` images, ``(N, 1, H, W)``."""
-    red, green, blue = images.split(1, dim=1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return (_channels(_LUMA, images.device).view(1, 3) @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
-def grayscale(images: Tensor, where: Tensor) -> Tensor:
-    """Remove the colour of the images ``(N, 3, H, W)`` ``where`` ``(N,)`` says so."""
-    return torch.where(_per_image(where), to_gray(images), images)
+def grayscale(images: Tensor) -> Tensor:
+    """Remove the colour of ``(N, 3, H, W)`` images."""
+    return images.copy_(to_gray(images))
 
 
 def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
     """Gaussian blur with a reflected border, one deviation per image.
 
-    Written as two matrix products, since each image has its own kernel.
+    Written as matrix products, since each image has its own kernel; in pieces that meet few zeros of the band matrix.
 
     Args:
-        images: ``(N, 3, H, W)``.
+        images: ``(N, C, H, W)``.
         sigmas: ``(N,)`` standard deviations in pixels.
         kernel: Number of taps, odd.
     """
-    radius = kernel // 2
-    taps = torch.arange(-radius, radius + 1, device=images.device)
-    weights = torch.exp(-0.5 * (taps / sigmas.to(images.dtype)[:, None]) ** 2)  # (N, K)
+    taps = torch.arange(kernel, device=images.device) - kernel // 2
+    weights = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)  # (N, K)
+    weights = weights * (weights > 1e-9)  # arithmetic with numbers near the smallest is slow
     weights = weights / weights.sum(1, keepdim=True)
     height, width = images.shape[-2:]
     rows = _band(weights, height)
-    columns = rows if width == height else _band(weights, width)
-    return rows[:, None] @ (images @ columns.mT[:, None])  # (N, 1, T, H) @ ((N, C, H, W) @ (N, 1, W, S))
+    columns = (rows if width == height else _band(weights, width)).mT
+    reach = kernel // 2
+    images = torch.cat([images[..., near] @ columns[:, None, near, piece] for piece, near in _pieces(width, reach)], -1)
+    return torch.cat([rows[:, None, piece, near] @ images[..., near, :] for piece, near in _pieces(height, reach)], -2)
+
+
+def _pieces(size: int, reach: int) -> list[tuple[slice, slice]]:
+    """Cut a line into pieces of up to 96 pixels, each with all pixels that its convolution reads."""
+    count = -(-size // 96)
+    cuts = [size * piece // count for piece in range(count + 1)]
+    return [(slice(start, end), slice(max(0, start - reach), end + reach)) for start, end in itertools.pairwise(cuts)]
 
 
 def _band(weights: Tensor, size: int) -> Tensor:
     """``(N, K)`` taps as ``(N, S, S)`` matrices that convolve a line, reflecting at its ends."""
-    radius = weights.shape[1] // 2
-    position = torch.arange(size, device=weights.device)
-    source = position[:, None] + torch.arange(-radius, radius + 1, device=weights.device)  # (S, K)
-    source = size - 1 - (size - 1 - source.abs()).abs()
-    band = weights.new_zeros(len(weights), size, size)
-    return band.scatter_add_(2, source.expand(len(weights), -1, -1), weights[:, None].expand(-1, size, -1))
+    sources = _reflected(size, weights.shape[1], weights.device).expand(len(weights), -1, -1)
+    return weights.new_zeros(len(weights), size, size).scatter_add_(2, sources, weights[:, None].expand_as(sources))
 
 
-def solarize(images: Tensor, where: Tensor, threshold: float) -> Tensor:
-    """Invert the pixels at or above ``threshold`` of the images ``(N, C, H, W)`` ``where`` ``(N,)`` says so."""
-    return torch.where(_per_image(where) & (images >= threshold), 1 - images, images)
+@functools.lru_cache
+def _reflected(size: int, kernel: int, device: torch.device) -> Tensor:
+    """``(S, K)`` pixels that the taps at each pixel of a line read."""
+    sources = torch.arange(size, device=device)[:, None] + torch.arange(kernel, device=device) - kernel // 2
+    return size - 1 - (size - 1 - sources.abs()).abs()
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Subtract the mean and divide by the deviation of each channel of ``(N, C, H, W)`` images."""
-    return (images - _channels(mean, images.device)) / _channels(std, images.device)
+def solarize(images: Tensor, threshold: float) -> Tensor:
+    """Invert the pixels of ``(N, C, H, W)`` images that are at or above ``threshold``."""
+    above = torch.ge(images, threshold, out=torch.empty_like(images))
+    return images.addcmul_(above, 1 - 2 * images)
+
+
+def normalize(images: Tensor, spec: ViewSpec) -> Tensor:
+    """Subtract the mean and divide by the deviation of each channel of ``(N, C, H, W)`` images in [0, 1]."""
+    return (images - _channels(spec.mean, images.device)).mul_(_scale(spec, images.device))
+
+
+def _scale(spec: ViewSpec, device: torch.device) -> Tensor:
+    return _channels(tuple(1 / std for std in spec.std), device)
 
 
 @functools.lru_cache
@@ -163,13 +199,16 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        ``(N, C, size, size)``, uint8.
+        ``(N, C, size, size)``, float32, whole numbers up to 255.
     """
     top, left, height, width = boxes.float().unbind(1)
-    rows = _resize_weights(top, height, images.shape[-2], size, interpolation)
-    columns = _resize_weights(left, width, images.shape[-1], size, interpolation)
-    narrow = (images.float() @ columns.mT[:, None]).round_().clamp_(0, 255)  # as Pillow: rounded after each direction
-    return (rows[:, None] @ narrow).round_().clamp_(0, 255).to(torch.uint8)
+    rows = _resize_weights(top, height, images.shape[-2], size, interpolation)  # (N, S, H)
+    columns = _resize_weights(left, width, images.shape[-1], size, interpolation)  # (N, S, W)
+    # One product for all channels of an image: small ones are slow. As Pillow does, columns first, rounded twice.
+    x = (images.float().flatten(1, 2) @ columns.mT).round_().clamp_(0, 255)  # (N, C * H, S)
+    x = x.unflatten(1, images.shape[1:3]).transpose(1, 2).flatten(2)  # (N, H, C * S)
+    x = (rows @ x).round_().clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
+    return x.transpose(1, 2)
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, interpolation: str) -> Tensor:
@@ -178,17 +217,19 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, inter
     scale = length / size
     center = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (N, size, 1)
     pixel = torch.arange(source, device=start.device) + 0.5  # (source,)
-    distance = (pixel - center).abs() / scale.clamp(min=1)  # (N, size, source)
-    weights = (1 - distance).clamp_(min=0) if interpolation == "bilinear" else _cubic(distance)
-    weights = weights * ((pixel > start) & (pixel < start + length))
-    return weights / weights.sum(-1, keepdim=True)
+    distance = (pixel - center).abs_().div_(scale.clamp(min=1))  # (N, size, source)
+    weights = distance.neg_().add_(1).clamp_(min=0) if interpolation == "bilinear" else _cubic(distance)
+    inside = (pixel > start).float() * (pixel < start + length)  # (N, 1, source)
+    weights = weights.mul_(inside)
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
     """Cubic convolution kernel (Keys 1981)."""
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = a * (((distance - 5) * distance + 8) * distance - 4)
-    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    x = distance.clamp(max=2)  # where it is 0
+    near = ((a + 2) * x - (a + 3)).mul_(x).mul_(x).add_(1)
+    far = (x - 5).mul_(x).add_(8).mul_(x).sub_(4).mul_(a)
+    return far.lerp_(near, torch.lt(x, 1, out=torch.empty_like(x)))
 
 
 def _per_image(values: Tensor) -> Tensor:

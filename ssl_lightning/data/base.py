@@ -1,23 +1,28 @@
 """SSLDataModule: views for training, plain images for evaluation, from any source of images."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, ViewDataset
-from ssl_lightning.data.images import ImageArray, ImageFiles, Images, Unreadable
+from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, StreamedViews, ViewDataset
+from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from ssl_lightning.data.preview import Preview
 
 
 class SSLDataModule(L.LightningDataModule):
@@ -34,7 +39,8 @@ class SSLDataModule(L.LightningDataModule):
             crop 224"), or the whole image for ``image_size`` up to 96.
         train_samples: Train on that many images, evenly spread over the data set; None is all.
         val_samples: Validate on that many images; None is all.
-        in_memory: Decode all images into memory at the start; they must be of one size.
+        in_memory: Decode all images into memory at the start; they must be of one size. None does so if their size is
+            at most 96 px, and they fit into 1 GB.
         num_workers: Processes that load images; None is one per processor, at most 8, and none for images in memory.
         seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
         max_unreadable: Share of the images that may be unreadable: skipped and listed; more stop the run.
@@ -48,7 +54,7 @@ class SSLDataModule(L.LightningDataModule):
         crop_fraction: float | None = None,
         train_samples: int | None = None,
         val_samples: int | None = None,
-        in_memory: bool = False,
+        in_memory: bool | None = None,
         num_workers: int | None = None,
         seed: int | None = None,
         max_unreadable: float = 0.01,
@@ -61,6 +67,7 @@ class SSLDataModule(L.LightningDataModule):
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
         self.num_workers, self.seed, self.max_unreadable = num_workers, seed, max_unreadable
         self.train_images: Images | None = None
+        self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
         self.unreadable: dict[str, str] = {}
         self._run_folder = Path()
@@ -68,13 +75,14 @@ class SSLDataModule(L.LightningDataModule):
     def load(self) -> None:
         """Set ``train_images``, and ``val_images`` if there are any: the one method a subclass writes.
 
-        Labels serve the probes alone; leave them None, or -1 for single images, where they are unknown.
+        Images that come in order only are a ``train_stream`` instead. Labels serve the probes alone; leave them None,
+        or -1 for single images, where they are unknown.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load() and set self.train_images there")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images once, and check them."""
-        if self.train_images is not None:
+        if self.train_images is not None or self.train_stream is not None:
             return
         if self.trainer is not None:
             self._run_folder = Path(self.trainer.strategy.broadcast(str(_run_folder(self.trainer))))
@@ -83,29 +91,35 @@ class SSLDataModule(L.LightningDataModule):
             self._prepared(self.train_images, self.train_samples),
             self._prepared(self.val_images, self.val_samples),
         )
-        if train is None or len(train) < 2:
-            raise UserError(f"{type(self).__name__} found fewer than 2 images to train on; point it at more images.")
         self.train_images, self.val_images = train, val
+        if self._train_size < 2:
+            raise UserError(f"{type(self).__name__} found fewer than 2 images to train on; point it at more images.")
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
-        rank_zero_info(
-            f"{type(self).__name__}: {len(train):,} images to train on, {len(val or []):,} to validate on, {classes}"
-        )
+        counts = f"{self._train_size:,} images to train on, {len(val or []):,} to validate on"
+        rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
     def _prepared(self, images: Images | None, samples: int | None) -> Images | None:
         if images is None:
             return None
         if samples is not None and samples < len(images):
             images = images.subset(_spread(np.arange(len(images)), samples))
-        if self.in_memory and isinstance(images, ImageFiles):
-            rank_zero_info(f"Decoding {len(images):,} images into memory ...")
-            array, unreadable = ImageArray.from_files(images)
-            self._report(unreadable, len(images))
-            return array
-        return images
+        if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and _fits(images))):
+            return images
+        rank_zero_info(f"Decoding {len(images):,} images into memory ...")
+        try:
+            array, unreadable = ImageArray.decoded(images)
+        except MixedSizesError:
+            if self.in_memory:
+                raise
+            return images
+        self._report(unreadable, len(images))
+        return array
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes in the labels; None where training has none."""
+        if self.train_stream is not None:
+            return self.train_stream.num_classes
         train, val = (None if images is None else images.labels for images in (self.train_images, self.val_images))
         if train is None or train.max() < 0:
             return None
@@ -123,27 +137,40 @@ class SSLDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> "Loader":
         """Batches of views; ``RawViews`` here, ``Views`` once they are on the device."""
-        images, world_size = self._training_images, self._world_size
-        batch_size = min(self.batch_size, len(images) // world_size)
+        self.setup()
+        world_size = self._world_size
+        batch_size = min(self.batch_size, self._train_size // world_size)
         if batch_size < 2:
-            raise UserError(f"{len(images)} images are too few for {world_size} processes; use fewer devices.")
+            raise UserError(f"{self._train_size} images are too few for {world_size} processes; use fewer devices.")
         if batch_size < self.batch_size:
             rank_zero_warn(
-                f"batch_size={self.batch_size} is larger than the {len(images)} training images"
+                f"batch_size={self.batch_size} is larger than the {self._train_size} training images"
                 f"{f' on {world_size} processes' if world_size > 1 else ''}; using {batch_size}. "
                 "Set data.batch_size to choose."
             )
             self.batch_size = batch_size
-        order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size)
+        images = self.train_stream or self._training_images
+        for spec in self.view_specs:
+            spec.check_channels(images.channels)
+        workers = self._workers(images)
+        if isinstance(images, ImageStream):
+            stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size)
+            return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
+        order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, self.view_specs, self._seed)
-        return Loader(dataset, order, self._workers(images), persistent=True, position=self._position)
+        return Loader(dataset, order, workers, persistent=True, position=self._position)
 
-    def train_labelled_dataloader(self, max_samples: int | None = None) -> "Loader":
+    def train_labelled_dataloader(self, max_samples: int | None = None) -> "Loader | list[Any]":
         """Plain images of the labelled training set, each once over all processes: the bank of a kNN probe.
+
+        A stream has none.
 
         Args:
             max_samples: Take that many, evenly spread over the data set; None takes all.
         """
+        self.setup()
+        if self.train_stream is not None:
+            return []
         images = self._training_images
         labelled = np.arange(0) if images.labels is None else np.flatnonzero(images.labels >= 0)
         if max_samples is not None and len(labelled) > max_samples:
@@ -170,13 +197,24 @@ class SSLDataModule(L.LightningDataModule):
         order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
         return Loader(dataset, order, self._workers(images))
 
-    def _workers(self, images: Images) -> int:
+    def _workers(self, images: Images | ImageStream) -> int:
         if self.num_workers is not None:
             return self.num_workers
         if isinstance(images, ImageArray):
             return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(8, cores)
+
+    def preview(self, num_rows: int = 8, num_images: int = 256) -> "Preview":
+        """Make the first views of training, exactly as training does: a picture and a few numbers.
+
+        Args:
+            num_rows: Images in the picture.
+            num_images: Images that the numbers are about.
+        """
+        from ssl_lightning.data.preview import preview
+
+        return preview(self, num_rows, num_images)
 
     # On the device
 
@@ -214,11 +252,17 @@ class SSLDataModule(L.LightningDataModule):
 
     def _met(self) -> int:
         """How many images this process will have met at the end of this epoch, about: at first its part of them."""
-        total = len(self._training_images) + len(self.val_images or [])
+        total = self._train_size + len(self.val_images or [])
         epochs = 1 if self.trainer is None else self.trainer.current_epoch + 1
+        if self.train_stream is not None:  # which does not tell its images apart
+            return math.ceil(total * epochs / self._world_size)
         return math.ceil(total * min(1.0, epochs / self._world_size))
 
     # Where we are
+
+    @property
+    def _train_size(self) -> int:
+        return len(self.train_stream or self.train_images or [])
 
     @property
     def _training_images(self) -> Images:
@@ -280,10 +324,10 @@ class Loader:
         position: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
-        self.position = position
+        self.dataset, self.position = dataset, position
         self._loader = DataLoader(
             dataset,
-            sampler=sampler,
+            sampler=None if isinstance(dataset, IterableDataset) else sampler,
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_unchanged,
@@ -300,7 +344,14 @@ class Loader:
         # them, and before it has restored the epoch.
         if (position := self.position()) is not None:
             self.sampler.epoch, self.sampler.start = position
-        yield from self._loader
+        drop = 0
+        if isinstance(self.dataset, IterableDataset):  # its first worker always begins: with a batch that is done
+            drop = self.sampler.start % max(1, self._loader.num_workers)
+            self.sampler.start -= drop
+        try:
+            yield from itertools.islice(self._loader, drop, None)
+        except UserError as error:  # from a worker it comes with a traceback
+            raise UserError(str(error).rsplit(f"{UserError.__name__}: ")[-1].strip()) from None
 
     def state_dict(self) -> dict[str, int]:
         """What fixes the order of the data; the position in it is Lightning's."""
@@ -316,6 +367,19 @@ class Loader:
 def _run_folder(trainer: L.Trainer) -> Path:
     folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
     return Path([*folders, trainer.default_root_dir][0])
+
+
+def _fits(images: Images) -> bool:
+    """Whether images that look like these few are small, of one size, and together fit into memory."""
+    sizes = set()
+    for index in _spread(np.arange(len(images)), min(8, len(images))):
+        with suppress(Exception):  # an unreadable image says nothing
+            image = images.open(int(index))
+            sizes.add((image.height, image.width))
+    if len(sizes) != 1:
+        return False
+    height, width = sizes.pop()
+    return max(height, width) <= 96 and len(images) * images.channels * height * width <= 2**30
 
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -1,19 +1,31 @@
 """Data sets that make whole batches: random crops with their numbers for training, plain images for evaluation."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ssl_lightning.data.augment import augment, normalize, resized_crop
 from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Augmentation, draw, uniforms
-from ssl_lightning.data.images import ImageArray, Images, Unreadable
+from ssl_lightning.data.images import (
+    Example,
+    ImageArray,
+    Images,
+    ImageStream,
+    OpenedImage,
+    Unreadable,
+    open_example,
+    opened_already,
+)
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.views import ViewSpec
+from ssl_lightning.errors import UserError
 
 
 class Views(NamedTuple):
@@ -40,15 +52,43 @@ class RawViews(NamedTuple):
     indices: Tensor
     unreadable: list[Unreadable]
 
+    def to(self, device: torch.device) -> "RawViews":
+        """The batch with its pixels on a device; the numbers stay, and are sent where they are needed."""
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        crops = [crop.to(device, non_blocking=True) for crop in self.crops]
+        labels, indices = self.labels.to(device, non_blocking=True), self.indices.to(device, non_blocking=True)
+        return self._replace(images=images, crops=crops, labels=labels, indices=indices)
+
     def augmented(self, specs: Sequence[ViewSpec], dtype: torch.dtype = torch.float32) -> Views:
         """Crop if the workers did not, augment in float32, and split into views; on the device where the batch is."""
         views: list[Tensor] = []
-        for spec, crops, augmentation in zip(specs, self.crops, self.augmentations, strict=True):
-            if self.images is not None:
-                images = self.images.repeat(spec.count, 1, 1, 1)
-                crops = resized_crop(images, crops, spec.size, spec.interpolation)
-            views += augment(crops, augmentation, spec).to(dtype).chunk(spec.count)
+        for spec, crops, numbers in zip(specs, self.crops, self.augmentations, strict=True):
+            source = crops if self.images is None else self.images
+            made = torch.empty(len(crops), source.shape[1], spec.size, spec.size, device=crops.device)
+            for rows in _groups(made):
+                some = crops[rows]
+                if self.images is not None:
+                    image = torch.arange(rows.start, rows.start + len(some), device=crops.device) % len(self.images)
+                    some = resized_crop(self.images.index_select(0, image), some, spec.size, spec.interpolation)
+                augment(some, numbers.of(rows), spec, out=made[rows])
+            views += made.to(dtype).chunk(spec.count)
         return Views(views, self.labels, self.indices)
+
+
+def _groups(images: Tensor) -> list[slice]:
+    """The images that are worked on together: on the CPU a few, which stay in its cache, else all.
+
+    Measured: images of 224 px one by one are 1.4 times as fast as six at a time; those of 96 px and less gain from
+    sharing the cost of calling an operation.
+    """
+    together = len(images)
+    if images.device.type == "cpu":
+        together = 1 if images[0].numel() > 2**16 else _TOGETHER // images[0].numel()
+    return [slice(start, start + together) for start in range(0, len(images), together)]
+
+
+_TOGETHER = 2**20
+"""Numbers of small images that the CPU works on together."""
 
 
 class PlainImages(NamedTuple):
@@ -64,7 +104,68 @@ class PlainImages(NamedTuple):
 
     def normalized(self, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> "PlainImages":
         """The batch as the backbone wants it, float with the mean and deviation of ``spec``."""
-        return self._replace(images=normalize(self.images.float() / 255, spec.mean, spec.std).to(dtype))
+        return self._replace(images=normalize(self.images.float() / 255, spec).to(dtype))
+
+
+class ViewMaker:
+    """Draws the random numbers of the views of some images, and crops them.
+
+    Args:
+        specs: The views.
+        seed: Seed of all random decisions.
+    """
+
+    def __init__(self, specs: Sequence[ViewSpec], seed: int) -> None:
+        self.specs, self.seed = specs, seed
+
+    def draw(
+        self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    ) -> tuple[list[np.ndarray], list[Augmentation]]:
+        """Boxes and augmentation of each ViewSpec, rows ordered view by view.
+
+        Args:
+            epoch: Epoch.
+            indices: ``(B,)`` indices of the images in the data set: the numbers depend on them.
+            heights: ``(B,)`` heights of the images in pixels.
+            widths: ``(B,)`` widths of the images in pixels.
+        """
+        boxes, augmentations, view = [], [], 0
+        for spec in self.specs:
+            numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), NUMBERS_PER_VIEW)
+            flat = numbers.reshape(spec.count * len(indices), NUMBERS_PER_VIEW)
+            draws = draw(spec, flat, np.tile(heights, spec.count), np.tile(widths, spec.count))
+            boxes.append(draws.boxes)
+            augmentations.append(draws.augmentation)
+            view += spec.count
+        return boxes, augmentations
+
+    def crop(
+        self, epoch: int, indices: np.ndarray, images: Sequence[OpenedImage]
+    ) -> tuple[list[Tensor], list[Augmentation]]:
+        """Crops of each ViewSpec, ``(count * B, C, S, S)`` uint8, and their augmentation; each image is decoded once.
+
+        Args:
+            epoch: Epoch.
+            indices: ``(B,)`` indices of the images in the data set: the numbers depend on them.
+            images: The B images.
+        """
+        heights, widths = np.array([(image.height, image.width) for image in images]).T
+        boxes_of, augmentations = self.draw(epoch, indices, heights, widths)
+        crops: list[Tensor] = []
+        zipped = list(zip(self.specs, boxes_of, strict=True))
+        bottoms = np.max([(boxes[:, 0] + boxes[:, 2]).reshape(-1, len(images)).max(0) for boxes in boxes_of], axis=0)
+        for number, image in enumerate(images):
+            pixels = image.decode(int(bottoms[number])).permute(1, 2, 0).numpy()  # (rows, W, C)
+            if not crops:
+                channels = pixels.shape[2]
+                shapes = [(len(boxes), channels, spec.size, spec.size) for spec, boxes in zipped]
+                crops = [torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for shape in shapes]
+            for (spec, boxes), cropped in zip(zipped, crops, strict=True):
+                for row in range(number, len(boxes), len(images)):
+                    top, left, height, width = boxes[row].tolist()
+                    crop = pixels[top : top + height, left : left + width]
+                    cropped[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
+        return crops, augmentations
 
 
 class ViewDataset(Dataset[RawViews]):
@@ -77,59 +178,136 @@ class ViewDataset(Dataset[RawViews]):
     """
 
     def __init__(self, images: Images, specs: Sequence[ViewSpec], seed: int) -> None:
-        self.images, self.specs, self.seed = images, specs, seed
+        self.images, self.maker = images, ViewMaker(specs, seed)
 
     def __getitem__(self, key: BatchKey) -> RawViews:
         epoch, indices = key
-        if isinstance(self.images, ImageArray):
+        if isinstance(self.images, ImageArray):  # cropped on the device
             batch = self.images.images[torch.from_numpy(indices)]
             heights, widths = (np.full(len(indices), side) for side in batch.shape[-2:])
-            boxes_of, augmentations = self._draw(epoch, indices, heights, widths)
-            crops = [torch.from_numpy(boxes) for boxes in boxes_of]
-            labels = _labels(self.images, indices)
-            return RawViews(batch, crops, augmentations, labels, torch.from_numpy(indices), [])
+            boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)
+            crops = [torch.from_numpy(rows) for rows in boxes]
+            return RawViews(batch, crops, augmentations, _labels(self.images, indices), torch.from_numpy(indices), [])
+        try:
+            return self._from_files(epoch, indices)
+        except UserError:
+            raise
+        except Exception:  # a file breaks off: decode all before cropping, to see which
+            return self._from_files(epoch, indices, to_the_end=True)
 
-        images, read, unreadable = self._read(indices)
-        heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
-        boxes_of, augmentations = self._draw(epoch, indices, heights, widths)
-        crops = []
-        for spec, boxes in zip(self.specs, boxes_of, strict=True):
-            pixels = torch.empty(len(boxes), 3, spec.size, spec.size, dtype=torch.uint8)
-            for row, (top, left, height, width) in enumerate(boxes.tolist()):
-                crop = images[row % len(images)][:, top : top + height, left : left + width]
-                pixels[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
-            crops.append(pixels)
-        labels = _labels(self.images, read)
-        return RawViews(None, crops, augmentations, labels, torch.from_numpy(read), unreadable)
+    def _from_files(self, epoch: int, indices: np.ndarray, to_the_end: bool = False) -> RawViews:
+        """Read the files; another readable image of the data set stands in for one that cannot be read.
 
-    def _draw(
-        self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
-    ) -> tuple[list[np.ndarray], list[Augmentation]]:
-        """Boxes and augmentation of each ViewSpec, rows ordered view by view."""
-        boxes, augmentations, view = [], [], 0
-        for spec in self.specs:
-            numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), NUMBERS_PER_VIEW)
-            flat = numbers.reshape(spec.count * len(indices), NUMBERS_PER_VIEW)
-            draws = draw(spec, flat, np.tile(heights, spec.count), np.tile(widths, spec.count))
-            boxes.append(draws.boxes)
-            augmentations.append(draws.augmentation)
-            view += spec.count
-        return boxes, augmentations
-
-    def _read(self, indices: np.ndarray) -> tuple[list[Tensor], np.ndarray, list[Unreadable]]:
-        """Decode; the next readable image of the data set stands in for one that cannot be read."""
+        Args:
+            epoch: Epoch.
+            indices: The images.
+            to_the_end: Decode each first, to see whether it can be.
+        """
         unreadable: list[Unreadable] = []
-        images, read = zip(*(self._first_readable(int(index), unreadable) for index in indices), strict=True)
-        return list(images), np.array(read), unreadable
+        opened = [self._first_readable(int(index), to_the_end, unreadable) for index in indices]
+        crops, augmentations = self.maker.crop(epoch, indices, [image for image, _ in opened])
+        read = np.array([index for _, index in opened])
+        return RawViews(None, crops, augmentations, _labels(self.images, read), torch.from_numpy(read), unreadable)
 
-    def _first_readable(self, index: int, unreadable: list[Unreadable]) -> tuple[Tensor, int]:
-        for candidate in range(index, index + min(100, len(self.images))):
-            candidate %= len(self.images)
+    def _first_readable(self, index: int, to_the_end: bool, unreadable: list[Unreadable]) -> tuple[OpenedImage, int]:
+        for step in range(len(self.images).bit_length() + 1):  # in leaps, past a whole folder or shard that is gone
+            candidate = (index + 2**step - 1) % len(self.images)
             try:
-                return self.images.read(candidate), candidate
+                image = self.images.open(candidate)
+                if to_the_end:
+                    image.decode(image.height)
+                return image, candidate
+            except UserError:
+                raise
             except Exception as error:
                 unreadable.append(Unreadable.because(self.images.name(candidate), error))
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), index  # hopeless: the limit will stop the run
+        black = torch.zeros(self.images.channels, 8, 8, dtype=torch.uint8)
+        return opened_already(black), index  # hopeless: the limit will stop the run
+
+
+class StreamedViews(IterableDataset[RawViews]):
+    """Random crops of a stream of images, a batch at a time; each process and worker reads its part of the stream.
+
+    A part that ends early begins again. A resumed run passes over the batches that are done.
+
+    Args:
+        stream: Where images come from.
+        specs: The views.
+        batch_size: Images per batch and process.
+        seed: Seed of all random decisions.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Attributes:
+        epoch: Epoch of the next pass.
+        start: Batches of the next pass that are already done.
+    """
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        specs: Sequence[ViewSpec],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.stream, self.batch_size, self.seed = stream, batch_size, seed
+        self.size, self.rank, self.world_size = len(stream), rank, world_size
+        self.maker = ViewMaker(specs, seed)
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[RawViews]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        done, todo = (len(range(number, batches, workers)) for batches in (self.start, len(self)))
+        parts, part = self.world_size * workers, self.rank * workers + number
+        unreadable: list[Unreadable] = []
+        images = self.decoded(done * self.batch_size, unreadable)
+        for batch in range(done, todo):
+            indices = (batch * self.batch_size + np.arange(self.batch_size)) * parts + part
+            opened, labels = zip(*itertools.islice(images, self.batch_size), strict=True)
+            crops, augmentations = self.maker.crop(self.epoch, indices, opened)
+            numbers = torch.from_numpy(indices)
+            yield RawViews(None, crops, augmentations, torch.tensor(labels), numbers, unreadable.copy())
+            unreadable.clear()
+
+    def decoded(self, skip: int = 0, unreadable: list[Unreadable] | None = None) -> Iterator[tuple[OpenedImage, int]]:
+        """The images of this worker's part with their classes, again and again.
+
+        Args:
+            skip: Examples to pass over at first.
+            unreadable: Those that cannot be read are added here; the one before takes their place.
+        """
+        image, label, failed = None, -1, 0
+        for example in itertools.islice(self._examples(), skip, None):
+            try:
+                opened = open_example(example.image)
+                image, label, failed = opened_already(opened.decode(opened.height)), example.label, 0
+            except Exception as error:
+                failed += 1
+                if failed > self.size:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise UserError(f"no image of the stream can be read, e.g. {example.name}: {reason}") from error
+                if unreadable is not None:
+                    unreadable.append(Unreadable.because(example.name, error))
+            if image is not None:
+                yield image, label
+
+    def _examples(self) -> Iterator[Example]:
+        while True:
+            example = None
+            for example in self.stream.examples(self.epoch, self.rank, self.world_size):
+                yield example
+            if example is None:
+                raise UserError(f"process {self.rank} finds no image in its part of the stream; use fewer processes.")
 
 
 class PlainDataset(Dataset[PlainImages]):
@@ -148,11 +326,13 @@ class PlainDataset(Dataset[PlainImages]):
     def __getitem__(self, key: BatchKey) -> PlainImages:
         _, indices = key
         size = self.spec.size
-        pixels, read, unreadable = [torch.empty(0, 3, size, size, dtype=torch.uint8)], [], []
+        pixels, read, unreadable = [torch.empty(0, self.images.channels, size, size, dtype=torch.uint8)], [], []
         for index in map(int, indices):
             try:
                 pixels.append(self._transform(self.images.read(index))[None])
                 read.append(index)
+            except UserError:
+                raise
             except Exception as error:
                 unreadable.append(Unreadable.because(self.images.name(index), error))
         kept = np.array(read, dtype=np.int64)
@@ -164,16 +344,19 @@ class PlainDataset(Dataset[PlainImages]):
         short = round(size / self.crop_fraction)
         height, width = image.shape[1:]
         height, width = max(short, short * height // width), max(short, short * width // height)
-        image = _resize(image, (height, width), self.spec.interpolation)
+        image = _resize(image.permute(1, 2, 0).numpy(), (height, width), self.spec.interpolation)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return image[:, top : top + size, left : left + size]
 
 
-def _resize(image: Tensor, shape: tuple[int, int], interpolation: str) -> Tensor:
-    """Antialiased resize of a uint8 image ``(3, H, W)``."""
-    if image.shape[1:] == shape:
-        return image
-    return F.interpolate(image[None], shape, mode=interpolation, antialias=True)[0]
+def _resize(pixels: NDArray[np.uint8], shape: tuple[int, int], interpolation: str) -> Tensor:
+    """Antialiased resize of ``(H, W, C)`` uint8 pixels to ``(C, *shape)``, fastest on pixels that lie together.
+
+    Measured on one core, bicubic, 300x350 to 224x224 px: torch 0.45 ms, or 0.69 on a part of a larger image and 1.4
+    channels first; Pillow 2. OpenCV has no antialiased bicubic.
+    """
+    image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
+    return (image if pixels.shape[:2] == shape else F.interpolate(image, shape, mode=interpolation, antialias=True))[0]
 
 
 def _labels(images: Images, indices: np.ndarray) -> Tensor:

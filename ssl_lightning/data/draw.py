@@ -7,9 +7,7 @@ on where training was interrupted, or on the device that applies the numbers.
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ssl_lightning.data.views import ViewSpec
 
@@ -73,26 +71,24 @@ def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: NDArray[n
 
 
 class Augmentation(NamedTuple):
-    """What ``augment`` applies to N images of one ViewSpec; row lists are made here so the device never waits."""
+    """What ``augment`` does to each of N images of one ViewSpec."""
 
-    flip: Tensor
+    flip: NDArray[np.bool_]
     """``(N,)`` whether to mirror."""
-    operations: Tensor
-    """``(N, 4)`` colour operation at each step: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
-    factors: Tensor
-    """``(N, 4)`` its factor; 1 for hue and where there is no jitter."""
-    hue_rows: list[Tensor]
-    """For each step the rows whose hue turns then."""
-    hue_turns: list[Tensor]
-    """For each step how far they turn, in turns."""
-    grayscale: Tensor
+    operations: NDArray[np.int8]
+    """``(N, 4)`` colour operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
+    amounts: NDArray[np.float32]
+    """``(N, 4)`` its factor, or how far the hue turns, in turns."""
+    grayscale: NDArray[np.bool_]
     """``(N,)`` whether to remove colour."""
-    blur_rows: Tensor
-    """The rows to blur."""
-    blur_sigmas: Tensor
-    """The standard deviations of their blurs, in pixels."""
-    solarize: Tensor
+    sigmas: NDArray[np.float32]
+    """``(N,)`` standard deviation of the blur in pixels; 0 is none."""
+    solarize: NDArray[np.bool_]
     """``(N,)`` whether to solarize."""
+
+    def of(self, rows: slice) -> "Augmentation":
+        """That of some of the images."""
+        return Augmentation(**{name: values[rows] for name, values in self._asdict().items()})
 
 
 class Draws(NamedTuple):
@@ -162,27 +158,19 @@ def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
     flip, jitter, grayscale, blur, sigma, solarize = numbers[:, :6].T
     strengths, order = numbers[:, 6:10], numbers[:, 10:14]
 
+    strongest = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
+    factors = _between(strengths[:, :3], np.maximum(0, 1 - strongest[:3]), 1 + strongest[:3])
+    turns = _between(strengths[:, 3:], -spec.hue, spec.hue)
     operations = order.argsort(axis=1)  # (N, 4): a random permutation
-    ranges = np.array([spec.brightness, spec.contrast, spec.saturation])
-    low, high = np.maximum(0, 1 - ranges), 1 + ranges
-    factors = np.concatenate([_between(strengths[:, :3], low, high), np.ones((len(numbers), 1))], axis=1)
-    turns = _between(strengths[:, 3], -spec.hue, spec.hue)
-
-    jittered = jitter < spec.jitter
-    factors = np.where(jittered[:, None], np.take_along_axis(factors, operations, axis=1), 1.0)
-    turned = jittered[:, None] & (operations == 3) & (spec.hue > 0)  # (N, 4)
-    hue_rows = [np.flatnonzero(turned[:, step]) for step in range(4)]
-    blur_rows = np.flatnonzero(blur < spec.blur)
+    amounts = np.take_along_axis(np.concatenate([factors, turns], axis=1), operations, axis=1)
+    changes = (jitter < spec.jitter)[:, None] & (strongest > 0)[operations]
     return Augmentation(
-        flip=torch.from_numpy(flip < spec.flip),
-        operations=torch.from_numpy(operations.astype(np.uint8)),
-        factors=torch.from_numpy(factors.astype(np.float32)),
-        hue_rows=[torch.from_numpy(rows) for rows in hue_rows],
-        hue_turns=[torch.from_numpy(turns[rows].astype(np.float32)) for rows in hue_rows],
-        grayscale=torch.from_numpy(grayscale < spec.grayscale),
-        blur_rows=torch.from_numpy(blur_rows),
-        blur_sigmas=torch.from_numpy(_between(sigma[blur_rows], *spec.blur_sigma).astype(np.float32)),
-        solarize=torch.from_numpy(solarize < spec.solarize),
+        flip=flip < spec.flip,
+        operations=np.where(changes, operations, -1).astype(np.int8),
+        amounts=amounts.astype(np.float32),
+        grayscale=grayscale < spec.grayscale,
+        sigmas=np.where(blur < spec.blur, _between(sigma, *spec.blur_sigma), 0).astype(np.float32),
+        solarize=solarize < spec.solarize,
     )
 
 

@@ -1,13 +1,20 @@
 """Images from a folder, with or without labels."""
 
 import os
+import time
+import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.images import ImageFiles, Labels
+from ssl_lightning.data.cache import cache_file, write_arrays
+from ssl_lightning.data.images import ImageFiles, Images, Labels
 from ssl_lightning.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -39,40 +46,64 @@ class ImageFolderData(SSLDataModule):
         super().__init__(**kwargs)
         self.root, self.labels, self.val_fraction = Path(root).expanduser(), labels, val_fraction
 
+    def prepare_data(self) -> None:
+        """Scan the folders once per machine; the other processes find the cached index."""
+        for root in (self._train_root, *self._validation_roots()):
+            with suppress(UserError):  # to be raised where it matters
+                find_images(root)
+
     def load(self) -> None:
-        """Scan the folder, label the images, split off validation."""
+        """Find the images, label them, split off validation."""
         if not self.root.is_dir():
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"{self.root} {what}; give the folder of your images as data.root.")
-        train_root = self.root / "train" if (self.root / "train").is_dir() else self.root
-        files = find_images(train_root)
-        classes = self._classes(train_root, files)
-        train = ImageFiles(files, _labels(train_root, files, classes))
-        val = self._validation(classes) if train_root != self.root else None
-        if val is None and train.labels is not None:
-            train, val = _split(train, self.val_fraction)
+        root = self._train_root
+        found = find_images(root)
+        classes = self._classes(root, found)
+        train = ImageFiles(found.paths, _labels(root, found, classes), root)
+        val = None
+        for val_root in self._validation_roots():
+            if val is None and (classes is None or any(path.is_dir() for path in val_root.iterdir())):
+                found = find_images(val_root)
+                val = ImageFiles(found.paths, _labels(val_root, found, classes), val_root)
         self.train_images, self.val_images = train, val
+        if val is None and train.labels is not None:
+            self.train_images, self.val_images = split(train, self.val_fraction)
 
-    def _validation(self, classes: list[str] | None) -> ImageFiles | None:
-        """The neighbour of ``train`` for validation; with classes, one that has class folders too."""
-        for name in _VALIDATION_FOLDERS:
-            root = self.root / name
-            if root.is_dir() and (classes is None or any(path.is_dir() for path in root.iterdir())):
-                files = find_images(root)
-                return ImageFiles(files, _labels(root, files, classes))
-        return None
+    @property
+    def _train_root(self) -> Path:
+        return self.root / "train" if (self.root / "train").is_dir() else self.root
 
-    def _classes(self, root: Path, files: list[Path]) -> list[str] | None:
-        parts = [file.relative_to(root).parts for file in files]
-        names = sorted({part[0] for part in parts if len(part) > 1})
-        if self.labels == "folders" and any(len(part) == 1 for part in parts):
+    def _validation_roots(self) -> list[Path]:
+        """The neighbours of ``train`` for validation."""
+        roots = [self.root / name for name in _VALIDATION_FOLDERS] if self._train_root != self.root else []
+        return [root for root in roots if root.is_dir()]
+
+    def _classes(self, root: Path, found: "FoundImages") -> list[str] | None:
+        depths = [0 if folder == "" else folder.count(os.sep) + 1 for folder in found.folders]
+        names = sorted({folder.split(os.sep)[0] for folder in found.folders if folder})
+        if self.labels == "folders" and 0 in depths:
             raise UserError(f"labels='folders', but some images lie directly in {root}; move them into class folders.")
-        found = len(names) > 1 and all(len(part) == 2 for part in parts)
-        return names if self.labels == "folders" or (self.labels == "auto" and found) else None
+        classes = len(names) > 1 and set(depths) == {1}
+        return names if self.labels == "folders" or (self.labels == "auto" and classes) else None
 
 
-def find_images(root: Path) -> list[Path]:
-    """All image files below a folder, by their suffix, sorted; hidden files and folders are passed over.
+class FoundImages(NamedTuple):
+    """The images below a folder."""
+
+    paths: NDArray[np.bytes_]
+    """``(N,)`` paths below the folder, sorted by folder, then by name."""
+    folders: list[str]
+    """The folders that hold images, below the folder; "" is the folder itself."""
+    counts: NDArray[np.int64]
+    """How many images each of them holds."""
+
+
+def find_images(root: Path) -> FoundImages:
+    """All image files below a folder, by their suffix; hidden files and folders are passed over.
+
+    The result of a long scan is kept in ``$SSL_LIGHTNING_CACHE`` (by default ``~/.cache/ssl_lightning``), for as long
+    as no folder changes.
 
     Args:
         root: The folder.
@@ -80,31 +111,83 @@ def find_images(root: Path) -> list[Path]:
     Raises:
         UserError: There are none.
     """
-    found: list[Path] = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
-        found += [Path(folder, name) for name in names]
-    if not found:
+    index = cache_file(f"folder-{root.resolve()}", ".npz")
+    found = _cached(root, index)
+    if found is None:
+        start = time.time_ns()
+        found, all_folders = _scan(root)
+        if len(found.paths) >= _WORTH_CACHING:
+            # A folder that changes while it is scanned may change again within one tick of the clock: never trusted.
+            times = np.array([os.stat(root / folder).st_mtime_ns for folder in all_folders])
+            times[times > start - 2 * 10**9] = -1
+            write_arrays(
+                index,
+                paths=found.paths,
+                counts=found.counts,
+                folders=np.array([os.fsencode(folder) for folder in found.folders]),
+                all_folders=np.array([os.fsencode(folder) for folder in all_folders]),
+                times=times,
+            )
+    if len(found.paths) == 0:
         raise UserError(f"no images below {root}; looked for files ending in {', '.join(IMAGE_SUFFIXES)}.")
     return found
 
 
-def _labels(root: Path, files: list[Path], classes: list[str] | None) -> Labels | None:
+_WORTH_CACHING = 10_000
+"""Images whose folders take longer to scan than to look up."""
+
+
+def _cached(root: Path, index: Path) -> FoundImages | None:
+    """The result of an earlier scan, if it still holds."""
+    try:
+        with index.open("rb") as file, np.load(file) as arrays:
+            for folder, changed in zip(arrays["all_folders"], arrays["times"], strict=True):
+                if os.stat(root / os.fsdecode(folder)).st_mtime_ns != changed:
+                    return None
+            folders = [os.fsdecode(folder) for folder in arrays["folders"]]
+            return FoundImages(arrays["paths"], folders, arrays["counts"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or one of another version
+        return None
+
+
+def _scan(root: Path) -> tuple[FoundImages, list[str]]:
+    """Look through all folders; also says which there are."""
+    paths: list[bytes] = []
+    folders: list[str] = []
+    counts: list[int] = []
+    all_folders: list[str] = []
+    columns = TextColumn("Scanning {task.description}: {task.completed:,.0f} images"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(str(root), total=None)
+        for path, children, files in os.walk(root, followlinks=True):
+            children[:] = sorted(name for name in children if not name.startswith("."))
+            folder = os.path.relpath(path, root)
+            folder = "" if folder == "." else folder
+            all_folders.append(folder)
+            names = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
+            if names:
+                paths += [os.fsencode(os.path.join(folder, name)) for name in names]
+                folders.append(folder)
+                counts.append(len(names))
+                bar.advance(task, len(names))
+    return FoundImages(np.array(paths, dtype=np.bytes_), folders, np.array(counts, dtype=np.int64)), all_folders
+
+
+def _labels(root: Path, found: FoundImages, classes: list[str] | None) -> Labels | None:
     if classes is None:
         return None
     number = {name: label for label, name in enumerate(classes)}
-    folders = [file.relative_to(root).parts[0] for file in files]
-    if unknown := sorted(set(folders) - set(classes)):
+    names = [folder.split(os.sep)[0] for folder in found.folders]
+    if unknown := sorted(set(names) - set(classes)):
         raise UserError(f"{root} has classes that training has not: {', '.join(unknown[:5])}; remove or add them.")
-    return np.array([number[folder] for folder in folders])
+    return np.repeat(np.array([number[name] for name in names]), found.counts)
 
 
-def _split(files: ImageFiles, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
-    """Hold out a share of the files; the same ones on every run, whatever the seed."""
-    count = round(len(files) * val_fraction)
+def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:
+    """Hold out a share of the images for validation; the same ones on every run, whatever the seed."""
+    count = round(len(images) * val_fraction)
     if count == 0:
-        return files, None
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(files))
+        return images, None
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    return files.subset(kept), files.subset(held_out)
+    return images.subset(kept), images.subset(held_out)

@@ -1,14 +1,19 @@
-"""Where images come from: files that are decoded when needed, or one array in memory."""
+"""Images with random access: files that are decoded when needed, an array in memory, or a source of one's own."""
 
+import functools
+import io
 import os
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ssl_lightning.errors import UserError
@@ -28,74 +33,175 @@ class Unreadable(NamedTuple):
         return cls(name, f"{type(error).__name__}: {error}")
 
 
-class ImageFiles:
-    """Image files, decoded one at a time.
+class OpenedImage(NamedTuple):
+    """An image whose size is known before its pixels.
+
+    So a worker crops an image as soon as it is decoded, while it is in the cache: measured 12 % faster than decoding
+    the whole batch first.
+    """
+
+    height: int
+    width: int
+    decode: Callable[[int], Tensor]
+    """Gives the pixels of so many rows from the top, or of more: uint8 ``(3, rows, W)``, laid out channels last, as the
+    resize wants it."""
+
+
+class Images(ABC):
+    """Images with random access: a source of its own writes ``__len__``, ``name`` and ``open``.
+
+    Attributes:
+        labels: ``(N,)`` class of each image; -1 is unknown.
+        channels: Number of channels of each image.
+    """
+
+    labels: Labels | None = None
+    channels: int = 3
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+
+    @abstractmethod
+    def open(self, index: int) -> OpenedImage:
+        """Read one image, and find its size.
+
+        Raises:
+            UserError: Nothing can be read on; stops the run.
+            Exception: The image is missing or broken; another one stands in for it.
+        """
+
+    def read(self, index: int) -> Tensor:
+        """Decode one image to uint8 ``(C, H, W)``."""
+        image = self.open(index)
+        return image.decode(image.height)
+
+    def subset(self, indices: NDArray[np.int64]) -> "Images":
+        """Some of the images."""
+        return _Subset(self, indices)
+
+    def order(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """The order of an epoch: a random permutation."""
+        return random.permutation(len(self))
+
+
+class _Subset(Images):
+    def __init__(self, images: Images, indices: NDArray[np.int64]) -> None:
+        self.images, self.indices = images, indices
+        self.labels = None if images.labels is None else images.labels[indices]
+        self.channels = images.channels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+    def open(self, index: int) -> OpenedImage:
+        return self.images.open(int(self.indices[index]))
+
+
+class ImageFiles(Images):
+    """Image files.
 
     Args:
         paths: The files.
-        labels: Class of each file; -1 or None is unknown.
+        labels: ``(N,)`` class of each file; -1 is unknown.
+        root: Folder that the paths start from.
     """
 
-    def __init__(self, paths: Iterable[Path | bytes], labels: Labels | None = None) -> None:
-        self.paths = np.array([os.fsencode(path) for path in paths])  # one block of memory, shared with the workers
-        self.labels = _checked(labels, len(self))
+    def __init__(
+        self, paths: Sequence[Path] | NDArray[np.bytes_], labels: Labels | None = None, root: Path = Path()
+    ) -> None:
+        # one block of memory, which the workers share
+        self.paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
+        self.labels, self.root = _checked(labels, len(self)), root
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: its path."""
-        return os.fsdecode(self.paths[index])
+        """The path."""
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
-    def read(self, index: int) -> Tensor:
-        """Decode one image to uint8 RGB ``(3, H, W)``, laid out channels last.
-
-        Raises:
-            Exception: The file is missing, truncated or no image.
-        """
-        return decode(self.name(index))
-
-    def subset(self, indices: NDArray[np.int64]) -> "ImageFiles":
-        """Some of the images."""
-        return ImageFiles(self.paths[indices], None if self.labels is None else self.labels[indices])
+    def open(self, index: int) -> OpenedImage:
+        """Read the file."""
+        with open(self.name(index), "rb") as file:
+            return open_image(file.read())
 
 
-class ImageArray:
+class DatasetImages(Images):
+    """A data set of pairs or dictionaries that hold a PIL image, as those of torchvision and Hugging Face do.
+
+    Args:
+        dataset: Has a length, and an image for each index.
+        labels: ``(N,)`` class of each image; -1 is unknown.
+        key: Where an example keeps its image.
+    """
+
+    def __init__(self, dataset: Any, labels: Labels | None = None, key: str | int = 0) -> None:
+        self.dataset, self.key = dataset, key
+        self.labels = _checked(labels, len(self))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """The number of the example."""
+        return f"example {index}"
+
+    def open(self, index: int) -> OpenedImage:
+        """Get the example."""
+        return open_example(self.dataset[int(index)][self.key])
+
+
+class ImageArray(Images):
     """Images of one size held in memory.
 
     Args:
-        images: ``(N, 3, H, W)``, uint8.
-        labels: ``(N,)`` class of each image; -1 or None is unknown.
+        images: ``(N, C, H, W)``, uint8.
+        labels: ``(N,)`` class of each image; -1 is unknown.
     """
 
     def __init__(self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None) -> None:
         self.images = torch.as_tensor(images)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             kind = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise UserError(f"ImageArray wants uint8 images of shape (N, 3, H, W), not {kind}; convert them.")
+            raise UserError(f"images must be uint8 of shape (N, C, H, W), not {kind}; convert them.")
+        if self.images.shape[1] > 4 and self.images.shape[3] <= 4:
+            raise UserError(
+                f"images of shape {tuple(self.images.shape)} have their channels last; images.transpose(0, 3, 1, 2) "
+                "puts them first."
+            )
+        self.channels = self.images.shape[1]
         self.labels = _checked(labels, len(self))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: its number."""
+        """Its number."""
         return f"image {index}"
 
-    def read(self, index: int) -> Tensor:
-        """One image, uint8 RGB ``(3, H, W)``."""
-        return self.images[index]
+    def open(self, index: int) -> OpenedImage:
+        """One of the images."""
+        return opened_already(self.images[index])
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageArray":
-        """Some of the images."""
+        """Some of the images, in memory too."""
         return ImageArray(self.images[indices], None if self.labels is None else self.labels[indices])
 
     @classmethod
-    def from_files(cls, files: ImageFiles) -> "tuple[ImageArray, list[Unreadable]]":
-        """Decode all files into memory, and list those that cannot be read.
+    def decoded(cls, files: Images) -> "tuple[ImageArray, list[Unreadable]]":
+        """Decode images into memory, and list those that cannot be read.
 
         Raises:
-            UserError: Two images differ in size, or none can be read.
+            MixedSizesError: Two images differ in size.
+            UserError: None can be read.
         """
         images: list[Tensor] = []
         read: list[int] = []
@@ -103,11 +209,13 @@ class ImageArray:
         for index in range(len(files)):
             try:
                 image = files.read(index)
+            except UserError:
+                raise
             except Exception as error:
                 unreadable.append(Unreadable.because(files.name(index), error))
                 continue
             if images and image.shape != images[0].shape:
-                raise UserError(
+                raise MixedSizesError(
                     f"data.in_memory needs images of one size, but {files.name(index)} is {_size(image)} px and "
                     f"{files.name(read[0])} {_size(images[0])} px; leave it off."
                 )
@@ -118,7 +226,38 @@ class ImageArray:
         return cls(torch.stack(images), None if files.labels is None else files.labels[read]), unreadable
 
 
-Images = ImageFiles | ImageArray
+class MixedSizesError(UserError):
+    """Images that should form one array are not of one size."""
+
+
+class Example(NamedTuple):
+    """One image of a stream."""
+
+    image: Any
+    """What ``open_example`` takes."""
+    label: int
+    """Its class; -1 is unknown."""
+    name: str
+    """What to call it in a message."""
+
+
+class ImageStream(ABC):
+    """Images that come in order only: a stream of its own writes ``__len__`` and ``examples``."""
+
+    channels: int = 3
+    num_classes: int | None = None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images in an epoch."""
+
+    @abstractmethod
+    def max_workers(self, world_size: int) -> int:
+        """Number of worker processes into which the part of each process can be divided."""
+
+    @abstractmethod
+    def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
+        """The part of an epoch that one process reads; in a worker of a DataLoader, that worker's part of it."""
 
 
 def _checked(labels: Labels | None, count: int) -> Labels | None:
@@ -134,24 +273,106 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
 
 
-def decode(path: str | Path) -> Tensor:
-    """Read an image file of any mode Pillow knows as RGB, upright by its EXIF tag.
+def open_image(data: bytes) -> OpenedImage:
+    """Look at the content of an image file of any mode Pillow knows; it becomes RGB, upright by its Exif tag.
 
-    Palette, CMYK and transparent images are converted, transparency dropped; 16-bit gray is scaled to 8 bits.
+    Palette, CMYK and transparent images are converted, transparency dropped; 16-bit gray is scaled to 8 bits. Plain
+    JPEGs alone wait until they are decoded.
 
     Args:
-        path: The file.
-
-    Returns:
-        uint8 ``(3, H, W)``, laid out channels last, as the resize wants it.
+        data: Content of the file.
 
     Raises:
-        Exception: The file is missing, truncated or no image; which one depends on its format.
+        Exception: The content is truncated or no image; which one depends on its format.
     """
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # Pillow clips 16-bit gray when it converts
-            wide = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
-        pixels = np.array(image.convert("RGB"))
+    jpeg = _plain_jpeg(data)
+    if jpeg is None:
+        with Image.open(io.BytesIO(data)) as image:
+            return open_pil_image(image)
+    return OpenedImage(jpeg.height, jpeg.width, functools.partial(_decode_jpeg, data, jpeg))
+
+
+def opened_already(pixels: Tensor) -> OpenedImage:
+    """An image ``(C, H, W)`` that is decoded."""
+    return OpenedImage(pixels.shape[1], pixels.shape[2], lambda _: pixels)
+
+
+def open_example(image: Any) -> OpenedImage:
+    """What data sets call an image: one of Pillow, the content of a file, or Hugging Face's ``{bytes, path}``."""
+    if isinstance(image, dict):
+        if image.get("bytes") is None:
+            with fsspec.open(image["path"], "rb") as file:  # also in an archive, or behind a URL
+                return open_image(file.read())
+        image = image["bytes"]
+    return open_image(image) if isinstance(image, bytes) else open_pil_image(image)
+
+
+def open_pil_image(image: Image.Image) -> OpenedImage:
+    """An image of Pillow, as RGB and upright."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow clips 16-bit gray when it converts
+        wide = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
+    return opened_already(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+
+
+class _Jpeg(NamedTuple):
+    """What is known of a JPEG before it is decoded."""
+
+    height: int
+    width: int
+    height_field: int
+    """Byte that its height starts at; 0 if not all rows need be there before the first can be decoded."""
+    block: int
+    """Rows that are coded together."""
+
+
+def _plain_jpeg(data: bytes) -> _Jpeg | None:
+    """Look at a JPEG that libjpeg-turbo decodes just as Pillow does; None for any other file."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    field = block = components = 0
+    position = 2
+    while position + 10 <= len(data) and data[position] == 0xFF and data[position + 1] != _START_OF_SCAN:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == _APP1:  # Exif or XMP: it may have to be turned
+            with Image.open(io.BytesIO(data)) as image:
+                if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+                    return None
+        elif marker in _SEQUENTIAL:
+            field, components = position + 5, data[position + 9]
+            block = 8 * max(data[position + 11 + 3 * number] & 15 for number in range(components))
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colorspace in ("CMYK", "YCCK"):  # Pillow knows how Adobe inverts them
+        return None
+    whole = b"\xff\xd9" in data[-1024:] and data[position + 4 : position + 5] == bytes([components])  # in one scan
+    return _Jpeg(height, width, field if whole else 0, block)
+
+
+_SEQUENTIAL, _START_OF_SCAN, _APP1 = (0xC0, 0xC1), 0xDA, 0xE1
+
+
+def _decode_jpeg(data: bytes, jpeg: _Jpeg, rows: int) -> Tensor:
+    """Decode so many rows with libjpeg-turbo; the rows below cost as much as those above.
+
+    Measured on one core, 500x375 photos: simplejpeg 1.75 ms, OpenCV 1.8, torchvision 1.9, Pillow 2.6, all with equal
+    pixels; simplejpeg 1.0 for the upper half. Faster upsampling, or scaling while decoding, changes them.
+    """
+    needed = (rows // jpeg.block + 2) * jpeg.block if jpeg.block else jpeg.height  # upsampling looks one row further
+    try:
+        if jpeg.height_field and needed < jpeg.height:
+            head, tail = data[: jpeg.height_field], data[jpeg.height_field + 2 :]
+            pixels = simplejpeg.decode_jpeg(head + needed.to_bytes(2, "big") + tail, "RGB", strict=False)
+        else:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:  # damaged: Pillow forgives more
+        with Image.open(io.BytesIO(data)) as image:
+            return open_pil_image(image).decode(rows)
     return torch.from_numpy(pixels).permute(2, 0, 1)

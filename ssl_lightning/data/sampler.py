@@ -1,6 +1,6 @@
 """The order of the data: batches fixed by (seed, epoch), whatever the number of processes and wherever one resumes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,23 @@ class ShuffledBatches(Sampler[BatchKey]):
         seed: Seed of the permutations.
         rank: Index of this process.
         world_size: Number of processes.
+        order: Makes the order of an epoch from a generator; None is a permutation.
 
     Attributes:
         epoch: Epoch of the next pass.
         start: Batches of the next pass that are already done: where a resumed run goes on.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        order: Callable[[np.random.Generator], NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.order = order or (lambda random: random.permutation(size))
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
@@ -40,7 +50,7 @@ class ShuffledBatches(Sampler[BatchKey]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[BatchKey]:
-        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.size)
+        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])))
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in range(start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size

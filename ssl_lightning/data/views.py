@@ -39,8 +39,8 @@ class ViewSpec:
         blur_kernel: Taps of the blur's kernel, an odd number.
         solarize: Probability of inverting pixels above the threshold.
         solarize_threshold: Threshold of solarize, of 255.
-        mean: Per-channel mean that is subtracted, of 1.
-        std: Per-channel deviation that divides, of 1.
+        mean: Mean that is subtracted, of 1: one number for each channel, or one for all.
+        std: Deviation that divides, of 1: one number for each channel, or one for all.
     """
 
     size: int = 224
@@ -62,8 +62,8 @@ class ViewSpec:
     blur_kernel: int = 23
     solarize: float = 0.0
     solarize_threshold: float = 128.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         """Refuse values that no view can have.
@@ -88,6 +88,24 @@ class ViewSpec:
             raise UserError(f"view: blur_kernel={self.blur_kernel} is too wide for size={self.size}; set it lower.")
         if self.size < 1 or self.count < 1:
             raise UserError(f"view: size={self.size} and count={self.count} must be at least 1.")
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse operations that images with so many channels cannot have.
+
+        Raises:
+            UserError: Colour operations on other than 3 channels, or a mean or deviation for another number.
+        """
+        if channels != 3 and (self.jitter > 0 or self.grayscale > 0):
+            raise UserError(
+                f"view: jitter={self.jitter} and grayscale={self.grayscale} need images of 3 channels, not {channels}; "
+                "give data.views with jitter: 0 and grayscale: 0."
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, channels):
+                raise UserError(
+                    f"view: {name}={getattr(self, name)} is for {len(getattr(self, name))} channels, and the images "
+                    f"have {channels}; give data.views with one number for each channel, or one for all."
+                )
 
 
 _BARLOW = ViewSpec(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2, blur=1.0)

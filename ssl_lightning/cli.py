@@ -267,9 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words of the command; those of the process by default.
     """
-    # Large pages for large CPU tensors: augmenting DINO's views on the CPU measured 1.2 times as fast. Read by torch
-    # when it allocates its first.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     # None is for the user to mend: Lightning's use of torch, that validate writes no checkpoints, that data without

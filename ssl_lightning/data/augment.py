@@ -34,7 +34,9 @@ def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec, out: Tensor |
             x = operation(x, *amounts)
         else:
             x.index_copy_(0, rows, operation(x.index_select(0, rows), *amounts))
-    return torch.mul(x.sub_(_channels(spec.mean, x.device)), _scale(spec, x.device), out=out)
+    if any(spec.mean):  # SimCLR's is 0
+        x.sub_(_channels(spec.mean, x.device))
+    return torch.mul(x, _scale(spec, x.device), out=out)
 
 
 _Drawn = tuple[Callable[..., Tensor], NDArray[np.bool_], list[NDArray[np.float32]]]

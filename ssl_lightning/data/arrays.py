@@ -46,5 +46,5 @@ class ArrayData(SSLDataModule):
     def load(self) -> None:
         """Take the arrays, and split off validation."""
         self.train_images, self.val_images = self.arrays, self.val_arrays
-        if self.val_arrays is None and self.arrays.labels is not None:
+        if self.val_arrays is None:
             self.train_images, self.val_images = split(self.arrays, self.val_fraction)

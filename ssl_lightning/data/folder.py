@@ -67,7 +67,7 @@ class ImageFolderData(SSLDataModule):
                 found = find_images(val_root)
                 val = ImageFiles(found.paths, _labels(val_root, found, classes), val_root)
         self.train_images, self.val_images = train, val
-        if val is None and train.labels is not None:
+        if val is None:
             self.train_images, self.val_images = split(train, self.val_fraction)
 
     @property
@@ -184,9 +184,9 @@ def _labels(root: Path, found: FoundImages, classes: list[str] | None) -> Labels
 
 
 def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:
-    """Hold out a share of the images for validation; the same ones on every run, whatever the seed."""
+    """Hold out a share of labelled images for validation; the same ones on every run, whatever the seed."""
     count = round(len(images) * val_fraction)
-    if count == 0:
+    if count == 0 or images.labels is None:
         return images, None
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
     held_out, kept = np.sort(order[:count]), np.sort(order[count:])

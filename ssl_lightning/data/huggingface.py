@@ -80,7 +80,7 @@ class HuggingFaceData(SSLDataModule):
         else:
             self.train_images = self._images(train, image, label)
         self.val_images = None if val is None else self._images(val, image, label)
-        if val is None and self.train_images is not None and self.train_images.labels is not None:
+        if val is None and self.train_images is not None:
             self.train_images, self.val_images = split(self.train_images, self.val_fraction)
 
     def _open(self, name: str | None) -> Any:

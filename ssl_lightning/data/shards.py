@@ -72,10 +72,9 @@ class ShardsData(SSLDataModule):
     def load(self) -> None:
         """Open the tar files, and split off validation."""
         train = self._open(self.urls)
-        self.train_images, self.val_images = train, None
         if self.val_urls is not None:
-            self.val_images = self._open(self.val_urls)
-        elif train.labels is not None:
+            self.train_images, self.val_images = train, self._open(self.val_urls)
+        else:
             self.train_images, self.val_images = split(train, self.val_fraction)
 
     def _open(self, urls: str | list[str]) -> "ShardImages":

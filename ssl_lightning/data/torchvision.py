@@ -50,7 +50,7 @@ class TorchvisionData(SSLDataModule):
         """Open both splits."""
         train, val = self._open_both()
         self.train_images, self.val_images = self._images_of(train), None if val is None else self._images_of(val)
-        if val is None and self.train_images.labels is not None:
+        if val is None:
             self.train_images, self.val_images = split(self.train_images, self.val_fraction)
 
     def _open_both(self) -> tuple[Any, Any]:

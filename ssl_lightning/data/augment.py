@@ -101,24 +101,30 @@ def saturation(images: Tensor, factors: Tensor) -> Tensor:
 def hue(images: Tensor, turns: Tensor) -> Tensor:
     """Turn the hue of ``(N, 3, H, W)`` images in [0, 1] by ``(N,)`` turns, keeping saturation and value (HSV)."""
     red, green, blue = images.unbind(1)
-    value, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)  # (N, H, W)
+    value, low = torch.maximum(red, green), torch.minimum(red, green)  # (N, H, W)
+    value, low = torch.maximum(value, blue, out=value), torch.minimum(low, blue, out=low)
     chroma = value - low
-    # The hue in sixths of a turn: red is 0, green 2, blue 4; of equal channels the first counts. Masks are numbers, as
-    # boolean ones are ten times slower on the CPU.
-    is_red = torch.eq(red, value, out=torch.empty_like(value))
-    is_green = torch.eq(green, value, out=torch.empty_like(value)).mul_(1 - is_red)
-    hue = (red - green).add_(chroma, alpha=4).mul_(1 - is_red - is_green)
-    hue.addcmul_((blue - red).add_(chroma, alpha=2), is_green).addcmul_(green - blue, is_red)
-    hue.div_(chroma.clamp(min=1e-9)).add_((6 * turns)[:, None, None])
-    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
-    x = hue[:, None] - _channels((3, 2, 4), images.device)  # (N, 3, H, W)
-    x = x.abs_().mul_(_channels((-1, 1, 1), images.device)).add_(_channels((2, -1, -1), images.device)).clamp_(0, 1)
-    return torch.sub(value[:, None], x.mul_(chroma[:, None]), out=images)
+    # With the channels scaled to r, g, b between 0 and 1, the hue in sixths of a turn is 1 - r + g + b, negative where
+    # g < b. Here in turns from 0 to 1, in few passes over the memory, without masks: they are slow on the CPU.
+    hue = _mixed(images, (-1 / 6, 1 / 6, 1 / 6))[:, 0].add_(value, alpha=1 / 6).sub_(low, alpha=1 / 3)
+    hue.div_(chroma.clamp(min=1e-9)).copysign_(green - blue).add_(_per_image(turns + 1)[:, 0]).frac_()
+    # A channel is 1 within a sixth of its own hue, 0 beyond two sixths; red's hue is 0: seen from the other end.
+    high, low = torch.add(low, chroma, alpha=2), low.sub_(chroma)
+    chroma.mul_(6)
+    for channel, center, start, slope in ((red, 1 / 2, low, 1), (green, 1 / 3, high, -1), (blue, 2 / 3, high, -1)):
+        distance = torch.sub(hue, center, out=value).abs_().clamp_(1 / 6, 1 / 3)
+        torch.addcmul(start, distance, chroma, value=slope, out=channel)
+    return images
 
 
 def to_gray(images: Tensor) -> Tensor:
     """Luma of ``(N, 3, H, W)`` images, ``(N, 1, H, W)``."""
-    return (_channels(_LUMA, images.device).view(1, 3) @ images.flatten(2)).unflatten(2, images.shape[2:])
+    return _mixed(images, _LUMA)
+
+
+def _mixed(images: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """``(N, 1, H, W)`` sums of the channels of ``(N, C, H, W)`` images."""
+    return (_channels(shares, images.device).view(1, -1) @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -226,12 +232,13 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, inter
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
-    """Cubic convolution kernel (Keys 1981)."""
-    x = distance.clamp(max=2)  # where it is 0
-    near = ((a + 2) * x - (a + 3)).mul_(x).mul_(x).add_(1)
-    far = (x - 5).mul_(x).add_(8).mul_(x).sub_(4).mul_(a)
-    return far.lerp_(near, torch.lt(x, 1, out=torch.empty_like(x)))
+def _cubic(distance: Tensor) -> Tensor:
+    """Twice the cubic convolution kernel of a = -0.5 (Keys 1981), in place; both of its pieces as one sum."""
+    outer = distance.neg_().add_(2).clamp_(min=0)
+    inner = outer - 1
+    weights = inner * outer * outer
+    inner.clamp_(min=0)
+    return weights.addcmul_(inner * inner, inner.mul_(-4).add_(2))
 
 
 def _per_image(values: Tensor) -> Tensor:

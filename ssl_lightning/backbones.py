@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ssl_lightning.distributed import rank, world_size
 from ssl_lightning.errors import UserError
 
 
@@ -45,6 +46,9 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
             model = timm.create_model(name, num_classes=0, **kwargs)
             if type(model) is VisionTransformer and model.dynamic_img_size and model.pos_embed is not None:
                 model.__class__ = AnySizeViT
+            for module in model.modules():
+                if type(module) is timm.layers.DropPath:
+                    module.__class__ = DropPath
             model.num_features = getattr(model, "head_hidden_size", None) or model.num_features  # what it gives
             return model
         if wanted in torchvision.models.list_models(module=torchvision.models):
@@ -54,6 +58,26 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
     near = difflib.get_close_matches(name, {*timm.list_models(), *torchvision.models.list_models()}, n=5)
     hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models() for the names."
     raise UserError(f"unknown backbone {name!r}: neither timm nor torchvision has it; {hint}")
+
+
+class DropPath(timm.layers.DropPath):
+    """timm's stochastic depth, drawn for the global batch: the same for an image on any number of processes.
+
+    Attributes:
+        batch_size: Images of this process in the batch; rows beyond are further views. None is all rows.
+    """
+
+    batch_size: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop the branch ``(V * B, ...)`` of some rows, and scale that of the others."""
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        batch_size = self.batch_size if self.batch_size and len(x) % self.batch_size == 0 else len(x)
+        noise = torch.rand(len(x) // batch_size, world_size() * batch_size, device=x.device)
+        own = noise.unflatten(1, (world_size(), batch_size))[:, rank()]  # (V, B)
+        kept = (own.flatten() >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob if self.scale_by_keep else 1)
+        return x * kept.view(-1, *[1] * (x.ndim - 1))
 
 
 def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -14,13 +14,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO, LayerSync
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
+from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
+from ssl_lightning.check import check
+from ssl_lightning.checkpoints import AtomicCheckpointIO
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
@@ -31,6 +37,8 @@ CALLBACKS: dict[str, type[Callback]] = {
     "knn_probe": KNNProbe,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
+    "preemption": Preemption,
+    "fail_together": FailTogether,
     "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
@@ -108,6 +116,29 @@ class _Trainer(Trainer):
         found.sheet.save(output)
         print(f"{output}\n{found}")
 
+    def check(
+        self,
+        model: SSLModule,
+        datamodule: SSLDataModule,
+        processes: int = 2,
+        steps: int = 5,
+        batch_size: int | None = None,
+    ) -> None:
+        """See whether several processes train as one does: same losses, gradients and parameters.
+
+        Args:
+            model: The method.
+            datamodule: The data.
+            processes: Number of processes, on the CPU.
+            steps: Optimizer steps.
+            batch_size: Images per batch and process; by default that of the data.
+        """
+        sync_batchnorm = self._accelerator_connector._layer_sync is not None
+        found = check(model, datamodule, processes, steps, batch_size, sync_batchnorm)
+        print(found)
+        if not found.equal:
+            raise UserError(f"{found.differing[0]} differ between one process and {processes}.")
+
 
 class SSLCLI(LightningCLI):
     """LightningCLI whose runs live in ``<trainer.default_root_dir>/<name>/version_<n>``.
@@ -140,7 +171,7 @@ class SSLCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands with the arguments that the command line does not show."""
-        return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}, "check": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
@@ -165,7 +196,7 @@ class SSLCLI(LightningCLI):
         if unknown := set(without) - set(CALLBACKS):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
         if self.subcommand != "fit":
-            without = {*without, "best_checkpoint", "last_checkpoint", "throughput", "view_grid"}
+            without = {*without, "best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid"}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if self.subcommand != "fit":
@@ -173,7 +204,7 @@ class SSLCLI(LightningCLI):
             self.save_config_callback = None
         elif config["logger"] is not False:
             folder, given = self._run_folder, config["logger"]
-            version = self._resumed_version() or _next_version(folder)
+            version = self._resumed_version() or _slurm_version() or _next_version(folder)
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
             if given in (None, True):
                 given = TensorBoardLogger(**where)
@@ -181,7 +212,18 @@ class SSLCLI(LightningCLI):
             rank_zero_info(f"Logs and checkpoints: {folder / version}")
         if config["logger"]:
             callbacks.append(LearningRateMonitor("step"))
+        config["plugins"] = self._plugins(config)
         return self._instantiate_trainer(config, callbacks)
+
+    def _plugins(self, config: Any) -> list[Any]:
+        """Those given, and this package's ways to write checkpoints and to synchronise BatchNorm."""
+        plugins = config["plugins"] or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        if config["sync_batchnorm"] and not any(isinstance(plugin, LayerSync) for plugin in plugins):
+            plugins.append(SyncedBatchNorm())
+        return plugins
 
     @property
     def _run_folder(self) -> Path:
@@ -199,8 +241,12 @@ class SSLCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.subcommand = self.config.get("subcommand")
         path = self._get(self.config, "ckpt_path")
+        if path is None and self.subcommand == "fit" and (version := _slurm_version()):
+            last = self._run_folder / version / "checkpoints" / "last.ckpt"
+            if last.is_file():  # the job was requeued
+                path = self.config["fit"]["ckpt_path"] = str(last)
         if path in ("last", "best"):
-            found = list(self._run_folder.glob(f"version_*/checkpoints/{path}*.ckpt"))
+            found = list(self._run_folder.glob(f"*/checkpoints/{path}*.ckpt"))
             if not found:
                 raise UserError(f"no {path}*.ckpt below {self._run_folder}; give its file as ckpt_path, or --name.")
             newest = max(found, key=lambda file: file.stat().st_mtime)
@@ -211,6 +257,11 @@ class SSLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would lay the checkpoint's hyper-parameters over what the command line says."""
+
+
+def _slurm_version() -> str | None:
+    """In a SLURM job its own folder, which a requeued job finds again."""
+    return f"slurm_{slurm_job()}" if SLURMEnvironment.detect() else None
 
 
 def _next_version(folder: Path) -> str:

@@ -49,6 +49,31 @@ def gather(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _Gather.apply(local)
 
 
+class _Sum(torch.autograd.Function):
+    """All-reduce whose backward sums the gradients of all processes."""
+
+    @staticmethod
+    def forward(_ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def summed(local: Tensor) -> Tensor:
+    """Sum over the processes, with the exact gradient, as for ``gather``.
+
+    Args:
+        local: The same shape on every process.
+    """
+    return local if world_size() == 1 else _Sum.apply(local)
+
+
 def own_part(rows: Tensor) -> Tensor:
     """This process's rows of those of all processes: the way back from ``gather``.
 

@@ -17,7 +17,7 @@ def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> 
         port = free.getsockname()[1]
     with get_context("spawn").Pool(count) as pool:
         calls = [pool.apply_async(_run, (rank, count, port, function, arguments)) for rank in range(count)]
-        return [call.get(timeout=120) for call in calls]
+        return [call.get(timeout=300) for call in calls]
 
 
 def _run(rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

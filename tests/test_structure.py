@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "evaluation"},
     "evaluation": {"evaluation"},
 }
-COMMANDS = {"__init__", "__main__", "cli", "benchmark"}
+COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check"}
 LEAVES = {path.stem for path in PACKAGE.glob("*.py")} - COMMANDS
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -26,6 +27,19 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=None if every_n_train_steps else True,
             enable_version_counter=False,
         )
+
+    def save(self, trainer: L.Trainer) -> str:
+        """Write it now.
+
+        Args:
+            trainer: The trainer.
+
+        Returns:
+            Its path.
+        """
+        path = self.format_checkpoint_name({})
+        self._save_checkpoint(trainer, path)
+        return path
 
 
 class BestCheckpoint(ModelCheckpoint):

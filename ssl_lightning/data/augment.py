@@ -88,7 +88,8 @@ def brightness(images: Tensor, factors: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend ``(N, 3, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``."""
-    mean = images.mean((-2, -1)) @ _channels(_LUMA, images.device).view(3)  # (N,)
+    red, green, blue = images.mean((-2, -1)).unbind(1)
+    mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a product with a matrix would depend on N
     return images.mul_(_per_image(factors)).add_(_per_image(mean * (1 - factors))).clamp_(0, 1)
 
 

@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -332,6 +334,7 @@ class Loader:
             num_workers=num_workers,
             collate_fn=_unchanged,
             persistent_workers=persistent and num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: iterating must not move the global generator
         )
@@ -388,3 +391,21 @@ def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Schedulers signal all processes of a job; workers must live until the step at hand is saved.
+
+    SIGTERM still ends them where it comes from the process that they load for.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -4,15 +4,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from packaging.version import Version
 from torch import Tensor, nn
 
-from ssl_lightning.distributed import rank
+from ssl_lightning.batch_norm import SyncBatchNorm
+from ssl_lightning.distributed import reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
 
@@ -179,10 +183,10 @@ class SSLModule(L.LightningModule):
 
     def _check_batch_norm(self) -> None:
         kinds = {type(module) for module in self.modules()}
-        if self.batch_norm == "per_process" and nn.SyncBatchNorm in kinds:
+        if self.batch_norm == "per_process" and kinds & {nn.SyncBatchNorm, SyncBatchNorm}:
             raise UserError(f"{type(self).__name__}'s BatchNorm is per process; set trainer.sync_batchnorm to false.")
         if self.batch_norm == "global" and kinds & {nn.BatchNorm1d, nn.BatchNorm2d} and self.trainer.world_size > 1:
-            rank_zero_warn(f"{type(self).__name__}'s BatchNorm is global; on GPUs set trainer.sync_batchnorm to true.")
+            rank_zero_warn(f"{type(self).__name__}'s BatchNorm is global; set trainer.sync_batchnorm to true.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the first batch of a loader that does not tell its views."""
@@ -198,30 +202,76 @@ class SSLModule(L.LightningModule):
             batch_idx: Unused.
         """
         views = batch[0]
-        with self._seeded(batch_idx), self._recording() as features:
+        with self._seeded(batch_idx, len(views[0])), self._recording() as features:
             loss = self.training_loss(views)
-        self._pending_losses.append(_to_host(loss.detach().float()))
+        self._pending_losses.append(_to_host(reduced(loss.detach().float())))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0] if features else None}
 
     @contextmanager
-    def _seeded(self, batch_idx: int) -> Iterator[None]:
+    def _seeded(self, batch_idx: int, batch_size: int) -> Iterator[None]:
         """Make the random numbers of a step (masks, drop path) depend on the seed and the step alone."""
+        from ssl_lightning.backbones import DropPath
+
         step = (self._seed or 0, self.trainer.global_step, batch_idx)
         self._generator = torch.Generator().manual_seed(_mixed(*step))
-        torch.manual_seed(_mixed(*step, 1 + rank()))
+        torch.manual_seed(_mixed(*step, 1))
+        for module in self.modules() if world_size() > 1 else ():
+            if isinstance(module, DropPath):
+                module.batch_size = batch_size
         try:
             yield
         finally:
             self._generator = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed of the steps."""
+        """Save the seed of the steps, and what tells a reader whose weights these are."""
         checkpoint["step_seed"] = self._seed
+        checkpoint["method"], checkpoint["ssl_lightning_version"] = type(self).__name__, version("ssl_lightning")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._settle_progress(checkpoint["loops"]["fit_loop"])
+
+    def _settle_progress(self, loop: dict[str, Any]) -> None:
+        """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
+
+        Callbacks save before Lightning counts the batch. It takes such a run up again, but one saved at the last batch
+        of an epoch loses count of its epochs (seen in 2.6), and one saved during a validation leaves batches out.
+        """
+        batches, validation = loop["epoch_loop.batch_progress"], loop["epoch_loop.val_loop.batch_progress"]
+        at_batch_end = batches["current"]["completed"] < batches["current"]["processed"]
+        if at_batch_end:
+            for count in (batches["total"], batches["current"]):
+                count["completed"] += 1
+            if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+                loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        if at_batch_end or validation["current"]["completed"] < validation["current"]["ready"]:
+            for count in (validation["total"], validation["current"]):
+                count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed of the steps."""
+        """Restore the seed of the steps, and see whether the weights are those of such a method.
+
+        Raises:
+            UserError: They are not; says what differs.
+        """
         self._seed = checkpoint.get("step_seed")
+        if self._trainer is None:  # load_from_checkpoint, whose caller may want a part
+            return
+        own, saved = dict(self.hparams), dict(checkpoint.get("hyper_parameters", {}))
+        changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
+        weights, found = self.state_dict(), checkpoint.get("state_dict", {})
+        unlike = [name for name in weights if name not in found or _shape(weights[name]) != _shape(found[name])]
+        if unlike := sorted({*unlike, *(name for name in found if name not in weights)}):
+            method, newer = checkpoint.get("method", "another method"), checkpoint.get("ssl_lightning_version", "0")
+            differing = [f"the method {type(self).__name__} (was {method})"] if method != type(self).__name__ else []
+            if Version(newer) > Version(version("ssl_lightning")):
+                differing.append(f"the version of this package {version('ssl_lightning')} (was {newer})")
+            raise UserError(
+                f"the checkpoint does not fit: {len(unlike)} weights are missing, of another shape or too many, e.g. "
+                f"{', '.join(unlike[:3])}. What differs: {'; '.join(differing + changed) or 'the code of the method'}."
+            )
+        if changed:
+            rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
     @contextmanager
     def _recording(self) -> Iterator[list[Tensor]]:
@@ -236,7 +286,7 @@ class SSLModule(L.LightningModule):
             hook.remove()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss that is not finite, before it reaches the weights.
+        """Stop at a loss that is not finite on any process, before it reaches the weights of all.
 
         Raises:
             UserError: The loss is nan or infinite.
@@ -245,7 +295,7 @@ class SSLModule(L.LightningModule):
         for value, copied in pending:
             if copied is not None:
                 copied.synchronize()  # waits for the forward pass; the backward pass is queued behind and runs on
-            loss = value.numpy()
+            loss = value.numpy() / world_size()
             if not abs(loss) < float("inf"):
                 raise UserError(
                     f"the loss is {loss} at step {self.trainer.global_step} (epoch {self.current_epoch}); the weights "
@@ -312,6 +362,10 @@ class SSLModule(L.LightningModule):
 def _mixed(*numbers: int) -> int:
     """One seed of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
 
 
 def _to_host(loss: Tensor) -> tuple[Tensor, "torch.Event | None"]:

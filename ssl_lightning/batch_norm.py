@@ -1,0 +1,93 @@
+"""BatchNorm over the images of all processes, on any device."""
+
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from torch import Tensor, nn
+
+from ssl_lightning.distributed import summed
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose mean and variance are those of all processes, with the exact gradient.
+
+    With a loss that is this process's share and gradients averaged over processes, everything equals one process that
+    holds the whole batch. Own code because torch's refuses tensors on the CPU; on GPUs torch's is the faster one.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Take any number of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(B, C, ...)``."""
+        if not self.training:
+            return super().forward(x)
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+        count = summed(wide.new_tensor(x.numel() / x.shape[1]))
+        mean = summed(wide.sum(axes)) / count  # (C,)
+        centred = wide - mean.view(shape)
+        variance = summed(centred.square().sum(axes)) / count  # (C,)
+        if self.track_running_stats:
+            self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight
+        out = centred * scale.view(shape)
+        return (out if self.bias is None else out + self.bias.view(shape)).to(x.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics as torch does."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """timm's BatchNormAct2d, which drops and activates what it normalised, over all processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate ``(B, C, H, W)``."""
+        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
+
+
+class SyncedBatchNorm(TorchSyncBatchNorm):
+    """Lightning's plugin behind ``trainer.sync_batchnorm`` for GPUs, with torch's SyncBatchNorm, and CPUs, with ours.
+
+    The layers stay the same objects and only change their class. Give it to a Trainer as
+    ``Trainer(sync_batchnorm=True, plugins=[SyncedBatchNorm()])``; the command line does so.
+    """
+
+    def __init__(self) -> None:
+        self._plain: list[tuple[nn.Module, type[nn.Module]]] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronise all BatchNorm layers of a model.
+
+        Args:
+            model: Changed in place.
+        """
+        from timm.layers import BatchNormAct2d  # only here: reading help texts should not wait for timm
+        from timm.layers import SyncBatchNormAct as TorchSyncBatchNormAct
+
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        plain, activated = (SyncBatchNorm, SyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, TorchSyncBatchNormAct)
+        kinds: dict[type, type] = {nn.BatchNorm1d: plain, nn.BatchNorm2d: plain, BatchNormAct2d: activated}
+        for module in model.modules():
+            if type(module) in kinds:
+                self._plain.append((module, type(module)))
+                module.__class__ = kinds[type(module)]
+                module.process_group = None  # type: ignore[assignment]
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Give all layers their former class.
+
+        Args:
+            model: Changed in place.
+        """
+        for module, kind in self._plain:
+            module.__class__ = kind
+        self._plain = []
+        return model

@@ -1,0 +1,137 @@
+"""How a run ends before its end: saved when a scheduler asks, all processes together when one fails."""
+
+import atexit
+import os
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from ssl_lightning.callbacks.checkpoint import LastCheckpoint
+from ssl_lightning.distributed import reduced
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preemption(L.Callback):
+    """Saves ``last.ckpt`` after the step at hand and exits when SIGTERM or SIGUSR1 arrives, on whichever process.
+
+    The exit code is 128 + the signal's number (143, 138), which tells a scheduler to queue the job again. In a SLURM
+    job SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues it, and the command line then goes on from that file.
+    Lightning's own handling saves in the middle of a step, where a run cannot be taken up exactly, and asks all
+    processes after every step, which waits for the device.
+
+    Args:
+        every_n_steps: Optimizer steps between asking the other processes, if there are any.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self._signal = 0
+        self._step = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen from now on, in place of Lightning."""
+        self._signal, self._step = 0, trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and exit if asked to, between two optimizer steps."""
+        if trainer.global_step == self._step:  # gradients of accumulated batches would be lost
+            return
+        self._step = trainer.global_step
+        if trainer.world_size == 1 or self._step % self.every_n_steps == 0:
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Save and exit if asked to; the resumed run validates anew."""
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        number = int(reduced(torch.tensor(self._signal, device=trainer.strategy.root_device), "max"))
+        if number == 0:
+            return
+        name = signal.Signals(number).name
+        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        if last is None:
+            rank_zero_warn(f"{name}: stopping without a checkpoint, as there is no LastCheckpoint.")
+        else:
+            rank_zero_info(f"{name}: stopping; go on from {last.save(trainer)}")
+        environment = trainer._accelerator_connector.cluster_environment
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        if requeues and number == signal.SIGUSR1 and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", slurm_job()], check=False)
+        raise SystemExit(0 if _started_by_lightning(trainer) else 128 + number)  # it kills the others at any other code
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the former handlers listen again."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class FailTogether(L.Callback):
+    """Ends all processes of a machine within seconds when one of them fails.
+
+    Lightning ends them when one that it started fails. But if the first one fails, or is killed, the others wait for
+    it in a collective, with NCCL for ten minutes. torchrun sees to it itself, SLURM with ``srun --kill-on-bad-exit``.
+
+    Args:
+        patience: Seconds in which the others may end by themselves and say why.
+    """
+
+    def __init__(self, patience: float = 10.0) -> None:
+        self.patience = patience
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Watch the process that started this one."""
+        if _started_by_lightning(trainer):
+            threading.Thread(target=self._end_with, args=(os.getppid(),), daemon=True).start()
+
+    def _end_with(self, parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(self.patience)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """End the processes that this one started, once it has said what happened."""
+        if started := getattr(trainer.strategy.launcher, "procs", None):
+            atexit.register(self._end, started)
+
+    def _end(self, processes: list["subprocess.Popen[Any]"]) -> None:
+        deadline = time.monotonic() + self.patience
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+
+
+def _started_by_lightning(trainer: L.Trainer) -> bool:
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def slurm_job() -> str:
+    """Name of this SLURM job for ``scontrol``: ``<array>_<task>`` within an array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]

@@ -1,0 +1,309 @@
+"""What ends a run before its end: kills, signals, failing processes, full disks, files of other runs."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context, set_start_method
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_lightning import BYOL, DINO, KNNProbe, LastCheckpoint, LinearProbe, SimCLR, SSLModule, SwAV, UserError
+from ssl_lightning.checkpoints import AtomicCheckpointIO
+from tests.small import VIT, small, trainer
+from tests.test_contract import METHODS, data
+
+# Killed at any moment
+
+
+def _train(method: type[SSLModule], folder: Path, epochs: int, num_workers: int, start: str | None = None) -> None:
+    """Train from the last checkpoint in a folder, if there is one, and leave the end there."""
+    torch.set_num_threads(1)
+    set_start_method("fork", force=True)  # of the workers, as ever on Linux
+    sys.stderr = open(folder / "errors.txt", "a")  # noqa: SIM115
+    L.seed_everything(1, verbose=False)
+    module = small(method, {"queue_length": 16, "queue_start_epoch": 0} if method is SwAV else {})
+    probe, last = LinearProbe(), LastCheckpoint(every_n_train_steps=1, dirpath=str(folder))
+    options: dict[str, Any] = {"max_epochs": epochs, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
+    running = trainer(folder, callbacks=[probe, KNNProbe(), last], num_sanity_val_steps=0, **options)
+    running.fit(module, data(method, num_workers=num_workers), ckpt_path=start)
+    assert probe.head is not None
+    torch.save({**module.state_dict(), **probe.head.state_dict(prefix="probe.")}, folder / "end.pt")
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Starts processes quickly, from one that has imported everything."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_interruptions"])
+    return context
+
+
+def started_from_last(
+    context: ForkServerContext, method: type[SSLModule], folder: Path, epochs: int, workers: int
+) -> Any:
+    folder.mkdir(exist_ok=True)
+    last = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
+    process = context.Process(target=_train, args=(method, folder, epochs, workers, last))
+    process.start()
+    return process
+
+
+def ended(context: ForkServerContext, method: type[SSLModule], folder: Path, epochs: int, workers: int) -> Any:
+    """What a run ends with, from the last checkpoint in its folder if there is one."""
+    process = started_from_last(context, method, folder, epochs, workers)
+    process.join(300)
+    assert process.exitcode == 0, (folder / "errors.txt").read_text()[-2000:]
+    return torch.load(folder / "end.pt")
+
+
+def killed(
+    context: ForkServerContext, method: type[SSLModule], folder: Path, epochs: int, workers: int, at: float
+) -> None:
+    """A run killed so many seconds after it has begun to write checkpoints."""
+    last = folder / "last.ckpt"
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    process = started_from_last(context, method, folder, epochs, workers)
+    while process.is_alive() and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+        time.sleep(0.005)
+    time.sleep(at)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before; " + (folder / "errors.txt").read_text()[-2000:]
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_the_uninterrupted(
+    processes: ForkServerContext, tmp_path: Path
+) -> None:
+    random = np.random.Generator(np.random.Philox(key=5))
+    for _ in range(20):  # about a step each: moments of loading, stepping, saving, validating
+        killed(processes, BYOL, tmp_path / "killed", 12, 2, random.uniform(0, 0.1))
+    same(ended(processes, BYOL, tmp_path / "killed", 12, 2), ended(processes, BYOL, tmp_path / "whole", 12, 2))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_every_method_goes_on_after_a_kill_bit_for_bit(
+    processes: ForkServerContext, method: type[SSLModule], tmp_path: Path
+) -> None:
+    whole = ended(processes, method, tmp_path / "whole", 3, 0)
+    for workers in (0, 2):
+        killed(processes, method, tmp_path / str(workers), 3, workers, 0.2)
+        same(ended(processes, method, tmp_path / str(workers), 3, workers), whole)
+
+
+# Signals and failures, on the command line
+
+SLOW = """
+import os, time, torch
+from ssl_lightning import SimCLR
+
+class Slow(SimCLR):
+    def training_loss(self, views):
+        time.sleep(0.05)
+        return super().training_loss(views)
+
+class Failing(SimCLR):
+    '''Fails as the environment says: "<rank> <how>", at step 3.'''
+    def training_loss(self, views):
+        open(f"{os.environ['PIDS']}/{self.trainer.global_rank}-{os.getpid()}", "w").close()
+        rank, how = os.environ["FAIL"].split()
+        loss = super().training_loss(views)
+        if self.trainer.global_step == 3 and self.trainer.global_rank == int(rank):
+            if how == "raises":
+                raise RuntimeError(f"process {rank} is broken")
+            if how == "nan":
+                return loss * float("nan")
+            if how == "killed":
+                os.kill(os.getpid(), 9)
+        return loss
+"""
+TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_stride: 2, channels: [8, 8, 16, 16]}"]
+DIGITS = ["--data", "DigitsData", "--data.image_size", "16", "--data.batch_size", "64", "--trainer.accelerator", "cpu"]
+PAIR = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def started(*words: str, **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ssl_lightning", "fit", *words, *TINY, *DIGITS]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_for(paths: Any, process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    """Until a generator of paths gives one."""
+    deadline = time.monotonic() + seconds
+    while not list(paths()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def weights(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("number", "several"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_exactly(
+    number: signal.Signals, several: bool, folder: Path
+) -> None:
+    words = ["--model", "slow.Slow", "--name", "x", "--trainer.max_epochs", "2", "--data.num_workers", "2"]
+    words += ["--trainer.limit_val_batches", "1", "--preemption.every_n_steps", "2", *(PAIR if several else [])]
+    process = started(*words)
+    wait_for(lambda: folder.glob("runs/x/version_0/views.png"), process)
+    time.sleep(1.5)
+    os.killpg(process.pid, number)  # a scheduler signals all processes, those that load the images, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    last = folder / "runs/x/version_0/checkpoints/last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 2 * (22 if not several else 11)
+    resumed = started(*words, "--ckpt_path", "last")
+    errors = resumed.communicate(timeout=300)[1]
+    assert resumed.returncode == 0, errors
+    whole = started(*words[:2], "--name", "whole", *words[4:])
+    errors = whole.communicate(timeout=300)[1]
+    assert whole.returncode == 0, errors
+    same(weights(last), weights(folder / "runs/whole/version_0/checkpoints/last.ckpt"))
+
+
+def test_a_slurm_job_is_requeued_and_goes_on_by_the_same_command(folder: Path) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {folder}/requeued\n")
+    (folder / "bin" / "scontrol").chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    environment = {f"SLURM_{key}": value for key, value in slurm.items()}
+    environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    words = ["--model", "slow.Slow", "--name", "x", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"]
+    process = started(*words, **environment)
+    wait_for(lambda: folder.glob("runs/x/slurm_7/views.png"), process)
+    process.send_signal(signal.SIGUSR1)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGUSR1, errors
+    assert (folder / "requeued").read_text() == "requeue 7\n"
+    again = started(*words, **environment)
+    output, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert [path.name for path in (folder / "runs/x").iterdir()] == ["slurm_7"]
+    assert torch.load(folder / "runs/x/slurm_7/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert "slurm_7/checkpoints/last.ckpt" in output + errors
+
+
+def alive(folder: Path) -> Iterator[int]:
+    for file in (folder / "pids").iterdir():
+        process = int(file.name.split("-")[1])
+        status = Path(f"/proc/{process}/stat")
+        if status.exists() and status.read_text().split(") ")[1][0] != "Z":
+            yield process
+
+
+@pytest.mark.parametrize("fail", ["0 raises", "1 nan", "0 killed"])
+def test_one_process_that_fails_stops_all_within_a_minute(fail: str, folder: Path) -> None:
+    (folder / "pids").mkdir()
+    words = ["--model", "slow.Failing", "--name", "x", *PAIR, "--last_checkpoint.every_n_train_steps", "1"]
+    process = started(*words, FAIL=fail, PIDS=str(folder / "pids"))
+    wait_for(lambda: (folder / "pids").iterdir(), process)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 30
+    while list(alive(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(alive(folder))
+    rank, how = fail.split()
+    if how == "raises":
+        assert f"process {rank} is broken" in errors
+    if how == "nan":
+        assert "the loss is nan at step 3" in errors
+    saved = weights(folder / "runs/x/version_0/checkpoints/last.ckpt")
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+# Files
+
+
+def _fill_the_disk(folder: Path) -> str:
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"weights": torch.ones(10)}, folder / "x.ckpt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    with pytest.raises(UserError) as error:
+        files.save_checkpoint({"weights": torch.ones(100_000)}, folder / "x.ckpt")
+    return str(error.value)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(processes: ForkServerContext, tmp_path: Path) -> None:
+    with processes.Pool(1) as pool:
+        message = pool.apply(_fill_the_disk, (tmp_path,))
+    assert "cannot write the checkpoint" in message
+    assert "the earlier one is kept. Free space" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["weights"].sum() == 10
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"weights": torch.ones(1000)}, tmp_path / "x.ckpt")
+    content = (tmp_path / "x.ckpt").read_bytes()
+    for part in (b"", content[:100], content[: len(content) // 2], b"no checkpoint at all"):
+        (tmp_path / "x.ckpt").write_bytes(part)
+        with pytest.raises(UserError, match=r"x\.ckpt is damaged or no checkpoint"):
+            files.load_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: small(BYOL), r"What differs: the method BYOL \(was SimCLR\)"),
+        (lambda: small(SimCLR, VIT), r"backbone vit_tiny_patch16_224 \(was resnet10_cifar\)"),
+        (lambda: small(SimCLR, projector_dim=16), r"e.g. projector.*What differs: projector_dim 16 \(was 128\)"),
+        (lambda: small(DINO), "the checkpoint does not fit"),
+    ],
+)
+def test_a_checkpoint_of_another_method_or_backbone_says_what_differs(other: Any, message: str, tmp_path: Path) -> None:
+    running = trainer(tmp_path, limit_train_batches=1)
+    running.fit(small(SimCLR), data(SimCLR))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, max_epochs=2).fit(other(), data(SimCLR), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_of_a_newer_version_that_does_not_fit_says_so(tmp_path: Path) -> None:
+    running = trainer(tmp_path, limit_train_batches=1)
+    running.fit(small(SimCLR), data(SimCLR))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    checkpoint["ssl_lightning_version"] = "99.0"
+    checkpoint["state_dict"]["projector.new"] = torch.ones(1)
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"projector.new. What differs: the version of this package .* \(was 99.0\)"):
+        trainer(tmp_path, max_epochs=2).fit(small(SimCLR), data(SimCLR), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_other_hyper_parameters_are_warned_of(tmp_path: Path) -> None:
+    running = trainer(tmp_path, limit_train_batches=1)
+    running.fit(small(SimCLR), data(SimCLR))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    again = trainer(tmp_path, max_epochs=2, limit_train_batches=1)
+    with pytest.warns(UserWarning, match=r"other hyper-parameters than the checkpoint's: temperature 0.3 \(was 0.1\)"):
+        again.fit(small(SimCLR, temperature=0.3), data(SimCLR), ckpt_path=tmp_path / "x.ckpt")

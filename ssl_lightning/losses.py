@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ssl_lightning.distributed import gather, rank, reduced, world_size
 from ssl_lightning.heads import patchify
@@ -33,7 +34,13 @@ def _full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @_full_precision
-def nt_xent(z0: Tensor, z1: Tensor, temperature: float, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float,
+    reduction: Literal["mean", "sum"] = "mean",
+    chunk: int | None = None,
+) -> Tensor:
     """Normalised temperature-scaled cross entropy: each row finds its positive among all 2N - 1 other rows.
 
     Negatives come from all processes, with the exact gradient (the result is this process's share: average over
@@ -46,21 +53,44 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float, reduction: Literal["mean
         temperature: Divides the cosine similarities.
         reduction: ``mean`` over the 2N anchors as in the paper, or the ``sum`` of the means of both views as in the
             released code (twice the value).
+        chunk: Anchors per block of the logits: only one block is held at a time, and computed again for the gradient.
+            None holds all ``(2B, 2N)`` of them.
     """
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     all0, all1 = gather(z0), gather(z1)  # (N, D)
-    own = torch.arange(len(z0), device=z0.device)
-    target = own + rank() * len(z0)
+    target = torch.arange(len(z0), device=z0.device) + rank() * len(z0)
     never = torch.full((), float("-inf"), dtype=z0.dtype, device=z0.device)
 
-    def cross_entropy(anchors: Tensor, positives: Tensor, others: Tensor) -> Tensor:
-        across = anchors @ positives.T / temperature  # (B, N)
-        within = anchors @ others.T / temperature  # (B, N)
+    def cross_entropy(anchors: Tensor, target: Tensor, positives: Tensor, others: Tensor) -> Tensor:
+        across = anchors @ positives.T / temperature  # (C, N)
+        within = anchors @ others.T / temperature  # (C, N)
+        own = torch.arange(len(anchors), device=anchors.device)
         within = within.index_put((own, target), never)  # an image is not its own negative
-        return F.cross_entropy(torch.cat([across, within], dim=1), target)
+        return F.cross_entropy(torch.cat([across, within], dim=1), target, reduction="sum")
 
-    both = cross_entropy(z0, all1, all0) + cross_entropy(z1, all0, all1)
+    first = _mean_in_blocks(cross_entropy, chunk, z0, target, all1, all0)
+    both = first + _mean_in_blocks(cross_entropy, chunk, z1, target, all0, all1)
     return both / 2 if reduction == "mean" else both
+
+
+def _mean_in_blocks(
+    summed: Callable[..., Tensor], chunk: int | None, anchors: Tensor, target: Tensor, *candidates: Tensor
+) -> Tensor:
+    """Mean of a loss over anchors that never holds the logits of more than one block of them.
+
+    Args:
+        summed: The loss of some anchors with their targets and all candidates, summed.
+        chunk: Anchors per block; None takes all at once and keeps their logits for the gradient.
+        anchors: ``(B, D)``.
+        target: ``(B,)``.
+        candidates: ``(N, D)`` each.
+    """
+    if chunk is None:
+        return summed(anchors, target, *candidates) / len(anchors)
+    total = anchors.new_zeros(())
+    for block in zip(anchors.split(chunk), target.split(chunk), strict=True):
+        total = total + checkpoint(summed, *block, *candidates, use_reentrant=False, preserve_rng_state=False)
+    return total / len(anchors)
 
 
 @_full_precision
@@ -82,7 +112,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 
 @_full_precision
-def moco_v3(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None = None) -> Tensor:
     """Each query finds its key among those of the global batch: one direction, times 2 * temperature.
 
     Source: Chen et al. 2021, MoCo v3, algorithm 1.
@@ -91,11 +121,15 @@ def moco_v3(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         queries: ``(B, D)`` of one view, any scale.
         keys: ``(B, D)`` of the other view, any scale; row i is the positive of query i.
         temperature: Divides the cosine similarities.
+        chunk: Queries per block of the logits, as in ``nt_xent``.
     """
     queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys.detach(), dim=1))
-    logits = queries @ keys.T / temperature  # (B, N)
     target = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
-    return 2 * temperature * F.cross_entropy(logits, target)
+
+    def cross_entropy(queries: Tensor, target: Tensor, keys: Tensor) -> Tensor:
+        return F.cross_entropy(queries @ keys.T / temperature, target, reduction="sum")  # of (C, N)
+
+    return 2 * temperature * _mean_in_blocks(cross_entropy, chunk, queries, target, keys)
 
 
 @_full_precision

@@ -1,6 +1,7 @@
 """Losses against worked examples, lightly, and one process against several."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLos
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from lightly.models import utils as lightly_utils
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_lightning import losses
 from ssl_lightning.distributed import gather
 from ssl_lightning.heads import patchify
 from ssl_lightning.losses import nt_xent
+from tests.memory import PeakMemory
 from tests.processes import run_processes
 
 Z0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -301,3 +304,73 @@ def test_moco_v3_and_sinkhorn_of_two_processes_equal_one() -> None:
     torch.testing.assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach())
     torch.testing.assert_close(torch.cat([result[1] for result in results]) / 2, whole.grad)
     torch.testing.assert_close(torch.cat([result[2] for result in results]), losses.sinkhorn(a, 0.5, 3))
+
+
+# Logits in blocks
+
+
+def of_view(loss: Any, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Value of a loss and its gradient to both views, zero where the loss stops it."""
+    torch.manual_seed(0)
+    views = torch.randn(2, 37, 8, dtype=torch.float64, requires_grad=True)
+    value = loss(*views, *arguments, **kwargs)
+    value.backward()
+    assert views.grad is not None
+    return value.detach(), views.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 100])
+def test_losses_in_blocks_equal_those_of_the_whole_matrix(chunk: int) -> None:
+    for loss, arguments in ((nt_xent, (0.2, "mean")), (nt_xent, (0.2, "sum")), (losses.moco_v3, (0.2,))):
+        whole, blocks = of_view(loss, *arguments), of_view(loss, *arguments, chunk=chunk)
+        torch.testing.assert_close(blocks, whole, atol=1e-13, rtol=1e-13)
+
+
+def _two_processes_in_blocks(rank: int, z0: Tensor, z1: Tensor) -> list[tuple[Tensor, Tensor]]:
+    results = []
+    for loss in (nt_xent, losses.moco_v3):
+        views = torch.stack([z.chunk(2)[rank] for z in (z0, z1)]).requires_grad_()
+        value = loss(*views, 0.2, chunk=3)
+        value.backward()
+        assert views.grad is not None
+        results.append((value.detach(), views.grad))
+    return results
+
+
+def test_losses_in_blocks_of_two_processes_equal_one() -> None:
+    torch.manual_seed(0)
+    pair = torch.randn(2, 16, 4, dtype=torch.float64)
+    results = run_processes(_two_processes_in_blocks, 2, *pair)
+    for loss, first, second in zip((nt_xent, losses.moco_v3), *results, strict=True):
+        views = pair.clone().requires_grad_()
+        value = loss(*views, 0.2)
+        value.backward()
+        torch.testing.assert_close((first[0] + second[0]) / 2, value.detach(), atol=1e-12, rtol=0)
+        torch.testing.assert_close(torch.cat([first[1], second[1]], dim=1) / 2, views.grad, atol=1e-12, rtol=0)
+
+
+def test_losses_in_blocks_are_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    z0, z1 = torch.randn(2, 8, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nt_xent(z0, z1, 0.05, chunk=3)
+    torch.testing.assert_close(loss, nt_xent(z0, z1, 0.05))
+    gradients = [torch.autograd.grad(value, [z0, z1]) for value in (loss, nt_xent(z0, z1, 0.05))]
+    torch.testing.assert_close(*gradients)
+
+
+def peak(loss: Any, rows: int, chunk: int | None) -> int:
+    views = torch.zeros(2, rows, 16).normal_().requires_grad_()
+    with PeakMemory() as memory:
+        loss(*views, 0.2, chunk=chunk).backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("loss", [nt_xent, losses.moco_v3])
+def test_memory_of_losses_in_blocks_is_linear_in_the_batch(loss: Any) -> None:
+    small, large = peak(loss, 512, 256), peak(loss, 2048, 256)
+    assert large < 4.1 * small
+    assert peak(loss, 2048, None) > 15 * peak(loss, 512, None)
+    with FakeTensorMode():  # the same operations on tensors without values
+        assert peak(loss, 2048, 256) == large
+        assert peak(loss, 16_384, 256) < 32.8 * small

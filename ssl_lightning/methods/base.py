@@ -202,11 +202,11 @@ class SSLModule(L.LightningModule):
             batch_idx: Unused.
         """
         views = batch[0]
-        with self._seeded(batch_idx, len(views[0])), self._recording() as features:
+        with self._seeded(batch_idx, len(views[0])), self._recording(len(views[0])) as features:
             loss = self.training_loss(views)
         self._pending_losses.append(_to_host(reduced(loss.detach().float())))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(views[0]))
-        return {"loss": loss, "features": features[0] if features else None}
+        return {"loss": loss, "features": torch.cat(features) if features else None}
 
     @contextmanager
     def _seeded(self, batch_idx: int, batch_size: int) -> Iterator[None]:
@@ -274,12 +274,19 @@ class SSLModule(L.LightningModule):
             rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
     @contextmanager
-    def _recording(self) -> Iterator[list[Tensor]]:
-        """Record the detached features of the evaluated backbone, so that probes need no forward of their own."""
+    def _recording(self, images: int) -> Iterator[list[Tensor]]:
+        """Record the detached features of the evaluated backbone, so that probes need no forward of their own.
+
+        Args:
+            images: How many it takes; they may come in several passes.
+        """
         features: list[Tensor] = []
-        hook = self.evaluated_backbone.register_forward_hook(
-            lambda _module, _inputs, output: features.append(output.detach()) if not features else None
-        )
+
+        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if sum(map(len, features)) < images:
+                features.append(output.detach())
+
+        hook = self.evaluated_backbone.register_forward_hook(record)
         try:
             yield features
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
+from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -33,6 +34,8 @@ class MoCoV3(SSLModule):
         backbone: Name of a timm or torchvision model.
         backbone_kwargs: Arguments of the backbone's builder.
         optim: Optimizer and learning-rate schedule.
+        chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
+            None takes it in one pass; chunks cost one more forward pass.
     """
 
     views = "moco_v3"
@@ -48,6 +51,7 @@ class MoCoV3(SSLModule):
         backbone: str = "resnet50",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("lars", base_lr=0.6, weight_decay=1e-6),
+        chunk_size: int | None = None,
     ) -> None:
         from ssl_lightning.backbones import is_vit
 
@@ -57,6 +61,7 @@ class MoCoV3(SSLModule):
             backbone_kwargs = {**paper, **(backbone_kwargs or {})}
         super().__init__(backbone, backbone_kwargs, optim)
         self.temperature, self.momentum = temperature, momentum
+        self.chunk_size = checked_chunk_size(chunk_size)
         if vit:
             self.views = "moco_v3_vit"
             if not pretrained:
@@ -74,11 +79,14 @@ class MoCoV3(SSLModule):
 
         Each view has its own forward pass and so its own BatchNorm statistics.
         """
-        q1, q2 = (self.predictor(self.projector(self.backbone(view))) for view in views)  # (B, projector_dim)
+        h1, h2 = (encode_in_chunks(self.backbone, [view], self.chunk_size) for view in views)  # (B, embed_dim)
+        q1, q2 = (self.predictor(self.projector(h)) for h in (h1, h2))  # (B, projector_dim)
         with torch.no_grad():
-            k1, k2 = (self.teacher_projector(self.teacher_backbone(view)) for view in views)
+            h1, h2 = (encode_in_chunks(self.teacher_backbone, [view], self.chunk_size) for view in views)
+            k1, k2 = (self.teacher_projector(h) for h in (h1, h2))
         self._candidates = len(q1) * world_size()
-        return losses.moco_v3(q1, k2, self.temperature) + losses.moco_v3(q2, k1, self.temperature)
+        loss12 = losses.moco_v3(q1, k2, self.temperature, self.chunk_size)
+        return loss12 + losses.moco_v3(q2, k1, self.temperature, self.chunk_size)
 
     def update_teacher(self) -> None:
         """Move the teacher with the momentum of the next step: the released code moves it as that step starts."""

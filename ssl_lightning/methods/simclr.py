@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
 from ssl_lightning.distributed import world_size
+from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -27,6 +27,8 @@ class SimCLR(SSLModule):
         projector_dim: Width of the projections.
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
         optim: Optimizer and learning-rate schedule.
+        chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
+            None takes it in one pass; chunks cost one more forward pass.
         kwargs: See SSLModule.
     """
 
@@ -41,10 +43,12 @@ class SimCLR(SSLModule):
         projector_dim: int = 128,
         reduction: Literal["mean", "sum"] = "mean",
         optim: Optim = Optim("lars_simclr", base_lr=0.3, weight_decay=1e-6),
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optim=optim, **kwargs)
         self.temperature, self.reduction = temperature, reduction
+        self.chunk_size = checked_chunk_size(chunk_size)
         last_norm = nn.BatchNorm1d(projector_dim)
         last_norm.register_parameter("bias", None)  # scaled, but not shifted
         widths = [self.embed_dim] * projector_layers + [projector_dim]
@@ -56,10 +60,11 @@ class SimCLR(SSLModule):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """NT-Xent between the two views of each image (algorithm 1)."""
-        h = self.backbone(torch.cat(list(views)))  # (2B, embed_dim): both views share their BatchNorm statistics
+        # (2B, embed_dim): in one chunk, both views share their BatchNorm statistics
+        h = encode_in_chunks(self.backbone, views, self.chunk_size)
         z0, z1 = self.projector(h).chunk(2)  # (B, projector_dim)
         self._candidates = 2 * len(z0) * world_size() - 1
-        return losses.nt_xent(z0, z1, self.temperature, self.reduction)
+        return losses.nt_xent(z0, z1, self.temperature, self.reduction, self.chunk_size)
 
     @property
     def chance_loss(self) -> float | None:

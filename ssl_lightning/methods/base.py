@@ -27,6 +27,10 @@ class SSLModule(L.LightningModule):
         backbone: Name of a timm or torchvision model, e.g. resnet50, resnet18_cifar, vit_small_patch16_224.
         backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 96}``.
         optim: Optimizer and learning-rate schedule.
+        compile: Whether ``torch.compile`` makes the backbones faster; the first steps wait for it. The random numbers
+            of stochastic depth become others.
+        checkpoint_blocks: Whether a ViT keeps the inputs of its blocks alone and computes the rest again in the
+            backward pass: less memory, a third more time, the same result.
     """
 
     views: Any = "simclr"
@@ -50,7 +54,12 @@ class SSLModule(L.LightningModule):
     """Whether the residual branches of a ResNet start at zero."""
 
     def __init__(
-        self, backbone: str = "resnet50", backbone_kwargs: dict[str, Any] | None = None, optim: Optim = Optim()
+        self,
+        backbone: str = "resnet50",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim(),
+        compile: bool = False,  # noqa: A002 # the word that people look for
+        checkpoint_blocks: bool = False,
     ) -> None:
         from ssl_lightning import backbones  # only here: reading help texts should not wait for timm
 
@@ -64,6 +73,9 @@ class SSLModule(L.LightningModule):
             backbones.init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self._compile, self.checkpoint_blocks = compile, checkpoint_blocks
+        if checkpoint_blocks:
+            backbones.checkpoint_blocks(self.backbone)
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
         self._pending: list[Tensor] = []
         self._seed: int | None = None
@@ -159,6 +171,20 @@ class SSLModule(L.LightningModule):
             host: Tensor on the CPU.
         """
         return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that ``compile`` is about: those that are called, not only their parts."""
+        return [part for name, part in self.named_children() if name in ("backbone", "teacher_backbone")]
+
+    def configure_model(self) -> None:
+        """Compile in place, which changes no name in the state; Lightning calls this before each of its commands."""
+        if self._trainer is None:  # a checkpoint is being read
+            return
+        if self._compile:
+            for part in self.compiled_parts:
+                if part._compiled_call_impl is None:
+                    part.compile()
 
     # Training
 

@@ -40,6 +40,7 @@ class DINO(SSLModule):
         backbone: Name of a timm or torchvision model.
         backbone_kwargs: Arguments of the backbone's builder.
         optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
     """
 
     views = "dino"
@@ -68,12 +69,13 @@ class DINO(SSLModule):
         optim: Optim = Optim(
             "adamw", base_lr=5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True, end_lr_factor=0.001
         ),
+        **kwargs: Any,
     ) -> None:
         from ssl_lightning.backbones import is_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim)
+        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         class_token = getattr(self.backbone, "cls_token", None)
         if class_token is not None and not (backbone_kwargs or {}).get("pretrained"):
             nn.init.trunc_normal_(class_token, std=0.02)

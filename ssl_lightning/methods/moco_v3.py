@@ -33,6 +33,7 @@ class MoCoV3(SSLModule):
         backbone: Name of a timm or torchvision model.
         backbone_kwargs: Arguments of the backbone's builder.
         optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
     """
 
     views = "moco_v3"
@@ -48,6 +49,7 @@ class MoCoV3(SSLModule):
         backbone: str = "resnet50",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("lars", base_lr=0.6, weight_decay=1e-6),
+        **kwargs: Any,
     ) -> None:
         from ssl_lightning.backbones import is_vit
 
@@ -55,7 +57,7 @@ class MoCoV3(SSLModule):
         if vit and not pretrained:
             paper = {"weight_init": "moco", **({"num_heads": 12} if backbone.startswith("vit_small") else {})}
             backbone_kwargs = {**paper, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim)
+        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         self.temperature, self.momentum = temperature, momentum
         if vit:
             self.views = "moco_v3_vit"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -52,6 +53,11 @@ class SSLModule(L.LightningModule):
 
     zero_init_residual: bool = True
     """Whether the residual branches of a ResNet start at zero."""
+
+    # What the code permits
+
+    shardable: bool = True
+    """Whether ``fsdp2`` can train it: False for a method that changes weights in ``training_loss``."""
 
     def __init__(
         self,
@@ -181,6 +187,8 @@ class SSLModule(L.LightningModule):
         """Compile in place, which changes no name in the state; Lightning calls this before each of its commands."""
         if self._trainer is None:  # a checkpoint is being read
             return
+        if type(self.trainer.strategy) in (FSDPStrategy, ModelParallelStrategy):
+            raise UserError("methods are sharded by this package's strategy; set trainer.strategy to fsdp2.")
         if self._compile:
             for part in self.compiled_parts:
                 if part._compiled_call_impl is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.distributed import norms, reduced, shards, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -139,8 +139,8 @@ class DINO(SSLModule):
     def _clip_each(self) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if self.clip_gradient > 0 and gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
-            torch._foreach_mul_(gradients, list((self.clip_gradient / (norms + 1e-6)).clamp(max=1).unbind()))
+            factors = (self.clip_gradient / (norms(gradients) + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(shards(gradients), list(factors.unbind()))
 
     @property
     def chance_loss(self) -> float:

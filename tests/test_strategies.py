@@ -1,4 +1,4 @@
-"""Sharded training: the same as with whole parameters, or refused before it starts."""
+"""Sharded training, mixed precision and clipping: the same training, or refused before it starts."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ssl_lightning import DINO, MAE, FakeData, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
 from tests.processes import run_processes
 from tests.small import VIT, small, trainer
+from tests.test_contract import data, every_method
 
 LARS = Optim("lars", base_lr=0.5, lr_scaling="none", warmup_epochs=0)
 SGD = Optim("sgd", base_lr=0.05, lr_scaling="none", warmup_epochs=0)
@@ -92,3 +94,46 @@ def test_strategies_that_do_not_know_the_methods_are_refused() -> None:
         module._trainer = SimpleNamespace(strategy=strategy)
         with pytest.raises(UserError, match=r"set trainer.strategy to fsdp2"):
             module.configure_model()
+
+
+# Precision and clipping
+
+
+@every_method
+def test_gradients_are_clipped_by_their_norm(method: type[SSLModule], tmp_path: Path) -> None:
+    class Norm(L.Callback):
+        def __init__(self) -> None:
+            self.after: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.after.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    norm = Norm()
+    running = trainer(tmp_path, gradient_clip_val=1e-3, limit_train_batches=2, callbacks=[norm], precision="bf16-mixed")
+    running.fit(small(method, {"clip_gradient": 0.0} if method is DINO else {}), data(method))
+    assert max(norm.after) <= 1.001e-3
+    assert min(norm.after) > 0
+
+
+@pytest.mark.parametrize("method", [MoCoV2, DINO])
+def test_a_step_that_16_mixed_skips_moves_no_teacher_and_no_queue(method: type[SSLModule], tmp_path: Path) -> None:
+    states: list[dict[str, Tensor]] = []
+
+    class Overflowing(method):  # type: ignore[misc,valid-type]
+        def training_loss(self, views: Any) -> Tensor:
+            loss = super().training_loss(views)
+            loss.register_hook(lambda gradient: gradient * (float("inf") if self.trainer.global_step == 1 else 1.0))
+            return loss
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            state = self.state_dict()
+            names = [name for name in state if "running" not in name and "num_batches" not in name]
+            states.append({name: state[name].clone() for name in names})
+
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+    running = trainer(tmp_path, plugins=[scaled], limit_train_batches=3)
+    running.fit(small(Overflowing), data(method))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    follower = "center" if method is DINO else "queue.rows"
+    assert not torch.equal(states[2][follower], states[1][follower])

@@ -288,10 +288,15 @@ class SSLModule(L.LightningModule):
                 )
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then move the teacher."""
+        """Step, then move the teacher: not after a step that 16-mixed skips, as its gradients overflowed."""
         self.optim.set_weight_decay(optimizer, self.progress)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler and scaler.get_scale()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.update_teacher()
+        if scaler and scaler.get_scale() < scale:  # how torch says that it skipped
+            self._take_pending()
+        else:
+            self.update_teacher()
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""

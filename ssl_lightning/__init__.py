@@ -31,6 +31,7 @@ from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.optim import LARC, LARS, Optim
+from ssl_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "CIFAR100Data",
     "DatasetImages",
     "DigitsData",
+    "FSDP2Strategy",
     "FakeData",
     "HuggingFaceData",
     "ImageArray",

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.models import is_model_in_modules, register_model
+from timm.models import checkpoint_seq, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -210,6 +210,39 @@ def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """
     groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
     return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+class CheckpointedBlocks(nn.Sequential):
+    """Blocks of a ViT whose insides are computed again in the backward pass instead of kept."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(B, N, D)`` after all blocks."""
+        return checkpoint_seq(self, tokens) if torch.is_grad_enabled() else super().forward(tokens)
+
+
+def checkpoint_blocks(backbone: nn.Module) -> None:
+    """Let a backbone keep the inputs of its blocks alone in training.
+
+    Args:
+        backbone: One of timm without BatchNorm.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise UserError(
+            "model.checkpoint_blocks computes blocks twice, so BatchNorm would count every batch twice; set it to "
+            "false, or model.backbone to a ViT."
+        )
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            "the backbone has no blocks to compute again; set model.checkpoint_blocks to false, or model.backbone to a "
+            "ViT of timm."
+        ) from error
+    if isinstance(backbone, AnySizeViT):  # timm looks at its flag only in the backbone's own forward pass
+        backbone.blocks.__class__ = CheckpointedBlocks
 
 
 def init_residual_branches(backbone: nn.Module, scale: float) -> None:

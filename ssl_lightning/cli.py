@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
@@ -204,11 +204,13 @@ class SSLCLI(LightningCLI):
             self.save_config_callback = None
         elif config["logger"] is not False:
             folder, given = self._run_folder, config["logger"]
-            version = self._resumed_version() or _slurm_version() or _next_version(folder)
+            resumed = self._resumed_version() or _slurm_version()
+            version = resumed or _new_version(folder, dry=bool(config["fast_dev_run"]))
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
-            if given in (None, True):
-                given = TensorBoardLogger(**where)
-            config["logger"] = [CSVLogger(**where), *(given if isinstance(given, list) else [given])]
+            own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
+            others = given if isinstance(given, list) else [] if given in (None, True) else [given]
+            config["logger"] = [*own, *others]
+            callbacks.insert(0, _SameFolder(own))
             rank_zero_info(f"Logs and checkpoints: {folder / version}")
         if config["logger"]:
             callbacks.append(LearningRateMonitor("step"))
@@ -264,9 +266,31 @@ def _slurm_version() -> str | None:
     return f"slurm_{slurm_job()}" if SLURMEnvironment.detect() else None
 
 
-def _next_version(folder: Path) -> str:
+class _SameFolder(Callback):
+    """Tells all processes the run's folder that the first one made."""
+
+    def __init__(self, loggers: list[Any]) -> None:
+        self.loggers = loggers
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Agree, before any other callback asks for the folder."""
+        version = trainer.strategy.broadcast(self.loggers[0].version)
+        for logger in self.loggers:
+            logger._version = version
+
+
+def _new_version(folder: Path, dry: bool) -> str:
+    """The next free folder; the first process makes it, so that two runs which start together get two."""
     taken = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    return f"version_{max(taken, default=-1) + 1}"
+    number = max(taken, default=-1) + 1
+    first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    while first and not dry:
+        try:
+            (folder / f"version_{number}").mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+    return f"version_{number}"
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:

@@ -1,10 +1,12 @@
 """Gathering across processes; every function is the identity when there is one process."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -115,3 +117,25 @@ def gather_uneven(local: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's part of each sharded tensor, in the same memory; others as they are.
+
+    Args:
+        tensors: Parameters, gradients or states of an optimizer.
+    """
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, of sharded ones that of the whole; all in a handful of calls.
+
+    Args:
+        tensors: All sharded alike, or none.
+    """
+    local = torch.stack(torch._foreach_norm(shards(tensors)))
+    if not isinstance(tensors[0], DTensor):
+        return local
+    return reduced(local.square()).sqrt()

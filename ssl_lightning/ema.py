@@ -3,7 +3,9 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ssl_lightning.distributed import shards
 
 
 def teacher_of(student: nn.Module) -> nn.Module:
@@ -31,5 +33,5 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         student: Module of the same parameters.
         momentum: Share of the teacher that stays.
     """
-    weights: list[Tensor] = list(teacher.parameters())
-    torch._foreach_lerp_(weights, [*student.parameters()], 1 - momentum)
+    weights = shards(teacher.parameters())
+    torch._foreach_lerp_(weights, shards(student.parameters()), 1 - momentum)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.schedules import cosine
 
@@ -89,11 +90,10 @@ class LARS(torch.optim.Optimizer):
     def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Gradients with weight decay, times the trust ratio."""
         gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        weight_norms, gradient_norms = norms(weights), norms(gradients)
         ratios = group["trust_coefficient"] * weight_norms / gradient_norms
         ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0)
-        torch._foreach_mul_(gradients, list(ratios.unbind()))
+        torch._foreach_mul_(shards(gradients), list(ratios.unbind()))
         return gradients
 
 
@@ -116,16 +116,16 @@ class LARC(LARS):
         return True
 
     def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        weight_norms = torch.stack(torch._foreach_norm(weights))
-        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        weight_norms, gradient_norms = norms(weights), norms(gradients)
         adapted = (weight_norms > 0) & (gradient_norms > 0)
-        norms = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
-        ratios = torch.where(adapted, group["trust_coefficient"] * weight_norms / norms, 1.0)
+        divisors = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
+        ratios = torch.where(adapted, group["trust_coefficient"] * weight_norms / divisors, 1.0)
         decays = torch.where(adapted, group["weight_decay"], 0.0)
-        decayed = torch._foreach_mul(weights, list(decays.unbind()))
+        decayed = [weight.clone() for weight in weights]
+        torch._foreach_mul_(shards(decayed), list(decays.unbind()))
         torch._foreach_add_(decayed, gradients)
-        torch._foreach_mul_(decayed, list(ratios.unbind()))
-        return list(decayed)
+        torch._foreach_mul_(shards(decayed), list(ratios.unbind()))
+        return decayed
 
 
 @dataclass(frozen=True)

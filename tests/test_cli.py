@@ -2,15 +2,17 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from ssl_lightning.cli import SSLCLI, main
+from ssl_lightning.cli import SSLCLI, _new_version, main
 from tests.small import digits, simclr, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -176,6 +178,53 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path) -> None:
     assert float(numbers[0][0]) * 360 == pytest.approx(round(float(numbers[0][0]) * 360), abs=1e-3)  # each image once
 
 
+def _read(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_two_nodes_train_as_one_process(tmp_path: Path) -> None:
+    recipe = ["--config", "configs/mae/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
+    fit = [
+        "fit",
+        *recipe,
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.precision",
+        "32-true",
+    ]
+    # AdamW would enlarge what is rounded otherwise
+    sgd = ["--model.optim.name", "sgd", "--model.optim.base_lr", "0.1", "--model.optim.extra", "{}"]
+    fit += [*sgd, "--model.optim.warmup_epochs", "0", "--without", "[knn_probe]"]
+    main([*fit, "--name", "one", "--data.batch_size", "32"])
+    nodes = ["--config", "configs/overlays/nodes.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", port]
+    words = ["-m", "ssl_lightning", *fit[:5], *nodes, *fit[5:], "--name", "two", "--data.batch_size", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*torchrun, "--node-rank", node, *address, *words], stderr=subprocess.PIPE, env=environment)
+        for node in "01"
+    ]
+    for node in running:
+        _, said = node.communicate(timeout=200)
+        assert node.returncode == 0, said.decode()
+    assert [path.name for path in (tmp_path / "runs" / "two").iterdir()] == ["version_0"]
+    one, two = (_read(tmp_path / "runs" / name / "version_0") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda _: _new_version(tmp_path / "run", dry=False), range(16)))
+    assert sorted(versions) == sorted(f"version_{number}" for number in range(16))
+
+
 def test_nothing_asks_the_network(tmp_path: Path) -> None:
     guard = tmp_path / "guard"
     guard.mkdir()
@@ -235,6 +284,8 @@ def test_every_overlay_goes_on_top_of_a_recipe(overlay: Path, capsys: pytest.Cap
         main(["fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--print_config"])
     assert end.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
+    comments = [line for line in overlay.read_text().splitlines() if line.startswith("#")]
+    assert any(f"configs/overlays/{overlay.name}" in line for line in comments)  # its command
     assert config["model"]["init_args"]["temperature"] == 0.2
     for key, value in yaml.safe_load(overlay.read_text())["trainer"].items():
         if key != "logger":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.distributed import norms, reduced, shards, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -40,6 +40,7 @@ class DINO(SSLModule):
         backbone: Name of a timm or torchvision model.
         backbone_kwargs: Arguments of the backbone's builder.
         optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
     """
 
     views = "dino"
@@ -68,12 +69,13 @@ class DINO(SSLModule):
         optim: Optim = Optim(
             "adamw", base_lr=5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True, end_lr_factor=0.001
         ),
+        **kwargs: Any,
     ) -> None:
         from ssl_lightning.backbones import is_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim)
+        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         class_token = getattr(self.backbone, "cls_token", None)
         if class_token is not None and not (backbone_kwargs or {}).get("pretrained"):
             nn.init.trunc_normal_(class_token, std=0.02)
@@ -137,8 +139,8 @@ class DINO(SSLModule):
     def _clip_each(self) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if self.clip_gradient > 0 and gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
-            torch._foreach_mul_(gradients, list((self.clip_gradient / (norms + 1e-6)).clamp(max=1).unbind()))
+            factors = (self.clip_gradient / (norms(gradients) + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(shards(gradients), list(factors.unbind()))
 
     @property
     def chance_loss(self) -> float:

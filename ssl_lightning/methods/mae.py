@@ -35,6 +35,7 @@ class MAE(SSLModule):
         backbone: Name of a ViT of timm.
         backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
     """
 
     views = "mae"
@@ -53,10 +54,17 @@ class MAE(SSLModule):
         optim: Optim = Optim(
             "adamw", base_lr=1.5e-4, weight_decay=0.05, warmup_epochs=40, extra={"betas": (0.9, 0.95)}
         ),
+        **kwargs: Any,
     ) -> None:
         from timm.models.vision_transformer import Block
 
-        from ssl_lightning.backbones import AnySizeViT, init_patch_projection, is_vit, sincos_positions
+        from ssl_lightning.backbones import (
+            AnySizeViT,
+            CheckpointedBlocks,
+            init_patch_projection,
+            is_vit,
+            sincos_positions,
+        )
 
         remedy = (
             f"MAE encodes single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm with "
@@ -65,7 +73,7 @@ class MAE(SSLModule):
         if not is_vit(backbone):
             raise UserError(remedy)
         # fc_norm: tokens are normalised before they are pooled, also by global_pool=avg
-        super().__init__(backbone, {"fc_norm": False, **(backbone_kwargs or {})}, optim)
+        super().__init__(backbone, {"fc_norm": False, **(backbone_kwargs or {})}, optim, **kwargs)
         vit = self.backbone
         if not isinstance(vit, AnySizeViT) or not vit.is_plain:
             raise UserError(remedy)
@@ -90,9 +98,16 @@ class MAE(SSLModule):
         )
         self.decoder_norm = norm(decoder_dim)
         self.decoder_predictor = nn.Linear(decoder_dim, self.patch_size**2 * 3)
+        if self.checkpoint_blocks:
+            self.decoder_blocks.__class__ = CheckpointedBlocks
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_predictor):
             module.apply(_init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The blocks of encoder and decoder."""
+        return [self.backbone.blocks, self.decoder_blocks]  # type: ignore[list-item]
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Squared error of the masked patches (section 3)."""

@@ -36,6 +36,7 @@ class MoCoV3(SSLModule):
         optim: Optimizer and learning-rate schedule.
         chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
             None takes it in one pass; chunks cost one more forward pass.
+        kwargs: See SSLModule.
     """
 
     views = "moco_v3"
@@ -52,6 +53,7 @@ class MoCoV3(SSLModule):
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("lars", base_lr=0.6, weight_decay=1e-6),
         chunk_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         from ssl_lightning.backbones import is_vit
 
@@ -59,7 +61,7 @@ class MoCoV3(SSLModule):
         if vit and not pretrained:
             paper = {"weight_init": "moco", **({"num_heads": 12} if backbone.startswith("vit_small") else {})}
             backbone_kwargs = {**paper, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim)
+        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         self.temperature, self.momentum = temperature, momentum
         self.chunk_size = checked_chunk_size(chunk_size)
         if vit:

@@ -45,6 +45,7 @@ class SwAV(SSLModule):
     local_views = True
     batch_norm = "global"
     zero_init_residual = False
+    shardable = False  # the prototypes are normalised in place
 
     def __init__(
         self,

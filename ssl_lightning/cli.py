@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -309,13 +309,13 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _benchmark(words: Sequence[str]) -> None:
     """Run ``benchmark``, which measures this package beside lightly."""
-    from ssl_lightning.benchmark import pipeline
+    from ssl_lightning.benchmark import pipeline, step
 
     parser = SSLArgumentParser(prog="ssl-lightning benchmark", description="Measure this package beside lightly.")
     commands = parser.add_subcommands()
-    functions = {"pipeline": pipeline}
+    functions: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "step": step}
     for name, function in functions.items():
-        command = SSLArgumentParser(description=function.__doc__.partition("\n")[0])  # type: ignore[union-attr]
+        command = SSLArgumentParser(description=(function.__doc__ or "").partition("\n")[0])
         command.add_function_arguments(function)
         command.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
         commands.add_subcommand(name, command, help=command.description)

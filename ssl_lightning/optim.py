@@ -73,16 +73,15 @@ class LARS(torch.optim.Optimizer):
             scaled = self._scaled([params[i] for i in adapted], [updates[i] for i in adapted], group)
             for i, gradient in zip(adapted, scaled, strict=True):
                 updates[i] = gradient
-        if group["lr_in_momentum"]:
-            updates = list(torch._foreach_mul(updates, group["lr"]))
 
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(params, buffers, alpha=-1.0 if group["lr_in_momentum"] else -group["lr"])
+        before, after = (group["lr"], 1.0) if group["lr_in_momentum"] else (1.0, group["lr"])
+        torch._foreach_add_(buffers, updates, alpha=before)
+        torch._foreach_add_(params, buffers, alpha=-after)
 
     def _adapts(self, param: Tensor) -> bool:
         return param.ndim > 1
@@ -201,12 +200,13 @@ class Optim:
                 if group["decayed"]:
                     group["weight_decay"] = cosine(self.weight_decay, self.end_weight_decay, progress)
 
-    def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
+    def create(self, module: nn.Module, global_batch: int, fused: bool = False) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
 
         Args:
             module: The method.
             global_batch: Images per optimizer step over all processes and accumulated batches.
+            fused: Whether torch's SGD, Adam and AdamW update all parameters in one call.
 
         Raises:
             UserError: The name is unknown or the optimizer refuses an argument.
@@ -222,6 +222,8 @@ class Optim:
         arguments = {"lr": self.peak_lr(global_batch), **self.extra}
         if "momentum" in inspect.signature(build).parameters:
             arguments.setdefault("momentum", self.momentum)
+        if fused and build in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and "foreach" not in arguments:
+            arguments.setdefault("fused", True)
         try:
             return build([group for group in groups if group["params"]], **arguments)
         except (TypeError, ValueError) as error:

@@ -41,7 +41,7 @@ class LinearProbe(L.Callback):
         linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)  # type: ignore[arg-type]
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
         self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
-        self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay)
+        self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
         self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1).to(device)
         self.top5 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1, top_k=min(5, num_classes))
         self.top5.to(device)

@@ -18,6 +18,7 @@ class Throughput(L.Callback):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every_n_steps = every_n_steps
+        self.rate: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; a run resumed within an epoch has no start of it."""
@@ -33,7 +34,8 @@ class Throughput(L.Callback):
         if (batch_idx + 1) % self.every_n_steps == 0 or trainer.is_last_batch:
             now = time.perf_counter()
             rate = self._images / (now - self._since)
-            pl_module.log("train/images_per_second", rate, prog_bar=True, batch_size=1)
+            pl_module.log("train/images_per_second", rate, batch_size=1)
+            self.rate = rate
             self._images, self._since = 0, now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,10 +61,17 @@ class ProgressBar(RichProgressBar):
         super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The logged metrics, under short names and without the logger's version number."""
+        """Loss, images per second and the metrics of the bar, under short names and without the logger's version.
+
+        Loss and rate are numbers on the host: what is logged with ``prog_bar=True`` Lightning reads in every step, and
+        that waits for the device.
+        """
+        rates = (callback.rate for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+        ours = {"loss": getattr(pl_module, "last_loss", None), "images/s": next(rates, None)}
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {key.split("/")[-1].replace("images_per_second", "images/s"): value for key, value in metrics.items()}
+        shown = {key: value for key, value in ours.items() if value is not None}
+        return {**shown, **{key.split("/")[-1]: value for key, value in metrics.items()}}
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -91,6 +91,8 @@ class SSLModule(L.LightningModule):
         self._seed: int | None = None
         self._generator: torch.Generator | None = None
         self._checked = False
+        self.last_loss: float | None = None
+        """Loss of the newest batch, once it is on the host: what the progress bar shows without waiting."""
 
     # The contract of a method
 
@@ -239,7 +241,7 @@ class SSLModule(L.LightningModule):
         with self._seeded(batch_idx, len(views[0])), self._recording(len(views[0])) as features:
             loss = self.training_loss(views)
         self._pending_losses.append(_to_host(reduced(loss.detach().float())))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(views[0]))
+        self.log("train/loss", loss.detach(), batch_size=len(views[0]))  # prog_bar=True would wait for every step
         return {"loss": loss, "features": torch.cat(features) if features else None}
 
     @contextmanager
@@ -336,7 +338,7 @@ class SSLModule(L.LightningModule):
         for value, copied in pending:
             if copied is not None:
                 copied.synchronize()  # waits for the forward pass; the backward pass is queued behind and runs on
-            loss = value.numpy() / world_size()
+            self.last_loss = loss = float(value.numpy()) / world_size()
             if not abs(loss) < float("inf"):
                 raise UserError(
                     f"the loss is {loss} at step {self.trainer.global_step} (epoch {self.current_epoch}); the weights "
@@ -364,7 +366,8 @@ class SSLModule(L.LightningModule):
         if batch_size is None and optim.lr_scaling != "none":
             rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = optim.create(self, global_batch)
+        fused = trainer.precision != "16-mixed"  # under which a fused optimizer scales by itself, past the clipping
+        optimizer = optim.create(self, global_batch, fused)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to

@@ -1,4 +1,4 @@
-"""How fast this package is beside lightly: both measured on the user's machine, in one run."""
+"""The input pipeline beside lightly's."""
 
 import statistics
 import time
@@ -254,7 +254,7 @@ def _lightly_transform(views: str, specs: Sequence[ViewSpec]) -> Callable[[Image
         from lightly import transforms
         from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
     except ImportError as error:
-        raise UserError("the benchmark compares with lightly; pip install lightly.") from error
+        raise UserError("the benchmark compares with lightly; pip install 'ssl_lightning[benchmark]'.") from error
     size, last = specs[0].size, specs[-1]
     local_size, local_count = (last.size, last.count) if last.size < size else (size, 0)
     blurred = any(spec.blur for spec in specs)

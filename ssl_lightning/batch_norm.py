@@ -71,7 +71,9 @@ class SyncedBatchNorm(TorchSyncBatchNorm):
         from timm.layers import BatchNormAct2d  # only here: reading help texts should not wait for timm
         from timm.layers import SyncBatchNormAct as TorchSyncBatchNormAct
 
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        trainer = getattr(model, "_trainer", None)  # ddp moves the model to its device later
+        device = next(model.parameters()).device if trainer is None else trainer.strategy.root_device
+        on_cpu = device.type == "cpu"
         plain, activated = (SyncBatchNorm, SyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, TorchSyncBatchNormAct)
         kinds: dict[type, type] = {nn.BatchNorm1d: plain, nn.BatchNorm2d: plain, BatchNormAct2d: activated}
         for module in model.modules():

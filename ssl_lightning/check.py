@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import warnings
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 
 Recorded = dict[str, dict[str, Tensor]]
@@ -80,7 +82,10 @@ def check(
         Largest differences of losses, gradients of the first step, and of parameters and buffers after the last one.
     """
     batch_size = batch_size or data.batch_size
-    task = pickle.dumps((module, data, steps, sync_batchnorm))
+    try:
+        task = pickle.dumps((module, data, steps, sync_batchnorm))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(f"the method or the data cannot be sent to other processes: {error}") from error
     several = _run(processes, batch_size, task)
     one = _run(1, batch_size * processes, task)[0]
     if sync_batchnorm or module.batch_norm is None:
@@ -122,18 +127,24 @@ def _run(processes: int, batch_size: int, task: bytes) -> list[Recorded]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with get_context("spawn").Pool(processes) as pool:
-        calls = [pool.apply_async(_train, (rank, processes, port, batch_size, task)) for rank in range(processes)]
-        return [call.get() for call in calls]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
+        failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
+        if failed:  # the others wait for it
+            for process in pool._processes.values():
+                process.kill()
+            failed[0].result()
+        return [call.result() for call in calls]
 
 
 def _train(rank: int, processes: int, port: int, batch_size: int, task: bytes) -> Recorded:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     module, data, steps, sync_batchnorm = pickle.loads(task)
-    data.batch_size = batch_size
+    data.batch_size, data.num_workers = batch_size, 0
     return recorded(module, data, processes, steps, sync_batchnorm)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: The file is damaged or no checkpoint.
         """
-        try:
+        with reading(path):
             return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is damaged or no checkpoint: {str(error).partition('. ')[0]}") from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Say in words that a checkpoint cannot be read.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        UserError: It is damaged or no checkpoint.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint: {str(error).partition('. ')[0]}") from error

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
@@ -204,8 +204,7 @@ class SSLCLI(LightningCLI):
             self.save_config_callback = None
         elif config["logger"] is not False:
             folder, given = self._run_folder, config["logger"]
-            resumed = self._resumed_version() or _slurm_version()
-            version = resumed or _new_version(folder, dry=bool(config["fast_dev_run"]))
+            version = self._resumed_version() or _new_version(folder, dry=bool(config["fast_dev_run"]))
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
             own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
             others = given if isinstance(given, list) else [] if given in (None, True) else [given]
@@ -223,6 +222,8 @@ class SSLCLI(LightningCLI):
         plugins = [*plugins] if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at the end of a step
         if config["sync_batchnorm"] and not any(isinstance(plugin, LayerSync) for plugin in plugins):
             plugins.append(SyncedBatchNorm())
         return plugins
@@ -243,10 +244,11 @@ class SSLCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.subcommand = self.config.get("subcommand")
         path = self._get(self.config, "ckpt_path")
-        if path is None and self.subcommand == "fit" and (version := _slurm_version()):
-            last = self._run_folder / version / "checkpoints" / "last.ckpt"
-            if last.is_file():  # the job was requeued
-                path = self.config["fit"]["ckpt_path"] = str(last)
+        if self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # the job was requeued
+            own = self._run_folder.glob(f"slurm_{slurm_job()}*/checkpoints/last.ckpt")
+            if newest := max(own, key=lambda file: file.stat().st_mtime, default=None):
+                rank_zero_info(f"requeued: going on from {newest}")
+                path = self.config["fit"]["ckpt_path"] = str(newest)
         if path in ("last", "best"):
             found = list(self._run_folder.glob(f"*/checkpoints/{path}*.ckpt"))
             if not found:
@@ -259,11 +261,6 @@ class SSLCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would lay the checkpoint's hyper-parameters over what the command line says."""
-
-
-def _slurm_version() -> str | None:
-    """In a SLURM job its own folder, which a requeued job finds again."""
-    return f"slurm_{slurm_job()}" if SLURMEnvironment.detect() else None
 
 
 class _SameFolder(Callback):
@@ -282,15 +279,17 @@ class _SameFolder(Callback):
 def _new_version(folder: Path, dry: bool) -> str:
     """The next free folder; the first process makes it, so that two runs which start together get two."""
     taken = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    number = max(taken, default=-1) + 1
+    name, number = "version", max(taken, default=-1) + 1
+    if SLURMEnvironment.detect():  # where a requeued job finds it
+        name, number = f"slurm_{slurm_job()}", len([*folder.glob(f"slurm_{slurm_job()}*")])
     first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
     while first and not dry:
         try:
-            (folder / f"version_{number}").mkdir(parents=True)
+            (folder / f"{name}_{number}").mkdir(parents=True)
             break
         except FileExistsError:
             number += 1
-    return f"version_{number}"
+    return f"{name}_{number}"
 
 
 def _find_configs(arguments: Sequence[str]) -> list[str]:

@@ -119,9 +119,8 @@ class LARC(LARS):
         adapted = (weight_norms > 0) & (gradient_norms > 0)
         divisors = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
         ratios = torch.where(adapted, group["trust_coefficient"] * weight_norms / divisors, 1.0)
-        decays = torch.where(adapted, group["weight_decay"], 0.0)
-        decayed = [weight.clone() for weight in weights]
-        torch._foreach_mul_(shards(decayed), list(decays.unbind()))
+        decayed = list(torch._foreach_mul(weights, group["weight_decay"]))
+        torch._foreach_mul_(shards(decayed), list(adapted.to(ratios.dtype).unbind()))
         torch._foreach_add_(decayed, gradients)
         torch._foreach_mul_(shards(decayed), list(ratios.unbind()))
         return decayed
@@ -200,13 +199,12 @@ class Optim:
                 if group["decayed"]:
                     group["weight_decay"] = cosine(self.weight_decay, self.end_weight_decay, progress)
 
-    def create(self, module: nn.Module, global_batch: int, fused: bool = False) -> torch.optim.Optimizer:
+    def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
 
         Args:
             module: The method.
             global_batch: Images per optimizer step over all processes and accumulated batches.
-            fused: Whether torch's SGD, Adam and AdamW update all parameters in one call.
 
         Raises:
             UserError: The name is unknown or the optimizer refuses an argument.
@@ -222,12 +220,17 @@ class Optim:
         arguments = {"lr": self.peak_lr(global_batch), **self.extra}
         if "momentum" in inspect.signature(build).parameters:
             arguments.setdefault("momentum", self.momentum)
-        if fused and build in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and "foreach" not in arguments:
-            arguments.setdefault("fused", True)
+        if not arguments.keys() & {"foreach", "fused"}:  # all parameters in a handful of calls, none of which waits
+            if build in (torch.optim.Adam, torch.optim.AdamW):
+                arguments["fused"] = True
+            elif build is torch.optim.SGD:  # whose fused form fails where a parameter was frozen at first
+                arguments["foreach"] = True
         try:
-            return build([group for group in groups if group["params"]], **arguments)
+            optimizer = build([group for group in groups if group["params"]], **arguments)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
+        optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping
+        return optimizer
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from ssl_lightning.checkpoints import reading
 from ssl_lightning.errors import UserError
 
 
@@ -115,7 +116,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             weights_only: As for ``torch.load``.
         """
         path = Path(self.broadcast(checkpoint_path))
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        with reading(path):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

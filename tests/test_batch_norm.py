@@ -1,10 +1,12 @@
 """BatchNorm over processes."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
+from timm.layers import SyncBatchNormAct as TorchSyncBatchNormAct
 from torch import Tensor, nn
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
@@ -83,3 +85,10 @@ def test_layers_and_their_state_stay_the_same_objects() -> None:
     assert list(model.state_dict()) == state
     plugin.revert(model)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_on_gpus_layers_become_those_of_torch_and_timm_although_they_lie_on_the_cpu_yet() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), BatchNormAct2d(3))
+    model._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))  # type: ignore[assignment]
+    SyncedBatchNorm().apply(model)
+    assert [type(layer) for layer in model] == [nn.SyncBatchNorm, TorchSyncBatchNormAct]

@@ -72,7 +72,8 @@ def test_fit_resume_validate_test_and_predict(tmp_path: Path, capsys: pytest.Cap
 def test_the_command_line_wins_over_the_checkpoint(tmp_path: Path) -> None:
     main(["fit", *DEBUG, "--last_checkpoint.every_n_train_steps", "3"])
     more = ["--trainer.max_epochs", "3", "--model.temperature", "0.9"]
-    main(["fit", *DEBUG, *more, "--ckpt_path", "last"])  # goes on in the middle of the second epoch
+    with pytest.warns(UserWarning, match=r"other hyper-parameters .*: temperature 0.9 \(was 0.2\)"):
+        main(["fit", *DEBUG, *more, "--ckpt_path", "last"])  # goes on in the middle of the second epoch
     checkpoint = torch.load("runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["temperature"] == 0.9
     assert checkpoint["global_step"] == 12

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import get_context, set_start_method
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -198,17 +199,17 @@ def test_a_slurm_job_is_requeued_and_goes_on_by_the_same_command(folder: Path) -
     environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     words = ["--model", "slow.Slow", "--name", "x", "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "0"]
     process = started(*words, **environment)
-    wait_for(lambda: folder.glob("runs/x/slurm_7/views.png"), process)
+    wait_for(lambda: folder.glob("runs/x/slurm_7_0/views.png"), process)
     process.send_signal(signal.SIGUSR1)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGUSR1, errors
     assert (folder / "requeued").read_text() == "requeue 7\n"
-    again = started(*words, **environment)
+    again = started(*words, **environment, SLURM_RESTART_COUNT="1")
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert [path.name for path in (folder / "runs/x").iterdir()] == ["slurm_7"]
-    assert torch.load(folder / "runs/x/slurm_7/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
-    assert "slurm_7/checkpoints/last.ckpt" in output + errors
+    assert [path.name for path in (folder / "runs/x").iterdir()] == ["slurm_7_0"]
+    assert torch.load(folder / "runs/x/slurm_7_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert "slurm_7_0/checkpoints/last.ckpt" in output + errors
 
 
 def alive(folder: Path) -> Iterator[int]:
@@ -307,3 +308,48 @@ def test_other_hyper_parameters_are_warned_of(tmp_path: Path) -> None:
     again = trainer(tmp_path, max_epochs=2, limit_train_batches=1)
     with pytest.warns(UserWarning, match=r"other hyper-parameters than the checkpoint's: temperature 0.3 \(was 0.1\)"):
         again.fit(small(SimCLR, temperature=0.3), data(SimCLR), ckpt_path=tmp_path / "x.ckpt")
+
+
+# Taken up again and again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_val_batches": 0},
+        {"limit_train_batches": 2, "limit_val_batches": 0},
+        {"limit_train_batches": 2, "check_val_every_n_epoch": 2},
+        {"val_check_interval": 0.5},
+        {"max_epochs": -1, "max_steps": 11},
+        {"accumulate_grad_batches": 3},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_a_run_taken_up_after_every_batch_ends_as_the_uninterrupted(options: dict[str, Any], tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def __init__(self, batches: float) -> None:
+            self.batches = batches
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_progress.total.ready > self.batches:
+                raise KeyboardInterrupt
+
+    def run(name: str, batches: float) -> tuple[L.Trainer, dict[str, Tensor]]:
+        L.seed_everything(1, verbose=False)
+        last = LastCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path / name))
+        common = {"max_epochs": 2, "enable_checkpointing": True, "num_sanity_val_steps": 0, **options}
+        running = trainer(tmp_path, callbacks=[last, Stop(batches)], **common)
+        module, path = small(SimCLR), tmp_path / name / "last.ckpt"
+        with suppress(KeyboardInterrupt, SystemExit):
+            running.fit(module, data(SimCLR), ckpt_path=path if path.exists() else None)
+        return running, module.state_dict()
+
+    whole, expected = run("whole", float("inf"))
+    for batches in range(1, whole.fit_loop.epoch_loop.batch_progress.total.ready):
+        run("again", batches)
+    again, found = run("again", float("inf"))
+    same(found, expected)
+    loops = [running.fit_loop.epoch_loop for running in (again, whole)]
+    assert again.global_step == whole.global_step
+    assert loops[0]._batches_that_stepped == loops[1]._batches_that_stepped  # what the loggers count by
+    assert loops[0].batch_progress.total == loops[1].batch_progress.total

@@ -157,7 +157,7 @@ def test_a_step_dispatches_seven_tenths_of_the_operations_of_lightlys(model: str
     pytest.importorskip("lightly")
     result = step(model, "resnet50", image_size=32, batch_size=4, steps=1, model_kwargs=NARROW[model])
     assert result.ratios["operations_ratio"] <= 0.7
-    assert result.ours.operations <= 1.2 * result.bare.operations
+    assert result.ours.operations <= 1.25 * result.bare.operations
 
 
 def test_an_unknown_method_is_told() -> None:

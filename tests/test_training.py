@@ -268,3 +268,10 @@ def test_knn_equals_a_plain_restatement() -> None:
             votes[labels[index]] += (similarities[index] / 0.1).exp()
         expected.append(int(votes.argmax()))
     assert knn_predict(bank, labels, queries, 4, k=10, temperature=0.1).tolist() == expected
+
+
+def test_a_trainer_with_max_steps_alone_knows_the_epochs_of_the_warm_up(tmp_path: Path) -> None:
+    recorder = Recorder()
+    running = trainer(tmp_path, max_epochs=None, max_steps=12, callbacks=[recorder])
+    running.fit(simclr(optim=Optim("sgd", base_lr=1, lr_scaling="none", warmup_epochs=1)), digits(train_samples=256))
+    assert recorder.lrs[:3] == [0, 0.5, 1]  # 2 steps an epoch

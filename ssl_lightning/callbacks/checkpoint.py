@@ -28,6 +28,11 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take a resumed step as saved: the next batch, which may leave gradients to accumulate, is not its end."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
     def save(self, trainer: L.Trainer) -> str:
         """Write it now.
 

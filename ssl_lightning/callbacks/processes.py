@@ -19,12 +19,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from ssl_lightning.callbacks.checkpoint import LastCheckpoint
 from ssl_lightning.distributed import reduced
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # no latter on Windows
 
 
 class Preemption(L.Callback):
-    """Saves ``last.ckpt`` after the step at hand and exits when SIGTERM or SIGUSR1 arrives, on whichever process.
+    """Saves ``last.ckpt`` between two steps and exits when SIGTERM or SIGUSR1 arrives, on whichever process.
 
+    One process does so after the step at hand or within a validation; several agree every ``every_n_steps`` training
+    steps, which must fit into the time that the scheduler leaves.
     The exit code is 128 + the signal's number (143, 138), which tells a scheduler to queue the job again. In a SLURM
     job SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues it, and the command line then goes on from that file.
     Lightning's own handling saves in the middle of a step, where a run cannot be taken up exactly, and asks all
@@ -32,10 +34,11 @@ class Preemption(L.Callback):
 
     Args:
         every_n_steps: Optimizer steps between asking the other processes, if there are any.
+        requeue: Whether SIGUSR1 requeues a SLURM job.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_steps: int = 10, requeue: bool = True) -> None:
+        self.every_n_steps, self.requeue = every_n_steps, requeue
         self._signal = 0
         self._step = 0
         self._before: dict[signal.Signals, Any] = {}
@@ -66,7 +69,9 @@ class Preemption(L.Callback):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        number = int(reduced(torch.tensor(self._signal, device=trainer.strategy.root_device), "max"))
+        number = self._signal
+        if trainer.world_size > 1:
+            number = int(reduced(torch.tensor(number, device=trainer.strategy.root_device), "max"))
         if number == 0:
             return
         name = signal.Signals(number).name
@@ -75,10 +80,9 @@ class Preemption(L.Callback):
             rank_zero_warn(f"{name}: stopping without a checkpoint, as there is no LastCheckpoint.")
         else:
             rank_zero_info(f"{name}: stopping; go on from {last.save(trainer)}")
-        environment = trainer._accelerator_connector.cluster_environment
-        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        if requeues and number == signal.SIGUSR1 and trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", slurm_job()], check=False)
+        if self.requeue and name == "SIGUSR1" and trainer.is_global_zero and SLURMEnvironment.detect():
+            _requeue()
+        trainer.strategy.barrier()  # srun may kill all at the first exit
         raise SystemExit(0 if _started_by_lightning(trainer) else 128 + number)  # it kills the others at any other code
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -128,6 +132,14 @@ class FailTogether(L.Callback):
 def _started_by_lightning(trainer: L.Trainer) -> bool:
     environment = trainer._accelerator_connector.cluster_environment
     return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def _requeue() -> None:
+    command = ["scontrol", "requeue", slurm_job()]
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"the job was not requeued ({error}); run: {' '.join(command)}")
 
 
 def slurm_job() -> str:

@@ -89,6 +89,7 @@ class SSLModule(L.LightningModule):
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
         self._pending: list[Tensor] = []
         self._seed: int | None = None
+        self._loaded_seed: int | None = None
         self._generator: torch.Generator | None = None
         self._checked = False
         self.last_loss: float | None = None
@@ -205,8 +206,8 @@ class SSLModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Check the views, the batch and BatchNorm against what the paper prescribes."""
         self._pending, self._pending_losses = [], []  # of a step that was interrupted
-        if self._seed is None:  # else that of the checkpoint
-            self._seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**63)
+        seed = self._loaded_seed if self._loaded_seed is not None else torch.initial_seed() % 2**63
+        self._seed, self._loaded_seed = self.trainer.strategy.broadcast(seed), None
         if hasattr(self, "teacher_backbone") and self.dtype in (torch.float16, torch.bfloat16):
             raise UserError("a teacher in half precision never moves; set trainer.precision to bf16-mixed or 32-true.")
         self._check_batch_norm()
@@ -218,10 +219,11 @@ class SSLModule(L.LightningModule):
             self.check(sizes, data.batch_size * self.trainer.world_size)
 
     def _check_batch_norm(self) -> None:
-        kinds = {type(module) for module in self.modules()}
-        if self.batch_norm == "per_process" and kinds & {nn.SyncBatchNorm, SyncBatchNorm}:
+        layers = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        synced = [layer for layer in layers if isinstance(layer, nn.SyncBatchNorm | SyncBatchNorm)]
+        if self.batch_norm == "per_process" and synced:
             raise UserError(f"{type(self).__name__}'s BatchNorm is per process; set trainer.sync_batchnorm to false.")
-        if self.batch_norm == "global" and kinds & {nn.BatchNorm1d, nn.BatchNorm2d} and self.trainer.world_size > 1:
+        if self.batch_norm == "global" and len(synced) < len(layers) and self.trainer.world_size > 1:
             rank_zero_warn(f"{type(self).__name__}'s BatchNorm is global; set trainer.sync_batchnorm to true.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -246,7 +248,10 @@ class SSLModule(L.LightningModule):
 
     @contextmanager
     def _seeded(self, batch_idx: int, batch_size: int) -> Iterator[None]:
-        """Make the random numbers of a step (masks, drop path) depend on the seed and the step alone."""
+        """Make the random numbers of a step (masks, drop path) depend on the seed and the step alone.
+
+        They are the same on all processes; masks and drop path take the rows of the process, dropout's repeat.
+        """
         from ssl_lightning.backbones import DropPath
 
         step = (self._seed or 0, self.trainer.global_step, batch_idx)
@@ -267,20 +272,23 @@ class SSLModule(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._settle_progress(checkpoint["loops"]["fit_loop"])
 
-    def _settle_progress(self, loop: dict[str, Any]) -> None:
+    def _settle_progress(self, saved: dict[str, Any]) -> None:
         """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
 
         Callbacks save before Lightning counts the batch. It takes such a run up again, but one saved at the last batch
         of an epoch loses count of its epochs (seen in 2.6), and one saved during a validation leaves batches out.
         """
-        batches, validation = loop["epoch_loop.batch_progress"], loop["epoch_loop.val_loop.batch_progress"]
-        at_batch_end = batches["current"]["completed"] < batches["current"]["processed"]
-        if at_batch_end:
-            for count in (batches["total"], batches["current"]):
-                count["completed"] += 1
-            if not self.trainer.fit_loop.epoch_loop._should_accumulate():
-                loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-        if at_batch_end or validation["current"]["completed"] < validation["current"]["ready"]:
+        batches, validation = saved["epoch_loop.batch_progress"], saved["epoch_loop.val_loop.batch_progress"]
+        begins = validation["current"]["completed"] < validation["current"]["ready"]
+        if batches["current"]["completed"] < batches["current"]["processed"]:
+            _count(batches, "completed")
+            loop, fetcher = self.trainer.fit_loop.epoch_loop, self.trainer.fit_loop._data_fetcher
+            begins = fetcher is not None and loop._should_check_val_fx(fetcher)
+            if not begins:  # else all that follows is still to come
+                saved["epoch_loop.state_dict"]["_batches_that_stepped"] += not loop._should_accumulate()
+                if loop._num_ready_batches_reached():
+                    _count(saved["epoch_progress"], "processed")
+        if begins:
             for count in (validation["total"], validation["current"]):
                 count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
@@ -290,23 +298,26 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: They are not; says what differs.
         """
-        self._seed = checkpoint.get("step_seed")
         if self._trainer is None:  # load_from_checkpoint, whose caller may want a part
             return
-        own, saved = dict(self.hparams), dict(checkpoint.get("hyper_parameters", {}))
+        self._loaded_seed = checkpoint.get("step_seed")
+        own, saved = _flat(self.hparams), _flat(checkpoint.get("hyper_parameters", {}))
         changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
         weights, found = self.state_dict(), checkpoint.get("state_dict", {})
-        unlike = [name for name in weights if name not in found or _shape(weights[name]) != _shape(found[name])]
-        if unlike := sorted({*unlike, *(name for name in found if name not in weights)}):
+        unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}
+        if self.strict_loading:
+            unlike |= weights.keys() ^ found.keys()
+        if unlike:
             method, newer = checkpoint.get("method", "another method"), checkpoint.get("ssl_lightning_version", "0")
             differing = [f"the method {type(self).__name__} (was {method})"] if method != type(self).__name__ else []
             if Version(newer) > Version(version("ssl_lightning")):
                 differing.append(f"the version of this package {version('ssl_lightning')} (was {newer})")
             raise UserError(
                 f"the checkpoint does not fit: {len(unlike)} weights are missing, of another shape or too many, e.g. "
-                f"{', '.join(unlike[:3])}. What differs: {'; '.join(differing + changed) or 'the code of the method'}."
+                f"{', '.join(sorted(unlike)[:3])}. What differs: "
+                f"{'; '.join(differing + changed) or 'the code of the method'}."
             )
-        if changed:
+        if changed and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
     @contextmanager
@@ -360,14 +371,14 @@ class SSLModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""
         trainer, optim = self.trainer, self.optim
+        trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
         total_steps = trainer.estimated_stepping_batches
         source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
         batch_size = getattr(source, "batch_size", None)
         if batch_size is None and optim.lr_scaling != "none":
             rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        fused = trainer.precision != "16-mixed"  # under which a fused optimizer scales by itself, past the clipping
-        optimizer = optim.create(self, global_batch, fused)
+        optimizer = optim.create(self, global_batch)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to
@@ -411,6 +422,22 @@ class SSLModule(L.LightningModule):
 def _mixed(*numbers: int) -> int:
     """One seed of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _count(progress: dict[str, dict[str, int]], what: str) -> None:
+    for part in ("total", "current"):
+        progress[part][what] += 1
+
+
+def _flat(hyper_parameters: Any, prefix: str = "") -> dict[str, str]:
+    """Hyper-parameters as text, those in dictionaries as ``outer.inner``; a tuple is the list that YAML makes of it."""
+    flat: dict[str, str] = {}
+    for key, value in hyper_parameters.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(list(value) if isinstance(value, tuple) else value)
+    return flat
 
 
 def _shape(value: Any) -> Any:

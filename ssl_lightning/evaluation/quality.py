@@ -1,0 +1,104 @@
+"""How good features are without labels: rank, spectrum, spread, alignment, uniformity."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.errors import UserError
+
+_SIMILARITIES_AT_ONCE = 2**26  # 256 MB in float32
+
+
+@torch.no_grad()
+def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
+    """Effective rank: the exponential of the entropy of the singular values, from 1 (collapsed) to D.
+
+    Source: Garrido et al. 2023, RankMe, eq. 1; the paper takes 25,600 images. Features are not centred.
+
+    Args:
+        features: ``(N, D)``, of whole images in eval mode, any scale.
+        epsilon: Added to each share.
+    """
+    singular = torch.linalg.svdvals(_wide(features))
+    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny) + epsilon
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+@torch.no_grad()
+def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
+    """Decay of the spectrum: alpha of the power law j ** -alpha of the covariance's eigenvalues; near 1 is good.
+
+    Far above 1 few directions carry everything, below 1 the spectrum is flat. Source: Agrawal et al. 2022, alpha-ReQ;
+    fitted in logarithms over some ranks, rank j with weight 1 / j.
+
+    Args:
+        features: ``(N, D)``, any scale.
+        first: First rank of the fit.
+        last: Last rank of the fit; fewer if there are not so many eigenvalues above rounding.
+
+    Raises:
+        UserError: There are fewer than two eigenvalues to fit.
+    """
+    features = _wide(features)
+    eigenvalues = torch.linalg.svdvals(features - features.mean(0)).square()
+    count = int((eigenvalues > eigenvalues[0] * torch.finfo(eigenvalues.dtype).eps).sum())
+    if min(count, last) <= first:
+        raise UserError(
+            f"alpha_req fits ranks {first} to {last}, but features of shape {tuple(features.shape)} have {count} "
+            "directions; take more images, or lower first."
+        )
+    ranks = torch.arange(first, min(count, last) + 1, dtype=features.dtype, device=features.device)
+    x, y, weights = ranks.log(), eigenvalues[first - 1 : last][: len(ranks)].log(), 1 / ranks
+    x, y = x - (weights * x).sum() / weights.sum(), y - (weights * y).sum() / weights.sum()
+    return -float((weights * x * y).sum() / (weights * x * x).sum())
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> float:
+    """Mean over dimensions of the standard deviation of unit features: 0 is collapse, 1 / sqrt(D) as spread as can be.
+
+    Source: Chen & He 2021, SimSiam, section 4.1; unbiased as in lightly.
+
+    Args:
+        features: ``(N, D)``, any scale.
+    """
+    return float(F.normalize(_wide(features), dim=1).std(0).mean())
+
+
+@torch.no_grad()
+def alignment(features0: Tensor, features1: Tensor) -> float:
+    """Mean squared distance of the unit features of two views of the same images, 0 to 4; small is good.
+
+    Source: Wang & Isola 2020, Alignment and Uniformity, section 4.1.
+
+    Args:
+        features0: ``(N, D)``, any scale.
+        features1: ``(N, D)``; row i is of the same image.
+    """
+    difference = F.normalize(_wide(features0), dim=1) - F.normalize(_wide(features1), dim=1)
+    return float(difference.square().sum(1).mean())
+
+
+@torch.no_grad()
+def uniformity(features: Tensor, t: float = 2.0) -> float:
+    """Logarithm of the mean of exp(-t * squared distance) over all pairs of unit features: 0 is collapse, low is good.
+
+    Source: Wang & Isola 2020, Alignment and Uniformity, section 4.1.
+
+    Args:
+        features: ``(N, D)``, N at least 2, any scale.
+        t: Sharpness.
+    """
+    features = F.normalize(_wide(features), dim=1)
+    count = len(features)
+    blocks = features.split(max(1, _SIMILARITIES_AT_ONCE // count))
+    totals = torch.stack([torch.exp(t * (2 * block @ features.T - 2)).sum() for block in blocks])
+    return math.log(float(totals.sum() - count) / (count * (count - 1)))  # an image with itself gives 1
+
+
+def _wide(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise UserError(f"features must be (N, D) with at least 2 rows, not {tuple(features.shape)}.")
+    return features.float() if features.dtype.itemsize < 4 else features

@@ -67,6 +67,8 @@ def check(
 ) -> CheckResult:
     """Train a few steps in one process and in several with the same global batches, and compare (CPU, float64).
 
+    The trainer's other options (accumulation, clipping, precision) are left out.
+
     Optimizers that divide by small numbers, as Adam does, enlarge rounding errors: from 1e-15 in a gradient to 1e-7 in
     the parameters. A mistake is larger by orders of magnitude.
 

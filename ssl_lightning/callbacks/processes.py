@@ -27,6 +27,7 @@ class Preemption(L.Callback):
 
     One process does so after the step at hand or within a validation; several agree every ``every_n_steps`` training
     steps, which must fit into the time that the scheduler leaves.
+
     The exit code is 128 + the signal's number (143, 138), which tells a scheduler to queue the job again. In a SLURM
     job SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues it, and the command line then goes on from that file.
     Lightning's own handling saves in the middle of a step, where a run cannot be taken up exactly, and asks all

@@ -269,6 +269,9 @@ class SSLModule(L.LightningModule):
         """Save the seed of the steps, and what tells a reader whose weights these are."""
         checkpoint["step_seed"] = self._seed
         checkpoint["method"], checkpoint["ssl_lightning_version"] = type(self).__name__, version("ssl_lightning")
+        checkpoint["method_bases"] = [base.__name__ for base in type(self).__mro__ if issubclass(base, SSLModule)]
+        evaluated = self.evaluated_backbone
+        checkpoint["evaluated_backbone"] = next(name for name, part in self.named_modules() if part is evaluated)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._settle_progress(checkpoint["loops"]["fit_loop"])
 

@@ -5,12 +5,15 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ssl_lightning.errors import UserError
@@ -96,6 +99,84 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged or no checkpoint: {str(error).partition('. ')[0]}") from error
+
+
+def settle_progress(saved: dict[str, Any], fit_loop: Any) -> None:
+    """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
+
+    Callbacks save before Lightning counts the batch. It takes such a run up again, but one saved at the last batch of
+    an epoch loses count of its epochs (seen in 2.6), and one saved during a validation leaves batches out.
+
+    Args:
+        saved: State of the trainer's fit loop in a checkpoint that is being written.
+        fit_loop: The loop.
+    """
+    batches, validation = saved["epoch_loop.batch_progress"], saved["epoch_loop.val_loop.batch_progress"]
+    begins = validation["current"]["completed"] < validation["current"]["ready"]
+    if batches["current"]["completed"] < batches["current"]["processed"]:
+        _count(batches, "completed")
+        loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
+        begins = fetcher is not None and loop._should_check_val_fx(fetcher)
+        if not begins:  # else all that follows is still to come
+            saved["epoch_loop.state_dict"]["_batches_that_stepped"] += not loop._should_accumulate()
+            if loop._num_ready_batches_reached():
+                _count(saved["epoch_progress"], "processed")
+    if begins:
+        for count in (validation["total"], validation["current"]):
+            count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def _count(progress: dict[str, dict[str, int]], what: str) -> None:
+    for part in ("total", "current"):
+        progress[part][what] += 1
+
+
+def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> list[str]:
+    """See whether the weights in a checkpoint are those of such a module.
+
+    Args:
+        module: The method.
+        checkpoint: What is about to be loaded.
+
+    Returns:
+        The hyper-parameters that differ nevertheless.
+
+    Raises:
+        UserError: They are not; says what differs.
+    """
+    own, saved = _flat(module.hparams), _flat(checkpoint.get("hyper_parameters", {}))
+    changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
+    weights, found = module.state_dict(), checkpoint.get("state_dict", {})
+    unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}
+    if module.strict_loading:
+        unlike |= weights.keys() ^ found.keys()
+    if unlike:
+        name, method = type(module).__name__, checkpoint.get("method", "another method")
+        newer = str(checkpoint.get("ssl_lightning_version", "0"))
+        differing = [f"the method {name} (was {method})"] if method != name else []
+        if Version(newer) > Version(version("ssl_lightning")):
+            differing.append(f"the version of this package {version('ssl_lightning')} (was {newer})")
+        raise UserError(
+            f"the checkpoint does not fit: {len(unlike)} weights are missing, of another shape or too many, e.g. "
+            f"{', '.join(sorted(unlike)[:3])}. What differs: "
+            f"{'; '.join(differing + changed) or 'the code of the method'}."
+        )
+    return changed
+
+
+def _flat(hyper_parameters: Any, prefix: str = "") -> dict[str, str]:
+    """Hyper-parameters as text, those in dictionaries as ``outer.inner``; a tuple is the list that YAML makes of it."""
+    flat: dict[str, str] = {}
+    for key, value in hyper_parameters.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(list(value) if isinstance(value, tuple) else value)
+    return flat
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
 
 
 def load_backbone(

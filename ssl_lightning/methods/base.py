@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from packaging.version import Version
 from torch import Tensor, nn
 
 from ssl_lightning.batch_norm import SyncBatchNorm
+from ssl_lightning.checkpoints import check_fit, settle_progress
 from ssl_lightning.distributed import reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
@@ -273,27 +273,7 @@ class SSLModule(L.LightningModule):
         evaluated = self.evaluated_backbone
         checkpoint["evaluated_backbone"] = next(name for name, part in self.named_modules() if part is evaluated)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._settle_progress(checkpoint["loops"]["fit_loop"])
-
-    def _settle_progress(self, saved: dict[str, Any]) -> None:
-        """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
-
-        Callbacks save before Lightning counts the batch. It takes such a run up again, but one saved at the last batch
-        of an epoch loses count of its epochs (seen in 2.6), and one saved during a validation leaves batches out.
-        """
-        batches, validation = saved["epoch_loop.batch_progress"], saved["epoch_loop.val_loop.batch_progress"]
-        begins = validation["current"]["completed"] < validation["current"]["ready"]
-        if batches["current"]["completed"] < batches["current"]["processed"]:
-            _count(batches, "completed")
-            loop, fetcher = self.trainer.fit_loop.epoch_loop, self.trainer.fit_loop._data_fetcher
-            begins = fetcher is not None and loop._should_check_val_fx(fetcher)
-            if not begins:  # else all that follows is still to come
-                saved["epoch_loop.state_dict"]["_batches_that_stepped"] += not loop._should_accumulate()
-                if loop._num_ready_batches_reached():
-                    _count(saved["epoch_progress"], "processed")
-        if begins:
-            for count in (validation["total"], validation["current"]):
-                count |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            settle_progress(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the seed of the steps, and see whether the weights are those of such a method.
@@ -304,22 +284,7 @@ class SSLModule(L.LightningModule):
         if self._trainer is None:  # load_from_checkpoint, whose caller may want a part
             return
         self._loaded_seed = checkpoint.get("step_seed")
-        own, saved = _flat(self.hparams), _flat(checkpoint.get("hyper_parameters", {}))
-        changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
-        weights, found = self.state_dict(), checkpoint.get("state_dict", {})
-        unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}
-        if self.strict_loading:
-            unlike |= weights.keys() ^ found.keys()
-        if unlike:
-            method, newer = checkpoint.get("method", "another method"), checkpoint.get("ssl_lightning_version", "0")
-            differing = [f"the method {type(self).__name__} (was {method})"] if method != type(self).__name__ else []
-            if Version(newer) > Version(version("ssl_lightning")):
-                differing.append(f"the version of this package {version('ssl_lightning')} (was {newer})")
-            raise UserError(
-                f"the checkpoint does not fit: {len(unlike)} weights are missing, of another shape or too many, e.g. "
-                f"{', '.join(sorted(unlike)[:3])}. What differs: "
-                f"{'; '.join(differing + changed) or 'the code of the method'}."
-            )
+        changed = check_fit(self, checkpoint)
         if changed and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
@@ -425,26 +390,6 @@ class SSLModule(L.LightningModule):
 def _mixed(*numbers: int) -> int:
     """One seed of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _count(progress: dict[str, dict[str, int]], what: str) -> None:
-    for part in ("total", "current"):
-        progress[part][what] += 1
-
-
-def _flat(hyper_parameters: Any, prefix: str = "") -> dict[str, str]:
-    """Hyper-parameters as text, those in dictionaries as ``outer.inner``; a tuple is the list that YAML makes of it."""
-    flat: dict[str, str] = {}
-    for key, value in hyper_parameters.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(list(value) if isinstance(value, tuple) else value)
-    return flat
-
-
-def _shape(value: Any) -> Any:
-    return getattr(value, "shape", None)
 
 
 def _to_host(loss: Tensor) -> tuple[Tensor, "torch.Event | None"]:

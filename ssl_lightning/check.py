@@ -3,7 +3,6 @@
 import logging
 import os
 import pickle
-import socket
 import warnings
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.distributed import free_port, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 
@@ -126,9 +125,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _run(processes: int, batch_size: int, task: bytes) -> list[Recorded]:
     """What each of the processes that train together has recorded."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
         failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]

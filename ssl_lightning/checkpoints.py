@@ -25,7 +25,7 @@ _PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
 """Before the names of the weights: MoCo v2; MoCo v3; DINO, DINOv2, lightly; SimSiam; bare. Ours say it themselves."""
 
 _HEADS = (
-    *("fc", "head", "head_dist", "heads", "classifier", "projector", "projection_head", "predictor", "prototypes"),
+    *("fc", "head", "heads", "classifier", "projector", "projection_head", "predictor", "prototypes"),
     *("mask_token", "decoder", "dino_head", "ibot_head"),
 )
 """What may be left over beside the backbone: parts of these names, or of one that goes on with ``_``."""

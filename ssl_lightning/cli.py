@@ -45,8 +45,6 @@ CALLBACKS: dict[str, type[Callback]] = {
 }
 """Callbacks of every run, each with its options on the command line."""
 
-_DESCRIPTION = "Self-supervised vision pretraining. Another command is benchmark; see benchmark --help."
-
 _DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
 
 

@@ -1,5 +1,6 @@
 """Gathering across processes; every function is the identity when there is one process."""
 
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,13 @@ def world_size() -> int:
 def rank() -> int:
     """Index of this process among those that train together."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class _Gather(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """Run a function in several real processes that train together (gloo)."""
 
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssl_lightning.distributed import free_port
+
 
 def run_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
     """``[function(rank, *arguments) for rank in range(count)]``, each in its own process of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with get_context("spawn").Pool(count) as pool:
         calls = [pool.apply_async(_run, (rank, count, port, function, arguments)) for rank in range(count)]
         return [call.get(timeout=300) for call in calls]

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 from ssl_lightning.cli import SSLCLI, _new_version, main
+from ssl_lightning.distributed import free_port
 from tests.small import digits, simclr, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -200,11 +200,8 @@ def test_two_nodes_train_as_one_process(tmp_path: Path) -> None:
     fit += [*sgd, "--model.optim.warmup_epochs", "0", "--without", "[knn_probe]"]
     main([*fit, "--name", "one", "--data.batch_size", "32"])
     nodes = ["--config", "configs/overlays/nodes.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    address = ["--master-addr", "127.0.0.1", "--master-port", port]
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     words = ["-m", "ssl_lightning", *fit[:5], *nodes, *fit[5:], "--name", "two", "--data.batch_size", "16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_lightning import LinearProbe, MoCoV3, SimCLR, SSLModule, UserError
+from ssl_lightning.benchmark.counter import OperationCounter
 from ssl_lightning.distributed import world_size
 from ssl_lightning.grad_cache import encode_in_chunks
-from tests.memory import PeakMemory
 from tests.processes import run_processes
 from tests.small import BACKBONE, VIT, digits, small, trainer
 
@@ -171,9 +171,9 @@ def test_two_processes_under_ddp_equal_one() -> None:
 
 def peak(module: SSLModule, batch: int) -> int:
     views = random_views(batch, torch.float32)
-    with PeakMemory() as memory:
+    with OperationCounter() as memory:
         module.training_loss(views).backward()
-    return memory.peak
+    return memory.peak_bytes
 
 
 @every_method

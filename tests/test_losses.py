@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_lightning import losses
+from ssl_lightning.benchmark.counter import OperationCounter
 from ssl_lightning.distributed import gather
 from ssl_lightning.heads import patchify
 from ssl_lightning.losses import nt_xent
-from tests.memory import PeakMemory
 from tests.processes import run_processes
 
 Z0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -361,9 +361,9 @@ def test_losses_in_blocks_are_float32_under_autocast() -> None:
 
 def peak(loss: Any, rows: int, chunk: int | None) -> int:
     views = torch.zeros(2, rows, 16).normal_().requires_grad_()
-    with PeakMemory() as memory:
+    with OperationCounter() as memory:
         loss(*views, 0.2, chunk=chunk).backward()
-    return memory.peak
+    return memory.peak_bytes
 
 
 @pytest.mark.parametrize("loss", [nt_xent, losses.moco_v3])

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning.errors import UserError
-
-_SIMILARITIES_AT_ONCE = 2**26  # 256 MB in float32
+from ssl_lightning.evaluation.knn import _SIMILARITIES_AT_ONCE
 
 
 @torch.no_grad()

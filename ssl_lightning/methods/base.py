@@ -90,6 +90,7 @@ class SSLModule(L.LightningModule):
         self._pending: list[Tensor] = []
         self._seed: int | None = None
         self._loaded_seed: int | None = None
+        self._drop_paths: list[Any] = []
         self._generator: torch.Generator | None = None
         self._checked = False
         self.last_loss: float | None = None
@@ -205,6 +206,10 @@ class SSLModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the views, the batch and BatchNorm against what the paper prescribes."""
+        from ssl_lightning.backbones import DropPath
+
+        several = world_size() > 1
+        self._drop_paths = [module for module in self.modules() if several and isinstance(module, DropPath)]
         self._pending, self._pending_losses = [], []  # of a step that was interrupted
         seed = self._loaded_seed if self._loaded_seed is not None else torch.initial_seed() % 2**63
         self._seed, self._loaded_seed = self.trainer.strategy.broadcast(seed), None
@@ -252,14 +257,11 @@ class SSLModule(L.LightningModule):
 
         They are the same on all processes; masks and drop path take the rows of the process, dropout's repeat.
         """
-        from ssl_lightning.backbones import DropPath
-
         step = (self._seed or 0, self.trainer.global_step, batch_idx)
         self._generator = torch.Generator().manual_seed(_mixed(*step))
         torch.manual_seed(_mixed(*step, 1))
-        for module in self.modules() if world_size() > 1 else ():
-            if isinstance(module, DropPath):
-                module.batch_size = batch_size
+        for drop_path in self._drop_paths:
+            drop_path.batch_size = batch_size
         try:
             yield
         finally:

@@ -22,8 +22,7 @@ class ArrayData(SSLDataModule):
         val_images: ``(M, C, H, W)``, uint8: for validation.
         val_labels: ``(M,)`` class of each of them.
         val_fraction: Share of labelled images held out if there are no ``val_images``.
-        image_size: Side of the views in pixels; None is that of the images.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is that of the images by default.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class ArrayData(SSLDataModule):
         val_images: NDArray[np.uint8] | Tensor | None = None,
         val_labels: NDArray[np.int64] | Tensor | None = None,
         val_fraction: float = 0.1,
-        image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.arrays = ImageArray(images, None if labels is None else np.asarray(labels))
@@ -41,7 +39,8 @@ class ArrayData(SSLDataModule):
         if val_images is not None:
             self.val_arrays = ImageArray(val_images, None if val_labels is None else np.asarray(val_labels))
         self.val_fraction = val_fraction
-        super().__init__(image_size=max(self.arrays.images.shape[2:]) if image_size is None else image_size, **kwargs)
+        self.default_image_size = max(self.arrays.images.shape[2:])
+        super().__init__(**kwargs)
 
     def load(self) -> None:
         """Take the arrays, and split off validation."""

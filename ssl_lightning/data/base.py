@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from ssl_lightning.data.preview import Preview
 
 
+_TRANSFORM = ("interpolation", "mean", "std")
+
+
 class SSLDataModule(L.LightningDataModule):
     """Base of all data modules: subclass it and fill ``train_images`` and ``val_images`` in ``load``.
 
@@ -36,9 +40,10 @@ class SSLDataModule(L.LightningDataModule):
         batch_size: Images per batch and process (not counting views).
         views: Views of training: the name of a preset (simclr, byol, dino, ...) or the views themselves; None takes
             those of the method.
-        image_size: Side of the largest views of a preset, and of evaluation images, in pixels.
-        crop_fraction: Share of the shorter side that evaluation's central crop keeps; None is 0.875 ("resize 256,
-            crop 224"), or the whole image for ``image_size`` up to 96.
+        image_size: Side of the largest views of a preset, and of evaluation images, in pixels; None is that of the
+            backbone which is evaluated, else 224, or as the class says.
+        crop_fraction: Share of the shorter side that evaluation's central crop keeps; None is that of the backbone
+            which is evaluated, else 0.875 ("resize 256, crop 224"), or the whole image for ``image_size`` up to 96.
         train_samples: Train on that many images, evenly spread over the data set; None is all.
         val_samples: Validate on that many images; None is all.
         in_memory: Decode all images into memory at the start; they must be of one size. None does so if their size is
@@ -48,11 +53,13 @@ class SSLDataModule(L.LightningDataModule):
         max_unreadable: Share of the images that may be unreadable: skipped and listed; more stop the run.
     """
 
+    default_image_size: int = 224
+
     def __init__(
         self,
         batch_size: int = 64,
         views: str | list[ViewSpec] | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
         crop_fraction: float | None = None,
         train_samples: int | None = None,
         val_samples: int | None = None,
@@ -64,8 +71,8 @@ class SSLDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 2:
             raise UserError(f"batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
-        self.batch_size, self.views, self.image_size = batch_size, views, image_size
-        self.crop_fraction = (0.875 if image_size > 96 else 1.0) if crop_fraction is None else crop_fraction
+        self.batch_size, self.views = batch_size, views
+        self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
         self.num_workers, self.seed, self.max_unreadable = num_workers, seed, max_unreadable
         self.train_images: Images | None = None
@@ -128,12 +135,37 @@ class SSLDataModule(L.LightningDataModule):
         return int(max(train.max(), -1 if val is None else val.max(initial=-1))) + 1
 
     @property
+    def image_size(self) -> int:
+        """Side of the largest views of a preset, and of evaluation images, in pixels."""
+        return self._image_size or self._pretrained_on.get("size") or self.default_image_size
+
+    @property
+    def crop_fraction(self) -> float:
+        """Share of the shorter side that evaluation's central crop keeps."""
+        default = self._pretrained_on.get("crop_fraction") or (0.875 if self.image_size > 96 else 1.0)
+        return default if self._crop_fraction is None else self._crop_fraction
+
+    @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
         """The views of training: those given, else the method's, else SimCLR's."""
-        views = self.views
-        if views is None:
-            views = getattr(getattr(self.trainer, "lightning_module", None), "views", "simclr")
-        return resolve(views, self.image_size)
+        if self.views is not None:
+            return resolve(self.views, self.image_size)
+        specs = resolve(getattr(self._module, "views", "simclr"), self.image_size)
+        alike = {key: self._pretrained_on[key] for key in _TRANSFORM if key in self._pretrained_on}
+        return tuple(replace(spec, **alike) for spec in specs)
+
+    @property
+    def image_transform(self) -> dict[str, Any]:
+        """How plain images are prepared: kept in checkpoints, so that evaluation prepares them alike."""
+        spec = self._eval_spec
+        return {"size": spec.size, "crop_fraction": self.crop_fraction} | {
+            key: getattr(spec, key) for key in _TRANSFORM
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint tells about the data."""
+        return {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
 
     # Loaders
 
@@ -263,6 +295,15 @@ class SSLDataModule(L.LightningDataModule):
     # Where we are
 
     @property
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
+
+    @property
+    def _pretrained_on(self) -> dict[str, Any]:
+        """The ``image_transform`` of the checkpoint that is evaluated."""
+        return getattr(self._module, "image_transform", None) or {}
+
+    @property
     def _train_size(self) -> int:
         return len(self.train_stream or self.train_images or [])
 
@@ -280,7 +321,7 @@ class SSLDataModule(L.LightningDataModule):
     @property
     def _dtype(self) -> torch.dtype:
         """Type of the method's weights: float32 but for trainer.precision 64-true and the like."""
-        dtype = getattr(getattr(self.trainer, "lightning_module", None), "dtype", torch.float32)
+        dtype = getattr(self._module, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     @property

@@ -14,12 +14,13 @@ class DigitsData(SSLDataModule):
     A fifth is held out for validation.
 
     Args:
-        image_size: Side of the views in pixels.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is 16 by default.
     """
 
-    def __init__(self, image_size: int = 16, **kwargs: Any) -> None:
-        super().__init__(image_size=image_size, **kwargs)
+    default_image_size = 16
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
     def load(self) -> None:
         """Read the digits, gray levels 0 to 16, as RGB and split off every fifth."""

@@ -14,12 +14,13 @@ class FakeData(SSLDataModule):
     Args:
         num_images: Number of training images; a quarter as many are for validation.
         num_labels: Number of classes.
-        image_size: Side of images and views in pixels.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
     """
 
-    def __init__(self, num_images: int = 64, num_labels: int = 4, image_size: int = 32, **kwargs: Any) -> None:
-        super().__init__(image_size=image_size, **kwargs)
+    default_image_size = 32
+
+    def __init__(self, num_images: int = 64, num_labels: int = 4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.num_images, self.num_labels = num_images, num_labels
 
     def load(self) -> None:

@@ -105,12 +105,13 @@ class CIFAR10Data(TorchvisionData):
     Args:
         root: Folder that holds the data set, or receives it.
         download: Whether to download it if it is not there.
-        image_size: Side of the views in pixels.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
     """
 
-    def __init__(self, root: str = "data", download: bool = False, image_size: int = 32, **kwargs: Any) -> None:
-        super().__init__("CIFAR10", root, download, image_size=image_size, **kwargs)
+    default_image_size = 32
+
+    def __init__(self, root: str = "data", download: bool = False, **kwargs: Any) -> None:
+        super().__init__("CIFAR10", root, download, **kwargs)
 
 
 class CIFAR100Data(TorchvisionData):
@@ -119,12 +120,13 @@ class CIFAR100Data(TorchvisionData):
     Args:
         root: Folder that holds the data set, or receives it.
         download: Whether to download it if it is not there.
-        image_size: Side of the views in pixels.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
     """
 
-    def __init__(self, root: str = "data", download: bool = False, image_size: int = 32, **kwargs: Any) -> None:
-        super().__init__("CIFAR100", root, download, image_size=image_size, **kwargs)
+    default_image_size = 32
+
+    def __init__(self, root: str = "data", download: bool = False, **kwargs: Any) -> None:
+        super().__init__("CIFAR100", root, download, **kwargs)
 
 
 class STL10Data(TorchvisionData):
@@ -135,10 +137,11 @@ class STL10Data(TorchvisionData):
     Args:
         root: Folder that holds the data set, or receives it.
         download: Whether to download it if it is not there.
-        image_size: Side of the views in pixels.
-        kwargs: See SSLDataModule.
+        kwargs: See SSLDataModule; ``image_size`` is 96 by default.
     """
 
-    def __init__(self, root: str = "data", download: bool = False, image_size: int = 96, **kwargs: Any) -> None:
+    default_image_size = 96
+
+    def __init__(self, root: str = "data", download: bool = False, **kwargs: Any) -> None:
         train, val = {"split": "train+unlabeled"}, {"split": "test"}
-        super().__init__("STL10", root, download, train, val, image_size=image_size, **kwargs)
+        super().__init__("STL10", root, download, train, val, **kwargs)

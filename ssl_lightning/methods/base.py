@@ -274,7 +274,13 @@ class SSLModule(L.LightningModule):
         checkpoint["method_bases"] = [base.__name__ for base in type(self).__mro__ if issubclass(base, SSLModule)]
         evaluated = self.evaluated_backbone
         checkpoint["evaluated_backbone"] = next(name for name, part in self.named_modules() if part is evaluated)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is None:
+            return
+        checkpoint["metrics"] = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "image_transform"):
+            checkpoint["image_transform"], checkpoint["facts"] = data.image_transform, data.facts
+        if self.trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

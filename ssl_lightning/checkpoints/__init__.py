@@ -1,0 +1,15 @@
+"""Checkpoints: files that survive interruptions, backbones out of whichever file there is."""
+
+from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, settle_progress
+from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Pretrained",
+    "check_fit",
+    "load_backbone",
+    "open_backbone",
+    "read_checkpoint",
+    "reading",
+    "settle_progress",
+]

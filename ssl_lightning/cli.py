@@ -1,6 +1,7 @@
 """The command line: LightningCLI with this package's methods, data, probes and defaults."""
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -160,7 +161,7 @@ class SSLCLI(LightningCLI):
             parser_class=SSLArgumentParser,
             parser_kwargs={
                 "prog": "ssl-lightning",
-                "description": "Self-supervised vision pretraining. There is also the command benchmark.",
+                "description": f"Self-supervised vision pretraining. Further commands: {', '.join(_COMMANDS)}.",
             },
             args=args,
             run=run,
@@ -323,13 +324,53 @@ def _benchmark(words: Sequence[str]) -> None:
     print(result.json if as_json else result)
 
 
+def _evaluate(words: Sequence[str]) -> None:
+    """Run ``evaluate``, which says what a backbone is worth on labelled images."""
+    from ssl_lightning.evaluate import PROTOCOLS, Evaluation
+
+    parser = SSLArgumentParser(prog="ssl-lightning evaluate", description="Evaluate a backbone on labelled images.")
+    commands = parser.add_subcommands()
+    for name in PROTOCOLS:
+        command = SSLArgumentParser(description=(getattr(Evaluation, name).__doc__ or "").partition("\n")[0])
+        command.add_argument("--config", action="config", help="A file with these options.")
+        command.add_class_arguments(Evaluation)
+        command.add_method_arguments(Evaluation, name)
+        commands.add_subcommand(name, command, help=command.description)
+    options = parser.parse_args([_underscored(word) for word in words])
+    name = options.subcommand
+    arguments = vars(parser.instantiate_classes(options)[name])
+    arguments.pop("config", None)
+    of_protocol = inspect.signature(getattr(Evaluation, name)).parameters.keys() - {"self"}
+    chosen = {key: arguments.pop(key) for key in [*arguments] if key in of_protocol}
+    result = getattr(Evaluation(**arguments), name)(**chosen)
+    if result is not None:  # on the first process
+        print(result)
+
+
+def _compare(words: Sequence[str]) -> None:
+    """Run ``compare``, which puts runs and their evaluations side by side."""
+    from ssl_lightning.compare import compare
+
+    parser = SSLArgumentParser(prog="ssl-lightning compare", description="Put runs and their evaluations side by side.")
+    parser.add_argument("runs", type=str, nargs="+", help="Folders of fit or evaluate, or folders above them.")
+    parser.add_argument("--csv", type=str, default=None, help="Write the table to this CSV file.")
+    parser.add_argument("--plot", type=str, default=None, help="Draw the curves of training to this picture, e.g. PNG.")
+    options = parser.parse_args(list(words))
+    found = compare(options.runs)
+    if options.csv is not None:
+        found.write_csv(Path(options.csv))
+    if options.plot is not None:
+        found.draw(Path(options.plot))
+    print(found)
+
+
 def _underscored(word: str) -> str:
     """``--image-size=32`` as ``--image_size=32``."""
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else word
 
 
-_COMMANDS = {"benchmark": _benchmark}
+_COMMANDS = {"benchmark": _benchmark, "evaluate": _evaluate, "compare": _compare}
 """Commands that are not about training."""
 
 

@@ -144,6 +144,9 @@ class Optim:
         warmup_start_factor: Learning rate of the first step of warm-up, as a share of the peak.
         warmup_inclusive: Whether the last step of warm-up has the peak already (SwAV, DINO), not the one after.
         end_lr_factor: Learning rate at the end, as a share of the peak; in between lies a cosine.
+        milestones: Shares of the training after which the learning rate is ``step_factor`` of what it was, instead of
+            the cosine.
+        step_factor: See ``milestones``.
         per_epoch: Whether the cosine changes once per epoch (MoCo v2), not per optimizer step.
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
     """
@@ -159,6 +162,8 @@ class Optim:
     warmup_start_factor: float = 0.0
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
+    milestones: tuple[float, ...] = ()
+    step_factor: float = 0.1
     per_epoch: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -185,6 +190,8 @@ class Optim:
         if step < warmup_steps:
             share = step / max(1, warmup_steps - self.warmup_inclusive)
             return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
+        if self.milestones:
+            return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
         return cosine(1.0, self.end_lr_factor, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
@@ -216,8 +223,22 @@ class Optim:
             {"params": decayed, "weight_decay": self.weight_decay, "decayed": True},
             {"params": undecayed, "weight_decay": 0.0, "decayed": False},
         ]
+        return self.build(groups, global_batch)
+
+    def build(self, groups: list[dict[str, Any]], global_batch: int) -> torch.optim.Optimizer:
+        """Build the optimizer over groups of parameters.
+
+        Args:
+            groups: ``params`` and ``weight_decay`` of each, and ``lr_scale`` where it has a share of the learning rate.
+            global_batch: As for ``create``.
+
+        Raises:
+            UserError: As for ``create``.
+        """
         build = _optimizer_class(self.name)
-        arguments = {"lr": self.peak_lr(global_batch), **self.extra}
+        peak = self.peak_lr(global_batch)
+        arguments = {"lr": peak, **self.extra}
+        groups = [{**group, "lr": peak * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
         if "momentum" in inspect.signature(build).parameters:
             arguments.setdefault("momentum", self.momentum)
         if not arguments.keys() & {"foreach", "fused"}:  # all parameters in a handful of calls, none of which waits
@@ -226,7 +247,7 @@ class Optim:
             elif build is torch.optim.SGD:  # whose fused form fails where a parameter was frozen at first
                 arguments["foreach"] = True
         try:
-            optimizer = build([group for group in groups if group["params"]], **arguments)
+            optimizer = build(groups, **arguments)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
         optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping

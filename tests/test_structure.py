@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "evaluation"},
     "evaluation": {"evaluation"},
 }
-COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check"}
+COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check", "compare", "evaluate"}
 LEAVES = {"checkpoints"} | {path.stem for path in PACKAGE.glob("*.py")} - COMMANDS
 
 

@@ -205,11 +205,17 @@ class SSLDataModule(L.LightningDataModule):
         self.setup()
         if self.train_stream is not None:
             return []
-        images = self._training_images
-        labelled = np.arange(0) if images.labels is None else np.flatnonzero(images.labels >= 0)
-        if max_samples is not None and len(labelled) > max_samples:
-            labelled = _spread(labelled, max_samples)
-        return self._plain_loader(images, labelled)
+        return self._plain_loader(self._training_images, self.labelled(max_samples))
+
+    def labelled(self, max_samples: int | None = None) -> NDArray[np.int64]:
+        """Indices of the labelled training images.
+
+        Args:
+            max_samples: As for ``train_labelled_dataloader``.
+        """
+        labels = self._training_images.labels
+        indices = np.arange(0) if labels is None else np.flatnonzero(labels >= 0)
+        return indices if max_samples is None or len(indices) <= max_samples else _spread(indices, max_samples)
 
     def val_dataloader(self) -> "Loader | list[Any]":
         """Plain images of the validation set, each once over all processes; none if there is no such set."""

@@ -1,13 +1,16 @@
 """Data sets that make whole batches: random crops with their numbers for training, plain images for evaluation."""
 
+import functools
 import itertools
+import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -117,6 +120,7 @@ class ViewMaker:
 
     def __init__(self, specs: Sequence[ViewSpec], seed: int) -> None:
         self.specs, self.seed = specs, seed
+        self.needs_pixels = any(spec.rand_augment for spec in specs)
 
     def draw(
         self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
@@ -165,7 +169,40 @@ class ViewMaker:
                     top, left, height, width = boxes[row].tolist()
                     crop = pixels[top : top + height, left : left + width]
                     cropped[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
+                    if spec.rand_augment:
+                        cropped[row] = rand_augmented(cropped[row], spec, self.seed, epoch, int(indices[number]), row)
         return crops, augmentations
+
+
+def rand_augmented(image: Tensor, spec: ViewSpec, *seed: int) -> Tensor:
+    """Timm's RandAugment of an image ``(3, S, S)``, uint8, as a function of the seed alone.
+
+    Args:
+        image: The image.
+        spec: Gives the settings, and the mean that fills what is turned in.
+        seed: Numbers that the randomness depends on.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 # timm draws from these
+    random.seed(str(seed))
+    np.random.seed(random.getrandbits(32))  # noqa: NPY002
+    try:
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        return torch.from_numpy(np.array(_rand_augment(spec)(pixels))).permute(2, 0, 1)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+@functools.cache
+def _rand_augment(spec: ViewSpec) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    fill = tuple(round(255 * mean) for mean in (spec.mean * 3)[:3])
+    settings = {"img_mean": fill, "translate_const": int(spec.size * 0.45), "interpolation": Image.Resampling.BICUBIC}
+    try:
+        return rand_augment_transform(spec.rand_augment, settings)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"view: rand_augment={spec.rand_augment!r}: {error}; see timm's documentation.") from error
 
 
 class ViewDataset(Dataset[RawViews]):
@@ -182,7 +219,7 @@ class ViewDataset(Dataset[RawViews]):
 
     def __getitem__(self, key: BatchKey) -> RawViews:
         epoch, indices = key
-        if isinstance(self.images, ImageArray):  # cropped on the device
+        if isinstance(self.images, ImageArray) and not self.maker.needs_pixels:  # cropped on the device
             batch = self.images.images[torch.from_numpy(indices)]
             heights, widths = (np.full(len(indices), side) for side in batch.shape[-2:])
             boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.cache import cache_file, write_arrays
 from ssl_lightning.data.images import ImageFiles, Images, Labels
 from ssl_lightning.errors import UserError
 

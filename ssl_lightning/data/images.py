@@ -1,6 +1,7 @@
 """Images with random access: files that are decoded when needed, an array in memory, or a source of one's own."""
 
 import functools
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
@@ -84,6 +85,10 @@ class Images(ABC):
         """Some of the images."""
         return _Subset(self, indices)
 
+    def fingerprint(self) -> str | None:
+        """What tells these images, not their labels, from others; None where that is not known."""
+        return None
+
     def order(self, random: np.random.Generator) -> NDArray[np.int64]:
         """The order of an epoch: a random permutation."""
         return random.permutation(len(self))
@@ -103,6 +108,10 @@ class _Subset(Images):
 
     def open(self, index: int) -> OpenedImage:
         return self.images.open(int(self.indices[index]))
+
+    def fingerprint(self) -> str | None:
+        whole = self.images.fingerprint()
+        return whole and _digest(whole.encode(), self.indices)
 
 
 class ImageFiles(Images):
@@ -133,6 +142,11 @@ class ImageFiles(Images):
         with open(self.name(index), "rb") as file:
             return open_image(file.read())
 
+    def fingerprint(self) -> str:
+        """Of the paths, sizes and times of the files."""
+        files = [os.stat(self.name(index)) for index in range(len(self))]
+        return _digest(self.paths, np.array([(file.st_size, file.st_mtime_ns) for file in files]))
+
 
 class DatasetImages(Images):
     """A data set of pairs or dictionaries that hold a PIL image, as those of torchvision and Hugging Face do.
@@ -157,6 +171,10 @@ class DatasetImages(Images):
     def open(self, index: int) -> OpenedImage:
         """Get the example."""
         return open_example(self.dataset[int(index)][self.key])
+
+    def fingerprint(self) -> str | None:
+        """That of Hugging Face's data sets."""
+        return getattr(self.dataset, "_fingerprint", None)
 
 
 class ImageArray(Images):
@@ -190,6 +208,10 @@ class ImageArray(Images):
     def open(self, index: int) -> OpenedImage:
         """One of the images."""
         return opened_already(self.images[index])
+
+    def fingerprint(self) -> str:
+        """Of the pixels."""
+        return _digest(self.images.contiguous().numpy())
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageArray":
         """Some of the images, in memory too."""
@@ -258,6 +280,13 @@ class ImageStream(ABC):
     @abstractmethod
     def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
         """The part of an epoch that one process reads; in a worker of a DataLoader, that worker's part of it."""
+
+
+def _digest(*parts: bytes | NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _checked(labels: Labels | None, count: int) -> Labels | None:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from ssl_lightning.cache import cache_file, cache_folder, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.cache import cache_file, cache_folder, write_arrays
 from ssl_lightning.data.folder import IMAGE_SUFFIXES, split
 from ssl_lightning.data.images import Images, OpenedImage, open_image
 from ssl_lightning.errors import UserError

@@ -39,6 +39,7 @@ class ViewSpec:
         blur_kernel: Taps of the blur's kernel, an odd number.
         solarize: Probability of inverting pixels above the threshold.
         solarize_threshold: Threshold of solarize, of 255.
+        rand_augment: RandAugment right after the crop, in timm's words, e.g. rand-m9-mstd0.5-inc1; empty is none.
         mean: Mean that is subtracted, of 1: one number for each channel, or one for all.
         std: Deviation that divides, of 1: one number for each channel, or one for all.
     """
@@ -62,6 +63,7 @@ class ViewSpec:
     blur_kernel: int = 23
     solarize: float = 0.0
     solarize_threshold: float = 128.0
+    rand_augment: str = ""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -170,8 +172,10 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "ijepa": (ViewSpec(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0),),
     "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4),),
     "npid": (_NPID,),
+    "linear": (ViewSpec(),),
+    "finetune": (ViewSpec(rand_augment="rand-m9-mstd0.5-inc1"),),
 }
-"""Augmentation of each paper on ImageNet, read off the official code."""
+"""Augmentation of each paper on ImageNet, read off the official code; the last two are those of evaluation."""
 
 
 def _cifar(spec: ViewSpec) -> ViewSpec:

@@ -1,12 +1,15 @@
 """Weighted k-nearest-neighbour classification."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning.errors import UserError
 
-_SIMILARITIES_AT_ONCE = 2**26  # 256 MB in float32
+SIMILARITIES_AT_ONCE = 2**26  # 256 MB in float32
 
 
 @torch.no_grad()
@@ -36,18 +39,49 @@ def knn_predict(
     Raises:
         UserError: There is no training feature.
     """
+    return knn_grid(train_features, train_labels, features, num_classes, [k], [temperature])[k, temperature]
+
+
+@torch.no_grad()
+def knn_grid(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> dict[tuple[int, float], Tensor]:
+    """``knn_predict`` for each k and temperature, with one search for neighbours.
+
+    Args:
+        train_features: As for ``knn_predict``.
+        train_labels: As for ``knn_predict``.
+        features: As for ``knn_predict``.
+        num_classes: Number of classes.
+        ks: Numbers of neighbours.
+        temperatures: What divides the similarities.
+
+    Returns:
+        ``(M,)`` predicted classes for each pair of k and temperature.
+
+    Raises:
+        UserError: There is no training feature.
+    """
     if len(train_features) == 0:
         raise UserError("kNN needs at least one labelled training image; the bank is empty.")
     wide = torch.promote_types(train_features.dtype, torch.float32)
+    predictions: dict[tuple[int, float], list[Tensor]] = {
+        pair: [train_labels.new_empty(0)] for pair in itertools.product(ks, temperatures)
+    }
     with torch.autocast(features.device.type, enabled=False):
         bank = F.normalize(train_features.to(wide), dim=1).T  # (D, N)
         queries = F.normalize(features.to(wide), dim=1)  # (M, D)
-        predictions = [train_labels.new_empty(0)]
-        for chunk in queries.split(max(1, _SIMILARITIES_AT_ONCE // bank.shape[1])):
-            similarities, neighbours = (chunk @ bank).topk(min(k, bank.shape[1]), dim=1)  # (m, k)
-            # relative to the nearest: exp(1 / temperature) may overflow, the vote is the same
-            weights = ((similarities - similarities[:, :1]) / temperature).exp()
-            votes = weights.new_zeros(len(chunk), num_classes)
-            votes.scatter_add_(1, train_labels[neighbours], weights)
-            predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+        for chunk in queries.split(max(1, SIMILARITIES_AT_ONCE // bank.shape[1])):
+            similarities, neighbours = (chunk @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (m, k), nearest first
+            for k, temperature in predictions:
+                # relative to the nearest: exp(1 / temperature) may overflow, the vote is the same
+                weights = ((similarities[:, :k] - similarities[:, :1]) / temperature).exp()
+                votes = weights.new_zeros(len(chunk), num_classes)
+                votes.scatter_add_(1, train_labels[neighbours[:, :k]], weights)
+                predictions[k, temperature].append(votes.argmax(dim=1))
+    return {pair: torch.cat(parts) for pair, parts in predictions.items()}

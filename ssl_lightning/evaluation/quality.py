@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.knn import _SIMILARITIES_AT_ONCE
+from ssl_lightning.evaluation.knn import SIMILARITIES_AT_ONCE
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     """
     features = F.normalize(_wide(features), dim=1)
     count = len(features)
-    blocks = features.split(max(1, _SIMILARITIES_AT_ONCE // count))
+    blocks = features.split(max(1, SIMILARITIES_AT_ONCE // count))
     totals = torch.stack([torch.exp(t * (2 * block @ features.T - 2)).sum() for block in blocks])
     return math.log(float(totals.sum() - count) / (count * (count - 1)))  # an image with itself gives 1
 

@@ -1,0 +1,345 @@
+"""The command ``evaluate``: what frozen or fine-tuned features are worth, to the letter of the protocols."""
+
+import copy
+import itertools
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from ssl_lightning.checkpoints import open_backbone
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation.corruptions import CORRUPTIONS
+from ssl_lightning.evaluation.features import Corruption, Features, LabelledFeatures, extract, labels_of
+from ssl_lightning.evaluation.finetune import FineTune, finetune_protocol
+from ssl_lightning.evaluation.knn import knn_grid, knn_predict
+from ssl_lightning.evaluation.linear import LinearClassifier, best_head, linear_protocol
+from ssl_lightning.evaluation.lowshot import choose, low_shot
+from ssl_lightning.evaluation.results import Results, interval
+from ssl_lightning.evaluation.retrieval import retrieval
+from ssl_lightning.evaluation.supervised import SupervisedModule
+
+PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
+
+
+class Evaluation:
+    """A backbone, labelled data, and the protocols that say what one is worth on the other.
+
+    Each protocol prints nothing, writes ``results.json`` and returns its ``Results``; on processes other than the first
+    it returns None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
+
+    Args:
+        checkpoint: A checkpoint of this package or an official one; the name of a timm or torchvision model, for its
+            pretrained weights; ``untrained``: the backbone as it is before training; ``pixels``: the image itself.
+        data: Labelled images with a validation part.
+        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
+        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
+        max_samples: Training images whose features are taken at most, evenly spread; None is all.
+        seed: Seed of first weights, of the order and of choices.
+        output: Folder for ``results.json``; None is ``evaluations/PROTOCOL`` beside the folder of the checkpoint.
+        trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data: SSLDataModule,
+        backbone: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        max_samples: int | None = None,
+        seed: int = 0,
+        output: str | None = None,
+        trainer: dict[str, Any] | None = None,
+    ) -> None:
+        self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
+        self.data, self.max_samples, self.seed, self.trainer = data, max_samples, seed, trainer or {}
+        self.output = output
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+        self._start = time.perf_counter()
+
+    # The protocols
+
+    def knn(self, k: int | list[int] | None = None, temperature: float | list[float] | None = None) -> Results | None:
+        """Weighted k nearest neighbours, for each k and temperature; the accuracy is that of k 20 if it is among them.
+
+        Wu et al. 2018, Instance Discrimination, section 3.4; the online probe computes the same number.
+
+        Args:
+            k: Numbers of neighbours; None is 10, 20, 100 and 200, as far as there are images.
+            temperature: What divides the cosine similarities; None is 0.07.
+
+        Raises:
+            UserError: A k is larger than the number of training images, or smaller than 1.
+        """
+        if (features := self._features()) is None:
+            return None
+        size = len(features.train.labels)
+        ks = _neighbours(k, size, [one for one in (10, 20, 100, 200) if one <= size] or [size])
+        temperatures = _as_list(temperature) or [0.07]
+        (bank, labels), (queries, truth) = _flat(features.train), _flat(features.test)
+        grid = knn_grid(bank, labels, queries, features.num_classes, ks, temperatures)
+        rows = [
+            {"k": one, "temperature": heat, "top-1, %": 100 * _share(found, truth)}
+            for (one, heat), found in grid.items()
+        ]
+        chosen = (20 if 20 in ks else ks[0], temperatures[0])
+        parameters = {"k": ks, "temperature": temperatures, "reported": {"k": chosen[0], "temperature": chosen[1]}}
+        return self._results("knn", parameters, features, _share(grid[chosen], truth), rows)
+
+    def linear(
+        self,
+        protocol: str = "sweep",
+        lrs: float | list[float] | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        augment: bool = False,
+    ) -> Results | None:
+        """A linear classifier on frozen features, by a paper's protocol; the accuracy is that of the last epoch.
+
+        Where several learning rates or inputs are tried, a tenth of the training images chooses among them, and the
+        chosen classifier is trained on all; the protocol of DINOv2 chooses on the test images, as it is published.
+
+        Args:
+            protocol: ``sweep`` (five learning rates, BatchNorm without affine parameters), or whose protocol: moco_v2,
+                moco_v3, moco_v3_vit, simclr, byol, swav, dino_vit_small, dino_vit_base, dinov2, mae, simsiam,
+                barlow_twins, vicreg, lightly.
+            lrs: Base learning rates to try; None is those of the protocol.
+            epochs: None is that of the protocol.
+            batch_size: None is that of the protocol, or data.batch_size where images are augmented.
+            augment: Whether to train on augmented images, as the papers do, instead of on features that are extracted
+                once; hundreds of times the work.
+
+        Raises:
+            UserError: There is no such protocol, or it needs another backbone.
+        """
+        chosen = linear_protocol(protocol)
+        changes: dict[str, Any] = {"lrs": tuple(_as_list(lrs))} if lrs else {}
+        changes |= {"epochs": epochs} if epochs else {}
+        if batch_size is not None:
+            changes["batch_size"] = self.data.batch_size = batch_size
+        chosen = replace(chosen, **changes)
+        parameters: dict[str, Any] = {"protocol": protocol, "augment": augment, **asdict(chosen)}
+        if augment:
+            module = LinearClassifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
+            return self._trained("linear", module, self.data, chosen.epochs, parameters)
+        features = self._features(chosen.last_blocks, chosen.patch_mean)
+        if features is None:
+            return None
+        parameters["batch_size"] = min(chosen.batch_size, len(features.train.labels))
+        top1, rows = best_head(*features, chosen, self.seed, self._trainer().strategy.root_device)
+        return self._results("linear", parameters, features, top1, rows)
+
+    def lowshot(self, shots: int | list[int] | None = None, draws: int = 5) -> Results | None:
+        """Logistic regression on the features of a few images per class; mean and deviation over several draws.
+
+        The accuracy is the mean for the most images per class, its interval that of the mean over draws.
+
+        Args:
+            shots: Images per class; None is 1, 5 and 10.
+            draws: How often the images are drawn.
+
+        Raises:
+            UserError: A class has fewer images.
+        """
+        if draws < 2:
+            raise UserError(f"draws={draws}: a deviation needs at least 2.")
+        if (features := self._features()) is None:
+            return None
+        from scipy import stats  # only here: reading help texts should not wait for it
+
+        (bank, labels), (queries, truth) = _flat(features.train), _flat(features.test)
+        seeds = [self.seed + draw for draw in range(draws)]
+        rows, shots = [], sorted(_as_list(shots) or [1, 5, 10])
+        mean = deviation = 0.0
+        for few in shots:
+            found = torch.tensor([_share(low_shot(bank, labels, queries, few, seed), truth) for seed in seeds])
+            mean, deviation = float(found.mean()), float(found.std())
+            rows.append({"per class": few, "top-1, %": 100 * mean, "deviation": 100 * deviation})
+        half = float(stats.t.ppf(0.975, draws - 1)) * deviation / draws**0.5
+        parameters = {"shots": shots, "draws": draws, "reported": {"shots": shots[-1]}}
+        return self._results("lowshot", parameters, features, mean, rows, (mean - half, mean + half), seeds)
+
+    def finetune(
+        self, protocol: str = "swav_10percent", fraction: float = 1.0, epochs: int | None = None
+    ) -> Results | None:
+        """Train the whole network, on all labels or a share of them; the accuracy is that of the last epoch.
+
+        Args:
+            protocol: Whose protocol: mae_vit_base, mae_vit_large, mae_vit_huge; for a share of the labels
+                simclr_1percent, simclr_10percent, swav_1percent, swav_10percent, barlow_twins_1percent,
+                vicreg_1percent, vicreg_10percent. Learning rates follow data.batch_size.
+            fraction: Share of each class to train on, chosen by the seed; the papers' lists are for ImageNet alone.
+            epochs: None is that of the protocol.
+
+        Raises:
+            UserError: There is no such protocol, or it needs another backbone.
+        """
+        if not 0 < fraction <= 1:
+            raise UserError(f"fraction={fraction} is a share of the labels; give a number above 0, up to 1.")
+        chosen = finetune_protocol(protocol)
+        chosen = replace(chosen, epochs=epochs or chosen.epochs)
+        data = copy.copy(self.data)
+        data.prepare_data()
+        data.setup()
+        if data.train_images is None or data.train_images.labels is None:
+            raise UserError("fine-tuning needs labelled images with random access; give data with labels, no stream.")
+        if fraction < 1:
+            data.train_images = data.train_images.subset(choose(data.train_images.labels, fraction, self.seed))
+        module = FineTune(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
+        parameters = {"protocol": protocol, "fraction": fraction, **asdict(chosen)}
+        return self._trained("finetune", module, data, chosen.epochs, parameters)
+
+    def retrieval(self, k: int | list[int] | None = None) -> Results | None:
+        """Rank the training images by their similarity to each test image: mean average precision and recall at k.
+
+        Args:
+            k: Numbers of nearest images; None is 1, 5 and 10.
+
+        Raises:
+            UserError: A k is larger than the number of training images, or smaller than 1.
+        """
+        if (features := self._features()) is None:
+            return None
+        ks = sorted(_neighbours(k, len(features.train.labels), [1, 5, 10]))
+        found = retrieval(*_flat(features.train), *_flat(features.test), ks)
+        rows = [{"measure": name, "%": 100 * value} for name, value in found.items()]
+        return self._results("retrieval", {"k": ks}, features, found[f"recall@{ks[0]}"], rows)
+
+    def robustness(self, k: int = 20, temperature: float = 0.07) -> Results | None:
+        """KNN accuracy of test images that are noisy, blurred, darker, brighter or rotated, and how far features move.
+
+        The bank is of clean images. The accuracy is the mean over all changes.
+
+        Args:
+            k: Number of neighbours.
+            temperature: What divides the cosine similarities.
+        """
+        features = self._features()
+        _neighbours(k, 1 if features is None else len(features.train.labels), [])
+        changed = {name: self._features(corruption=corruption) for name, corruption in CORRUPTIONS.items()}
+        if features is None:
+            return None
+        (bank, labels), (clean, truth) = _flat(features.train), _flat(features.test)
+        rows, shares = [], []
+        for name, found in [("none", features), *changed.items()]:
+            assert found is not None
+            queries, _ = _flat(found.test)
+            predicted = knn_predict(bank, labels, queries, features.num_classes, k, temperature)
+            shares.append(_share(predicted, truth))
+            similarity = float(torch.cosine_similarity(queries, clean).mean())
+            rows.append({"change": name, "top-1, %": 100 * shares[-1], "similarity to clean": similarity})
+        mean = sum(shares[1:]) / len(shares[1:])
+        return self._results("robustness", {"k": k, "temperature": temperature}, features, mean, rows)
+
+    # What they share
+
+    def _features(
+        self, last_blocks: int = 1, patch_mean: bool = False, corruption: Corruption | None = None
+    ) -> Features | None:
+        trainer = self._trainer()
+        return extract(self.pretrained, self.data, trainer, self.max_samples, last_blocks, patch_mean, corruption)
+
+    def _trainer(self, **arguments: Any) -> L.Trainer:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        return L.Trainer(
+            **{"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
+        )
+
+    def _trained(
+        self,
+        protocol: str,
+        module: SupervisedModule,
+        data: SSLDataModule,
+        epochs: int,
+        parameters: dict[str, Any],
+    ) -> Results | None:
+        """Train on images; the curves lie beside the results."""
+        L.seed_everything(self.seed, verbose=False)
+        folder = self._folder(protocol)
+        logger = CSVLogger(folder.parent, folder.name, "")
+        trainer = self._trainer(max_epochs=epochs, logger=logger, log_every_n_steps=10, num_sanity_val_steps=0)
+        trainer.fit(module, datamodule=data)
+        if not trainer.is_global_zero:
+            return None
+        rows: list[dict[str, Any]] = [{"top-1, %": 100 * share} for share in module.accuracies]
+        if isinstance(module, LinearClassifier) and len(rows) > 1:
+            rows = [{**label, **row} for label, row in zip(module.protocol.labels, rows, strict=True)]
+        parameters = {**parameters, "batch_size": data.batch_size * trainer.world_size}
+        return self._results(protocol, parameters, labels_of(data), max(module.accuracies), rows, folder=folder)
+
+    def _folder(self, protocol: str) -> Path:
+        """A folder that these results have for themselves."""
+        if self.output is not None:
+            return Path(self.output)
+        path = Path(self.checkpoint)
+        beside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        parent = beside / "evaluations" if path.is_file() else Path("evaluations") / path.name
+        names = itertools.chain([protocol], (f"{protocol}_{number}" for number in itertools.count(1)))
+        return next(parent / name for name in names if not (parent / name).exists())
+
+    def _results(
+        self,
+        protocol: str,
+        parameters: dict[str, Any],
+        features: Features,
+        top1: float,
+        rows: list[dict[str, Any]],
+        bounds: tuple[float, float] | None = None,
+        seeds: list[int] | None = None,
+        folder: Path | None = None,
+    ) -> Results:
+        pretrained, data = self.pretrained, self.data
+        results = Results(
+            protocol,
+            {**parameters, "max_samples": self.max_samples, "trainer": self.trainer},
+            {
+                "source": str(self.checkpoint),
+                "name": pretrained.name,
+                "backbone_kwargs": pretrained.backbone_kwargs,
+                "weights": pretrained.hash,
+                "method": pretrained.facts.get("method"),
+            },
+            {
+                "data": type(data).__name__,
+                "root": str(getattr(data, "root", "")) or None,
+                "train_images": len(features.train.labels),
+                "test_images": len(features.test.labels),
+                "classes": features.num_classes,
+                "image_transform": data.image_transform,
+            },
+            {"top1": top1, "interval": bounds or interval(top1, len(features.test.labels))},
+            rows,
+            seeds or [self.seed],
+            round(time.perf_counter() - self._start, 1),
+        )
+        results.write(folder or self._folder(protocol))
+        self._start = time.perf_counter()
+        return results
+
+
+def _as_list(values: Any) -> list[Any]:
+    return [] if values is None else list(values) if isinstance(values, list | tuple) else [values]
+
+
+def _neighbours(k: Any, size: int, default: list[int]) -> list[int]:
+    ks = _as_list(k) or default
+    if not all(1 <= one <= size for one in ks):
+        raise UserError(f"k={ks} must lie between 1 and {size}, the number of labelled training images.")
+    return ks
+
+
+def _flat(found: LabelledFeatures) -> tuple[Tensor, Tensor]:
+    return found.features.flatten(1), found.labels
+
+
+def _share(predicted: Tensor, truth: Tensor) -> float:
+    return float((predicted == truth).double().mean())

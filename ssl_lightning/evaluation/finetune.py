@@ -1,0 +1,236 @@
+"""Fine-tuning of the whole network, on all labels or a share of them."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lightning.checkpoints import Pretrained, open_backbone
+from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation.supervised import SupervisedModule
+from ssl_lightning.optim import Optim
+
+
+@dataclass(frozen=True)
+class FineTuneProtocol:
+    """How a paper fine-tunes.
+
+    Args:
+        optim: Optimizer and schedule.
+        epochs: Epochs.
+        head_lr: Base learning rate of the classifier; None is that of ``optim``.
+        zero_init: Whether the classifier starts at zero, else at a deviation of 2e-5.
+        layer_decay: Each layer of a timm model has this share of the learning rate of the layer above it.
+        patch_mean: Whether a ViT is read as the mean of its patch tokens, with a new norm, instead of its class token.
+        drop_path: Rate of stochastic depth.
+        rand_augment: Whether RandAugment changes the images.
+        mixup: Strength of Mixup; 0 is none.
+        cutmix: Strength of CutMix; 0 is none.
+        erase: Probability of random erasing.
+        label_smoothing: Share of the target that is spread over all classes.
+    """
+
+    optim: Optim
+    epochs: int
+    head_lr: float | None = None
+    zero_init: bool = False
+    layer_decay: float = 1.0
+    patch_mean: bool = False
+    drop_path: float = 0.0
+    rand_augment: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erase: float = 0.0
+    label_smoothing: float = 0.0
+
+
+def _semi(base_lr: float, head_lr: float, **schedule: Any) -> FineTuneProtocol:
+    """Fine-tuning on a share of the labels: SGD for 20 epochs at batch 256, no decay."""
+    optim = Optim("sgd", base_lr, lr_scaling="linear", weight_decay=0.0, warmup_epochs=0, **schedule)
+    return FineTuneProtocol(optim, 20, head_lr)
+
+
+def _mae(base_lr: float, layer_decay: float, drop_path: float, epochs: int) -> FineTuneProtocol:
+    optim = Optim("adamw", base_lr, weight_decay=0.05, warmup_epochs=5, end_lr_factor=1e-6 / (4 * base_lr))
+    return FineTuneProtocol(
+        optim,
+        epochs,
+        layer_decay=layer_decay,
+        patch_mean=True,
+        drop_path=drop_path,
+        rand_augment=True,
+        mixup=0.8,
+        cutmix=1.0,
+        erase=0.25,
+        label_smoothing=0.1,
+    )
+
+
+_SIMCLR = Optim("lars", 0.005, lr_scaling="sqrt", weight_decay=0.0, warmup_epochs=0)
+_SWAV_STEPS = {"milestones": (0.6, 0.8), "step_factor": 0.2}
+
+FINETUNE_PROTOCOLS: dict[str, FineTuneProtocol] = {
+    "mae_vit_base": _mae(5e-4, 0.65, 0.1, 100),
+    "mae_vit_large": _mae(1e-3, 0.75, 0.2, 50),
+    "mae_vit_huge": _mae(1e-3, 0.75, 0.3, 50),
+    "simclr_1percent": FineTuneProtocol(_SIMCLR, 60, zero_init=True),
+    "simclr_10percent": FineTuneProtocol(_SIMCLR, 30, zero_init=True),
+    "swav_1percent": _semi(0.02, 5.0, **_SWAV_STEPS),
+    "swav_10percent": _semi(0.01, 0.2, **_SWAV_STEPS),
+    "barlow_twins_1percent": _semi(0.005, 0.5, per_epoch=True),
+    "vicreg_1percent": _semi(0.03, 0.08, per_epoch=True),
+    "vicreg_10percent": _semi(0.01, 0.1, per_epoch=True),
+}
+"""The papers' protocols as their code has them; those with a share in their name are for that share of the labels."""
+
+
+class FineTune(SupervisedModule):
+    """A classifier whose backbone starts from a checkpoint; everything is trained.
+
+    Args:
+        checkpoint: The backbone: a checkpoint, the name of a model, or ``untrained``; see ``open_backbone``.
+        backbone: Name of the timm or torchvision model, where the checkpoint does not tell it.
+        backbone_kwargs: Arguments of its builder.
+        protocol: Whose protocol: a key of ``FINETUNE_PROTOCOLS``, or the protocol itself.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        backbone: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        protocol: str | FineTuneProtocol = "swav_10percent",
+    ) -> None:
+        super().__init__()
+        self.protocol = finetune_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.optim = self.protocol.optim
+        self.views = "finetune" if self.protocol.rand_augment else "linear"
+        pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+        self.image_transform = pretrained.image_transform
+        self.backbone = _trainable(pretrained, self.protocol)
+        self.embed_dim = pretrained.embed_dim
+
+    def build(self, num_classes: int) -> int:
+        """Build the classifier, Mixup and random erasing."""
+        from timm.data import Mixup
+        from timm.data.random_erasing import RandomErasing
+
+        protocol = self.protocol
+        self.head = nn.Linear(self.embed_dim, num_classes)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight) if protocol.zero_init else nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        self.mixup = None
+        if protocol.mixup or protocol.cutmix:
+            self.mixup = Mixup(
+                protocol.mixup, protocol.cutmix, label_smoothing=protocol.label_smoothing, num_classes=num_classes
+            )
+        self.erase = RandomErasing(protocol.erase, mode="pixel", device=str(self.device)) if protocol.erase else None
+        return 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(1, B, C)`` of images ``(B, 3, S, S)``."""
+        return self.head(self.backbone(images))[None]
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, of mixed images with mixed targets where the protocol says so."""
+        images, labels = images[labels >= 0], labels[labels >= 0]
+        if self.mixup is None or len(labels) < 2:
+            with self._seeded():
+                images = images if self.erase is None else self.erase(images)
+            return F.cross_entropy(self(images)[0], labels, label_smoothing=self.protocol.label_smoothing)
+        even = len(labels) // 2 * 2  # an image is mixed with its mirror in the batch
+        with self._seeded():
+            images = images if self.erase is None else self.erase(images)
+            images, targets = self.mixup(images[:even].clone(), labels[:even])
+        return F.cross_entropy(self(images)[0], targets)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Make what timm draws depend on the seed, the step and the process alone."""
+        seed = np.random.SeedSequence([torch.initial_seed() % 2**63, self.global_step, self.global_rank])
+        words = seed.generate_state(3)
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002 # timm draws from these
+        random.seed(int(words[0]))
+        np.random.seed(words[1])  # noqa: NPY002
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(int(words[2]))
+                yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+    def optimizer(self, global_batch: int) -> torch.optim.Optimizer:
+        """AdamW, SGD or LARS with the learning rates of the layers and of the classifier."""
+        optim, protocol = self.optim, self.protocol
+        head_scale = 1.0 if protocol.head_lr is None else protocol.head_lr / optim.base_lr
+        groups = [
+            *layer_groups(self.backbone, optim.weight_decay, protocol.layer_decay),
+            {"params": [self.head.weight], "weight_decay": optim.weight_decay, "lr_scale": head_scale},
+            {"params": [self.head.bias], "weight_decay": 0.0, "lr_scale": head_scale},
+        ]
+        return optim.build(groups, global_batch)
+
+
+def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters whose learning rate falls from the last layer to the first (BEiT, MAE).
+
+    Tensors of one dimension, positions and the class token are not decayed.
+
+    Args:
+        backbone: A model of timm; others have one layer.
+        weight_decay: Weight decay of the decayed parameters.
+        layer_decay: Share of the learning rate of the layer above.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
+    if hasattr(backbone, "group_matcher"):
+        return param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+    if layer_decay < 1:
+        raise UserError("only timm's models tell their layers; choose a protocol without layer_decay.")
+    params = [(param.ndim > 1 and name not in spared, param) for name, param in backbone.named_parameters()]
+    return [
+        {"params": [param for decayed, param in params if decayed], "weight_decay": weight_decay},
+        {"params": [param for decayed, param in params if not decayed], "weight_decay": 0.0},
+    ]
+
+
+def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
+    """The backbone with the protocol's stochastic depth and its way to read a ViT."""
+    from ssl_lightning.backbones import create_backbone, is_vit
+
+    kwargs = dict(pretrained.backbone_kwargs)
+    if not is_vit(pretrained.name):
+        if protocol.patch_mean:
+            raise UserError("this protocol reads the patch tokens of a ViT; choose another for this backbone.")
+        return pretrained.backbone
+    if protocol.patch_mean:
+        kwargs |= {"global_pool": "avg"}
+    if protocol.drop_path:
+        kwargs |= {"drop_path_rate": protocol.drop_path}
+    model = create_backbone(pretrained.name, **kwargs)
+    weights = {name: value for name, value in pretrained.backbone.state_dict().items() if name in model.state_dict()}
+    new = set(model.load_state_dict(weights, strict=False).missing_keys)
+    assert new <= {"fc_norm.weight", "fc_norm.bias"}, new  # the mean of the patches has a norm of its own
+    return model.requires_grad_(True)
+
+
+def finetune_protocol(name: str) -> FineTuneProtocol:
+    """A protocol by its name.
+
+    Args:
+        name: Key of ``FINETUNE_PROTOCOLS``.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in FINETUNE_PROTOCOLS:
+        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(FINETUNE_PROTOCOLS)}.")
+    return FINETUNE_PROTOCOLS[name]

@@ -1,0 +1,101 @@
+"""What linear classification and fine-tuning on images share."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from ssl_lightning.errors import UserError
+from ssl_lightning.optim import Optim
+
+
+class SupervisedModule(L.LightningModule):
+    """Trains on the first view and the label of an image, and logs ``val/top1`` and ``val/top5``.
+
+    A subclass writes ``build``, ``forward`` (logits ``(H, B, C)`` of H classifiers; the best is reported),
+    ``training_loss`` and ``optimizer``.
+    """
+
+    views: Any
+    """Augmentation: the name of a preset. The data module reads it."""
+
+    image_transform: dict[str, Any]
+    """How images are prepared. The data module reads it."""
+
+    optim: Optim
+
+    def build(self, num_classes: int) -> int:
+        """Build what depends on the number of classes, and say how many classifiers there are."""
+        raise NotImplementedError
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+            labels: ``(B,)`` classes; -1 is unknown.
+        """
+        raise NotImplementedError
+
+    def optimizer(self, global_batch: int) -> torch.optim.Optimizer:
+        """Build the optimizer.
+
+        Args:
+            global_batch: Images per step over all processes and accumulated batches.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Build the classifiers and the metrics for the classes of the data."""
+        if hasattr(self, "metrics"):
+            return
+        num_classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        if num_classes is None:
+            raise UserError(f"{type(self).__name__} needs labels, and the data has none.")
+        self.metrics = nn.ModuleList(_accuracies(num_classes) for _ in range(self.build(num_classes)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of a batch ``(views, labels, ...)``."""
+        loss = self.training_loss(batch[0][0], batch[1])
+        self.log("train/loss", loss.detach(), batch_size=len(batch[1]))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Classify plain images ``(images, labels, ...)``."""
+        for metric, logits in zip(self.metrics, self(batch[0]), strict=True):
+            metric.update(logits, batch[1])  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies over all processes, of the classifier with the best top-1."""
+        found = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
+        for metric in self.metrics:
+            metric.reset()  # type: ignore[operator]
+        best = max(found, key=lambda one: one["top1"])
+        self.log("val/top1", best["top1"], prog_bar=True)
+        self.log("val/top5", best["top5"])
+        self.accuracies = [float(one["top1"]) for one in found]
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, its schedule stepped per batch."""
+        trainer = self.trainer
+        total_steps = int(trainer.estimated_stepping_batches)
+        batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        optimizer = self.optimizer(batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optim.lr_factor(step, total_steps, steps_per_epoch)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _accuracies(num_classes: int) -> MetricCollection:
+    top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1)
+    top5 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1, top_k=min(5, num_classes))
+    return MetricCollection({"top1": top1, "top5": top5})

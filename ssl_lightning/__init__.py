@@ -22,6 +22,9 @@ from ssl_lightning.data.shards import ShardsData
 from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data, TorchvisionData
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
+from ssl_lightning.evaluate import Evaluation
+from ssl_lightning.evaluation.finetune import FineTune
+from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
@@ -47,8 +50,10 @@ __all__ = [
     "CIFAR100Data",
     "DatasetImages",
     "DigitsData",
+    "Evaluation",
     "FSDP2Strategy",
     "FakeData",
+    "FineTune",
     "HuggingFaceData",
     "ImageArray",
     "ImageFiles",
@@ -57,6 +62,7 @@ __all__ = [
     "Images",
     "KNNProbe",
     "LastCheckpoint",
+    "LinearClassifier",
     "LinearProbe",
     "MoCoV2",
     "MoCoV3",

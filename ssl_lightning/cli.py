@@ -385,6 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # None is for the user to mend: Lightning's use of torch, that validate writes no checkpoints, that data without
     # labels has no validation set.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")  # what is frozen
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
     warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
     words = _find_configs(sys.argv[1:] if arguments is None else arguments)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -60,6 +61,8 @@ class Evaluation:
     ) -> None:
         self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
         self.data, self.max_samples, self.seed, self.trainer = data, max_samples, seed, trainer or {}
+        if output is not None and os.path.exists(output) and not os.path.isdir(output):
+            raise UserError(f"output {output} is a file; give a folder.")
         self.output = output
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -169,16 +172,23 @@ class Evaluation:
         return self._results("lowshot", parameters, features, mean, rows, (mean - half, mean + half), seeds)
 
     def finetune(
-        self, protocol: str = "swav_10percent", fraction: float = 1.0, epochs: int | None = None
+        self,
+        protocol: str = "swav_10percent",
+        fraction: float = 1.0,
+        epochs: int | None = None,
+        lr: float | None = None,
+        head_lr: float | None = None,
     ) -> Results | None:
         """Train the whole network, on all labels or a share of them; the accuracy is that of the last epoch.
 
         Args:
             protocol: Whose protocol: mae_vit_base, mae_vit_large, mae_vit_huge; for a share of the labels
                 simclr_1percent, simclr_10percent, swav_1percent, swav_10percent, barlow_twins_1percent,
-                vicreg_1percent, vicreg_10percent. Learning rates follow data.batch_size.
+                vicreg_1percent, vicreg_10percent. Learning rates are for 256 images and follow data.batch_size.
             fraction: Share of each class to train on, chosen by the seed; the papers' lists are for ImageNet alone.
             epochs: None is that of the protocol.
+            lr: Base learning rate; None is that of the protocol.
+            head_lr: Base learning rate of the classifier; None is that of the protocol.
 
         Raises:
             UserError: There is no such protocol, or it needs another backbone.
@@ -186,7 +196,8 @@ class Evaluation:
         if not 0 < fraction <= 1:
             raise UserError(f"fraction={fraction} is a share of the labels; give a number above 0, up to 1.")
         chosen = finetune_protocol(protocol)
-        chosen = replace(chosen, epochs=epochs or chosen.epochs)
+        optim = chosen.optim if lr is None else replace(chosen.optim, base_lr=lr)
+        chosen = replace(chosen, optim=optim, epochs=epochs or chosen.epochs, head_lr=head_lr or chosen.head_lr)
         data = copy.copy(self.data)
         data.prepare_data()
         data.setup()
@@ -266,7 +277,13 @@ class Evaluation:
         L.seed_everything(self.seed, verbose=False)
         folder = self._folder(protocol)
         logger = CSVLogger(folder.parent, folder.name, "")
-        trainer = self._trainer(max_epochs=epochs, logger=logger, log_every_n_steps=10, num_sanity_val_steps=0)
+        trainer = self._trainer(
+            max_epochs=epochs,
+            logger=logger,
+            log_every_n_steps=10,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=next(n for n in range(max(1, epochs // 10), 0, -1) if epochs % n == 0),
+        )
         trainer.fit(module, datamodule=data)
         if not trainer.is_global_zero:
             return None

@@ -200,9 +200,17 @@ def _rand_augment(spec: ViewSpec) -> Any:
     fill = tuple(round(255 * mean) for mean in (spec.mean * 3)[:3])
     settings = {"img_mean": fill, "translate_const": int(spec.size * 0.45), "interpolation": Image.Resampling.BICUBIC}
     try:
-        return rand_augment_transform(spec.rand_augment, settings)
+        transform = rand_augment_transform(spec.rand_augment, settings)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"view: rand_augment={spec.rand_augment!r}: {error}; see timm's documentation.") from error
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):  # may keep 0 bits, which newer Pillow refuses
+            operation.level_fn = functools.partial(_at_least_one, operation.level_fn)
+    return transform
+
+
+def _at_least_one(level_fn: Any, level: float, settings: dict[str, Any]) -> tuple[int]:
+    return (max(1, level_fn(level, settings)[0]),)
 
 
 class ViewDataset(Dataset[RawViews]):

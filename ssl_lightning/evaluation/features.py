@@ -105,6 +105,8 @@ class FeatureExtractor(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Begin anew, one list for each data set."""
+        self._size = self.trainer.datamodule.data.image_size  # type: ignore[attr-defined]
+        check_size(self, self._size)
         self.found, self._parts = [], [([], []) for _ in self.trainer.datamodule.wanted]  # type: ignore[attr-defined]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -120,10 +122,11 @@ class FeatureExtractor(L.LightningModule):
 
     def on_predict_end(self) -> None:
         """Bring the features of all processes together, in the order of the data."""
-        side = self.image_transform["size"]
         for features, indices in self._parts:
             if not features:  # fewer images than processes
-                features.append(self.tokens(torch.zeros(1, 3, side, side, device=self.device)).float().cpu()[:0])
+                features.append(
+                    self.tokens(torch.zeros(1, 3, self._size, self._size, device=self.device)).float().cpu()[:0]
+                )
                 indices.append(torch.empty(0, dtype=torch.long))
             rows, order = (_gathered(torch.cat(parts), self.device) for parts in (features, indices))
             self.found.append((rows[order.argsort()], order.sort().values))
@@ -253,6 +256,21 @@ def extract(
     if corruption is None:
         check_classes(sets[0].labels, sets[1].labels)
     return Features(sets[0], sets[1], labelled.data.num_classes)
+
+
+def check_size(network: nn.Module, size: int) -> None:
+    """See whether a network can take images of a size.
+
+    Args:
+        network: A backbone, or what holds one.
+        size: Side of the images in pixels.
+
+    Raises:
+        UserError: The patches of a ViT do not divide it.
+    """
+    patch = max(getattr(part, "patch_side", 1) for part in network.modules())
+    if size % patch:
+        raise UserError(f"the backbone's patches of {patch} px do not divide images of {size} px; set data.image_size.")
 
 
 def labels_of(data: Any) -> Features:

@@ -210,7 +210,7 @@ def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     if not is_vit(pretrained.name):
         if protocol.patch_mean:
             raise UserError("this protocol reads the patch tokens of a ViT; choose another for this backbone.")
-        return pretrained.backbone
+        return pretrained.backbone.train()
     if protocol.patch_mean:
         kwargs |= {"global_pool": "avg"}
     if protocol.drop_path:
@@ -219,7 +219,7 @@ def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     weights = {name: value for name, value in pretrained.backbone.state_dict().items() if name in model.state_dict()}
     new = set(model.load_state_dict(weights, strict=False).missing_keys)
     assert new <= {"fc_norm.weight", "fc_norm.bias"}, new  # the mean of the patches has a norm of its own
-    return model.requires_grad_(True)
+    return model.requires_grad_(True).train()  # Lightning keeps the mode it finds
 
 
 def finetune_protocol(name: str) -> FineTuneProtocol:

@@ -16,7 +16,7 @@ def retrieval(
     """Mean average precision of the whole ranking by cosine similarity, and recall at k.
 
     Recall at k is the share of queries with an image of their class among the k nearest (Jegou et al. 2011; as image
-    retrieval by class reports it). Own code, which ranks a block of queries at a time; torchmetrics is the oracle.
+    retrieval by class reports it). Own code, which ranks a block of queries at a time; scikit-learn is the oracle.
 
     Args:
         gallery: ``(N, D)``, any scale.

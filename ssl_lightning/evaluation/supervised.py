@@ -10,6 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation.features import check_size
 from ssl_lightning.optim import Optim
 
 
@@ -57,6 +58,14 @@ class SupervisedModule(L.LightningModule):
         if num_classes is None:
             raise UserError(f"{type(self).__name__} needs labels, and the data has none.")
         self.metrics = nn.ModuleList(_accuracies(num_classes) for _ in range(self.build(num_classes)))
+
+    def on_fit_start(self) -> None:
+        """See whether the backbone can take the images.
+
+        Raises:
+            UserError: The patches of a ViT do not divide them.
+        """
+        check_size(self, self.trainer.datamodule.image_size)  # type: ignore[attr-defined]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch ``(views, labels, ...)``."""

@@ -309,7 +309,7 @@ class Pixels(nn.Module):
 
     def __init__(self, img_size: int = 32, in_chans: int = 3) -> None:
         super().__init__()
-        self.num_features = in_chans * img_size**2
+        self.img_size, self.num_features = img_size, in_chans * img_size**2
 
     def forward(self, images: Tensor) -> Tensor:
         """Flatten images ``(B, C, S, S)`` to ``(B, C * S * S)``."""

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -336,7 +338,7 @@ def _evaluate(words: Sequence[str]) -> None:
         command.add_class_arguments(Evaluation)
         command.add_method_arguments(Evaluation, name)
         commands.add_subcommand(name, command, help=command.description)
-    options = parser.parse_args([_underscored(word) for word in words])
+    options = parser.parse_args(_with_data_of_the_run([_underscored(word) for word in words]))
     name = options.subcommand
     arguments = vars(parser.instantiate_classes(options)[name])
     arguments.pop("config", None)
@@ -345,6 +347,21 @@ def _evaluate(words: Sequence[str]) -> None:
     result = getattr(Evaluation(**arguments), name)(**chosen)
     if result is not None:  # on the first process
         print(result)
+
+
+def _with_data_of_the_run(words: list[str]) -> list[str]:
+    """Where no ``--data`` is given, that of the run which wrote the checkpoint, but for its views."""
+    joined = [word.partition("=")[0] for word in words]
+    if "--data" in joined or "--config" in joined or "--checkpoint" not in joined:
+        return words
+    place = joined.index("--checkpoint")
+    checkpoint = words[place].partition("=")[2] or "".join(words[place + 1 : place + 2])
+    config = Path(checkpoint).parent.parent / "config.yaml"
+    if not config.is_file():
+        return words
+    data = yaml.safe_load(config.read_text())["data"]
+    data.get("init_args", {}).pop("views", None)
+    return [words[0], "--data", json.dumps(data), *words[1:]]
 
 
 def _compare(words: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ class Evaluation:
     Args:
         checkpoint: A checkpoint of this package or an official one; the name of a timm or torchvision model, for its
             pretrained weights; ``untrained``: the backbone as it is before training; ``pixels``: the image itself.
-        data: Labelled images with a validation part.
+        data: Labelled images with a validation part; on the command line, by default those of the checkpoint's run.
         backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
         max_samples: Training images whose features are taken at most, evenly spread; None is all.

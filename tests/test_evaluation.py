@@ -461,7 +461,7 @@ def test_runs_are_compared(run: tuple[Path, Any], tmp_path: Path) -> None:
         ]
         assert command(words, tmp_path).returncode == 0
     checkpoint = tmp_path / "long/version_0/checkpoints/last.ckpt"
-    words = ["evaluate", "knn", "--checkpoint", str(checkpoint), "--data", "DigitsData", "--trainer", json.dumps(CPU)]
+    words = ["evaluate", "knn", "--checkpoint", str(checkpoint), "--trainer", json.dumps(CPU)]  # on the run's data
     printed = command(words, tmp_path)
     assert printed.returncode == 0, printed.stderr
     results = Results.read(tmp_path / "long/version_0/evaluations/knn/results.json")

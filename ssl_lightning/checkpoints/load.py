@@ -169,9 +169,10 @@ def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     told = (getattr(model, "pretrained_cfg", None) or {}) if own else {}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or told.get("input_size", (3, 224, 224))[1:]
+    size = told.get("input_size", (3, 224, 224))[-1]
+    size = getattr(model, "img_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", (size,))
     return {
-        "size": int(size[0]),
+        "size": size[0] if isinstance(size, tuple) else size,
         "crop_fraction": told.get("crop_pct", 0.875),
         "interpolation": "bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
         "mean": tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)),

@@ -7,8 +7,10 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
+from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
@@ -54,6 +56,7 @@ __all__ = [
     "FSDP2Strategy",
     "FakeData",
     "FineTune",
+    "HealthMonitor",
     "HuggingFaceData",
     "ImageArray",
     "ImageFiles",
@@ -64,6 +67,7 @@ __all__ = [
     "LastCheckpoint",
     "LinearClassifier",
     "LinearProbe",
+    "LossFloorAlarm",
     "MoCoV2",
     "MoCoV3",
     "Optim",

@@ -23,8 +23,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
+from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
@@ -45,8 +47,16 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
+    "health_monitor": HealthMonitor,
+    "loss_floor_alarm": LossFloorAlarm,
 }
 """Callbacks of every run, each with its options on the command line."""
+
+_OF_TRAINING = {
+    *("best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid", "health_monitor"),
+    "loss_floor_alarm",
+}
+"""Callbacks that only fit has."""
 
 _DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
 
@@ -197,7 +207,7 @@ class SSLCLI(LightningCLI):
         if unknown := set(without) - set(CALLBACKS):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
         if self.subcommand != "fit":
-            without = {*without, "best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid"}
+            without = {*without, *_OF_TRAINING}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if self.subcommand != "fit":

@@ -249,3 +249,21 @@ def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm
         targets = (targets - mean) / (variance + 1e-6).sqrt()
     errors = (predictions - targets).square().mean(-1)  # (B, N)
     return (errors * mask).sum() / mask.sum()
+
+
+def entropy(assignments: Tensor) -> Tensor:
+    """Mean entropy of assignments, from 0 (one-hot) to ln K.
+
+    Args:
+        assignments: ``(B, K)``, rows summing to 1.
+    """
+    return -torch.xlogy(assignments, assignments).sum(1).mean()
+
+
+def share_in_use(assignments: Tensor) -> Tensor:
+    """Share of the prototypes that are the first of some row, of as many as there can be.
+
+    Args:
+        assignments: ``(B, K)``.
+    """
+    return assignments.argmax(1).unique().numel() / torch.tensor(float(min(assignments.shape)))

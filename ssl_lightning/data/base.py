@@ -217,6 +217,21 @@ class SSLDataModule(L.LightningDataModule):
         indices = np.arange(0) if labels is None else np.flatnonzero(labels >= 0)
         return indices if max_samples is None or len(indices) <= max_samples else _spread(indices, max_samples)
 
+    def plain_dataloader(self, count: int | None = None) -> "Loader | list[Any]":
+        """Some plain images of the training set, with labels or without, each once over all processes.
+
+        A stream has none.
+
+        Args:
+            count: How many, evenly spread; None is a 32nd of them, from 64 to 2,048.
+        """
+        self.setup()
+        if self.train_stream is not None:
+            return []
+        size = len(self._training_images)
+        count = min(size, max(64, min(2048, size // 32)) if count is None else count)
+        return self._plain_loader(self._training_images, _spread(np.arange(size), count))
+
     def val_dataloader(self) -> "Loader | list[Any]":
         """Plain images of the validation set, each once over all processes; none if there is no such set."""
         self.setup()

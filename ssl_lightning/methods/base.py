@@ -58,6 +58,9 @@ class SSLModule(L.LightningModule):
     zero_init_residual: bool = True
     """Whether the residual branches of a ResNet start at zero."""
 
+    remedies: str = ""
+    """What is known to help when nothing is learnt; an alarm says it."""
+
     # What the code permits
 
     shardable: bool = True
@@ -159,6 +162,14 @@ class SSLModule(L.LightningModule):
     def chance_loss(self) -> float | None:
         """The loss of a model that has learnt nothing, or None where there is no such value."""
         return None
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Numbers that tell the state of the method on a batch; called without gradient, in eval mode.
+
+        Args:
+            views: As for ``training_loss``.
+        """
+        return {}
 
     @property
     def progress(self) -> float:

@@ -44,6 +44,7 @@ class DINO(SSLModule):
     """
 
     views = "dino"
+    remedies = "a teacher temperature of 0.04 to 0.07 with its warm-up, centering on, a lower learning rate"
     global_views = 2
     local_views = True
     batch_norm = "global"
@@ -141,6 +142,12 @@ class DINO(SSLModule):
         if self.clip_gradient > 0 and gradients:
             factors = (self.clip_gradient / (norms(gradients) + 1e-6)).clamp(max=1)
             torch._foreach_mul_(shards(gradients), list(factors.unbind()))
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Entropy of the teacher's assignments, at most ln K, and the share of prototypes that are first of a view."""
+        logits = self.teacher_projector(self.teacher_backbone(torch.cat(list(views[:2])))).float()
+        assignments = ((logits - self.center) / self.current_teacher_temperature).softmax(1)  # (2B, K)
+        return {"teacher_entropy": losses.entropy(assignments), "prototypes_in_use": losses.share_in_use(assignments)}
 
     @property
     def chance_loss(self) -> float:

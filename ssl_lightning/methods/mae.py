@@ -39,6 +39,7 @@ class MAE(SSLModule):
     """
 
     views = "mae"
+    remedies = "a lower learning rate or a longer warm-up, smaller patches, a mask ratio of 0.5 to 0.75"
     global_views = 1
 
     def __init__(
@@ -173,6 +174,10 @@ class MAE(SSLModule):
                 outputs["features"] = self(batch[0][0])
             self.backbone.train()
         return outputs
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Error of the masked patches without drop path."""
+        return {"masked_patch_error": self.training_loss(views)}
 
     @property
     def chance_loss(self) -> float | None:

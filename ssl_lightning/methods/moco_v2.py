@@ -37,6 +37,7 @@ class MoCoV2(SSLModule):
     """
 
     views = "moco_v2"
+    remedies = "a temperature near 0.2, a momentum of 0.99 to 0.999, a queue no longer than the data set"
     global_views = 2
     batch_norm = "per_process"
     zero_init_residual = False
@@ -105,6 +106,10 @@ class MoCoV2(SSLModule):
                 "on a single device MoCo v2's BatchNorm tells which key belongs to a query: the loss falls, features "
                 "do not follow. Set model.bn_splits to 8 to split the batch as several devices would."
             )
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Steps since the oldest key of the queue entered it."""
+        return {"queue_age": len(self.queue.rows) / (len(views[0]) * world_size())}
 
     @property
     def chance_loss(self) -> float:

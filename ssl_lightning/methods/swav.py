@@ -41,6 +41,7 @@ class SwAV(SSLModule):
     """
 
     views = "swav"
+    remedies = "an epsilon of 0.03 to 0.05, fewer prototypes, a queue for small batches, longer frozen prototypes"
     global_views = 2
     local_views = True
     batch_norm = "global"
@@ -116,6 +117,12 @@ class SwAV(SSLModule):
         super().check(sizes, global_batch)
         if self.queue is not None:
             self.queue.check(global_batch)
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Entropy of the assignments, at most ln K, and the share of prototypes that are first of a view."""
+        embeddings = F.normalize(self.projector(self.backbone(torch.cat(list(views[:2])))), dim=1)
+        assignments = losses.sinkhorn(self.prototypes(embeddings).float(), self.epsilon, self.sinkhorn_iterations)
+        return {"teacher_entropy": losses.entropy(assignments), "prototypes_in_use": losses.share_in_use(assignments)}
 
     @property
     def chance_loss(self) -> float:

@@ -26,7 +26,7 @@ from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_jo
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.check import check
-from ssl_lightning.checkpoints import AtomicCheckpointIO
+from ssl_lightning.checkpoints import AtomicCheckpointIO, export
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
@@ -160,7 +160,7 @@ class SSLCLI(LightningCLI):
             parser_class=SSLArgumentParser,
             parser_kwargs={
                 "prog": "ssl-lightning",
-                "description": "Self-supervised vision pretraining. There is also the command benchmark.",
+                "description": "Self-supervised vision pretraining. There are also the commands benchmark and export.",
             },
             args=args,
             run=run,
@@ -323,13 +323,21 @@ def _benchmark(words: Sequence[str]) -> None:
     print(result.json if as_json else result)
 
 
+def _export(words: Sequence[str]) -> None:
+    """Run ``export``, which writes backbones for other programs."""
+    parser = SSLArgumentParser(prog="ssl-lightning export", description=(export.__doc__ or "").partition("\n")[0])
+    parser.add_function_arguments(export, as_positional=False)
+    output = export(**parser.parse_args([_underscored(word) for word in words]))
+    print(f"{output}\n{output.with_suffix('.md')}")
+
+
 def _underscored(word: str) -> str:
     """``--image-size=32`` as ``--image_size=32``."""
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else word
 
 
-_COMMANDS = {"benchmark": _benchmark}
+_COMMANDS = {"benchmark": _benchmark, "export": _export}
 """Commands that are not about training."""
 
 

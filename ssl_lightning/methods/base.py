@@ -76,8 +76,8 @@ class SSLModule(L.LightningModule):
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
         self.save_hyperparameters(ignore=["optim"])
-        self.save_hyperparameters({"optim": asdict(self.optim)})
         backbone_kwargs = backbone_kwargs or {}
+        self.save_hyperparameters({"optim": asdict(self.optim), "backbone_kwargs": backbone_kwargs})  # a method's, too
         self.backbone = backbones.create_backbone(backbone, **backbone_kwargs)
         if not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
             backbones.init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)

@@ -2,7 +2,7 @@
 
 from ssl_lightning.checkpoints.export import export
 from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, replacing, settle_progress
-from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint
+from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint, weights_for
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -15,4 +15,5 @@ __all__ = [
     "reading",
     "replacing",
     "settle_progress",
+    "weights_for",
 ]

@@ -147,6 +147,7 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> list[str
         UserError: They are not; says what differs.
     """
     own, saved = _flat(module.hparams), _flat(checkpoint.get("hyper_parameters", {}))
+    own.pop("init_from", None)  # has had its effect
     changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
     weights, found = module.state_dict(), checkpoint.get("state_dict", {})
     unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}

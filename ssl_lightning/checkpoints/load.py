@@ -157,7 +157,7 @@ def open_backbone(
     """
     from ssl_lightning.backbones import create_backbone
 
-    if os.path.exists(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors"):
+    if _is_file(source):
         return read_checkpoint(source, backbone, backbone_kwargs)
     kwargs = dict(backbone_kwargs or {})
     if source == "untrained" and backbone is None:
@@ -166,6 +166,35 @@ def open_backbone(
     name = backbone if source == "untrained" and backbone else source
     model = create_backbone(name, **kwargs, **pretrained).eval()
     return Pretrained(model, name, kwargs, _image_transform(model, own=bool(pretrained)))
+
+
+def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a source, seen to give its features in a backbone.
+
+    Args:
+        source: As for ``open_backbone``.
+        backbone: Name of the timm or torchvision model that shall have them.
+        backbone_kwargs: Arguments of its builder.
+
+    Raises:
+        UserError: There is no such source, or it is of another backbone; says what differs.
+    """
+    kwargs = {key: value for key, value in backbone_kwargs.items() if key != "pretrained"}
+    with torch.random.fork_rng(devices=[]):
+        try:  # ours know their own arguments
+            pretrained = open_backbone(source, None, None if _is_file(source) else kwargs)
+        except UnnamedBackboneError:
+            pretrained = open_backbone(source, backbone, kwargs)
+        weights = pretrained.backbone.state_dict()
+        reason = mismatch(pretrained, weights, backbone, kwargs)
+    if reason:
+        theirs = f"{pretrained.name} {pretrained.backbone_kwargs}"
+        raise UserError(f"it is a {theirs}, wanted is a {backbone} {kwargs}: {reason}.")
+    return weights
+
+
+def _is_file(source: str) -> bool:
+    return os.path.exists(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors")
 
 
 def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
@@ -210,13 +239,12 @@ def mismatch(pretrained: Pretrained, weights: dict[str, Tensor], backbone: str, 
     """
     from ssl_lightning.backbones import create_backbone
 
-    with torch.random.fork_rng(devices=[]):
-        other = create_backbone(backbone, **backbone_kwargs).eval()
-        size = native_size(pretrained.backbone) or pretrained.image_transform["size"]
-        images = torch.rand(2, pretrained.backbone_kwargs.get("in_chans", 3), size, size)
+    other = create_backbone(backbone, **backbone_kwargs).eval()
     if misfit := _misfit(weights, other.state_dict()):
         return misfit
     other.load_state_dict(weights, strict=False)
+    size = native_size(pretrained.backbone) or pretrained.image_transform["size"]
+    images = torch.rand(2, pretrained.backbone_kwargs.get("in_chans", 3), size, size)
     with torch.no_grad():
         features, found = pretrained.backbone(images), other(images)
     if features.shape != found.shape:

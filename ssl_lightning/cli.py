@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
@@ -42,6 +43,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
+    "embedding_writer": EmbeddingWriter,
 }
 """Callbacks of every run, each with its options on the command line."""
 
@@ -195,6 +197,8 @@ class SSLCLI(LightningCLI):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
         if self.subcommand != "fit":
             without = {*without, "best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid"}
+        if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
+            without = {*without, "embedding_writer"}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if self.subcommand != "fit":
@@ -350,10 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     # None is for the user to mend: Lightning's use of torch, that validate writes no checkpoints, that data without
-    # labels has no validation set.
+    # labels has no validation set, or that all is predicted already.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", "Total length of `(list|Loader)` across ranks is zero")
     words = _find_configs(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in _COMMANDS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ssl_lightning.checkpoints.files import reading
 from ssl_lightning.errors import UserError
@@ -61,13 +62,12 @@ class Pretrained:
     @property
     def hash(self) -> str:
         """What tells these weights from others: 16 hexadecimal digits."""
-        kwargs = json.dumps(
-            self.backbone_kwargs, sort_keys=True, default=str
-        )  # a tuple is the list that files make of it
+        kwargs = json.dumps(self.backbone_kwargs, sort_keys=True, default=str)  # where a tuple is a list, as in files
         digest = hashlib.sha256(f"{self.name} {kwargs}".encode())
         for name, value in self.backbone.state_dict().items():
+            whole: Any = value.full_tensor() if isinstance(value, DTensor) else value
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 

@@ -45,7 +45,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "view_grid": ViewGrid,
     "embedding_writer": EmbeddingWriter,
 }
-"""Callbacks of every run, each with its options on the command line."""
+"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone."""
 
 _DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
 

@@ -219,6 +219,9 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     Raises:
         UserError: The library has no such network; says which formats there are.
     """
+    import timm
+    import torchvision
+
     weights = dict(pretrained.backbone.state_dict())
     home = "torchvision" if type(pretrained.backbone).__module__.startswith("torchvision.") else "timm"
     name = pretrained.name.removeprefix("torchvision/")
@@ -234,13 +237,12 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
         for old, new in parts:
             weights = {key.replace(old, new): value for key, value in weights.items()}
     kwargs = {sizes[key]: value for key, value in pretrained.backbone_kwargs.items() if key in sizes and value != 224}
-    try:
-        reason = mismatch(pretrained, weights, f"torchvision/{name}" if library == "torchvision" else name, kwargs)
-    except UserError as error:
-        reason = str(error)
+    known = timm.is_model(name) if library == "timm" else name in torchvision.models.list_models(torchvision.models)
+    there = f"torchvision/{name}" if library == "torchvision" else name
+    reason = mismatch(pretrained, weights, there, kwargs) if known else "there is none of that name"
     if reason:
         raise UserError(
-            f"{library} has no network that is {pretrained.name} as it was trained ({reason}); "
+            f"{library} has no network that is {pretrained.name} as it was trained: {reason}; "
             f"choose the format {home}, safetensors or onnx."
         )
     return name, kwargs, weights
@@ -259,6 +261,9 @@ def _card(pretrained: Pretrained, loading: str, prepared: bool) -> str:
     """
     facts, kwargs = pretrained.facts, pretrained.backbone_kwargs
     parameters = sum(parameter.numel() for parameter in pretrained.backbone.parameters())
+    metrics = {
+        name: value for name, value in facts.get("metrics", {}).items() if name.startswith(("val/", "train/loss"))
+    }
     versions = [f"{name} {version(name)}" for name in ("ssl_lightning", "torch", "timm", "torchvision")]
     if trained := facts.get("ssl_lightning_version"):
         versions.append(f"trained with ssl_lightning {trained}")
@@ -268,7 +273,7 @@ def _card(pretrained: Pretrained, loading: str, prepared: bool) -> str:
         "method": facts.get("method"),
         "data": _listed(facts.get("data"), _counted(facts, "images"), _counted(facts, "classes")),
         "training": _listed(_counted(facts, "epochs"), _counted(facts, "steps")),
-        "metrics": _listed(*(f"{name} {value:.4g}" for name, value in facts.get("metrics", {}).items())),
+        "metrics": _listed(*(f"{name} {value:.4g}" for name, value in metrics.items())),
         "weights": f"`{pretrained.hash}`",
         "versions": _listed(*versions),
     }

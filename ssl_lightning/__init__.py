@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter, read_embeddings
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
@@ -50,6 +51,7 @@ __all__ = [
     "CIFAR100Data",
     "DatasetImages",
     "DigitsData",
+    "EmbeddingWriter",
     "Evaluation",
     "FSDP2Strategy",
     "FakeData",
@@ -79,4 +81,5 @@ __all__ = [
     "UserError",
     "ViewGrid",
     "ViewSpec",
+    "read_embeddings",
 ]

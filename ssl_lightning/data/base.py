@@ -79,6 +79,8 @@ class SSLDataModule(L.LightningDataModule):
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
         self.unreadable: dict[str, str] = {}
+        self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
+        """Gives the numbers of the images, ``train`` and ``val``, that ``predict`` leaves out."""
         self._run_folder = Path()
 
     def load(self) -> None:
@@ -227,10 +229,17 @@ class SSLDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> "list[Loader]":
-        """Plain images in order, each once over all processes: the training set, then the validation set if any."""
+        """Plain images in order, each once over all processes: the training set, then the validation set if any.
+
+        Those ``already_predicted`` are left out.
+        """
         self.setup()
-        sources = [self.train_images, self.val_images]
-        return [self._plain_loader(images, np.arange(len(images))) for images in sources if images is not None]
+        sources, done = {"train": self.train_images, "val": self.val_images}, self.already_predicted()
+        return [
+            self._plain_loader(images, np.delete(np.arange(len(images)), done.get(name, [])))
+            for name, images in sources.items()
+            if images is not None
+        ]
 
     def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> "Loader":
         dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)

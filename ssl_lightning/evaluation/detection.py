@@ -1,5 +1,6 @@
 """Object detection on a pretrained backbone."""
 
+import inspect
 from collections import OrderedDict
 from typing import Any
 
@@ -30,7 +31,8 @@ class ObjectDetector(DenseTask):
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
         num_classes: Number of classes, background left out; None is that of the data module.
         frozen: Whether the backbone stays as it is, in eval mode.
-        frozen_batch_norm: Whether its BatchNorm keeps its statistics and weights even if the backbone learns.
+        frozen_batch_norm: Whether its BatchNorm keeps its statistics and weights even if the backbone learns; None says
+            so unless the backbone is untrained, as torchvision does.
         min_size: Shorter side that images are resized to, in pixels.
         max_size: Limit of the longer side.
         detector_kwargs: Further arguments of torchvision's ``FasterRCNN``, e.g. ``{box_detections_per_img: 300}``.
@@ -44,13 +46,15 @@ class ObjectDetector(DenseTask):
         backbone_kwargs: dict[str, Any] | None = None,
         num_classes: int | None = None,
         frozen: bool = False,
-        frozen_batch_norm: bool = True,
+        frozen_batch_norm: bool | None = None,
         min_size: int = 800,
         max_size: int = 1333,
         detector_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("sgd", base_lr=0.32, weight_decay=1e-4, warmup_epochs=1.0),
     ) -> None:
         super().__init__(checkpoint, backbone, backbone_kwargs, num_classes, frozen, optim)
+        if frozen_batch_norm is None:
+            frozen_batch_norm = self.hparams["frozen_batch_norm"] = checkpoint != "untrained"
         sizes = {"min_size": min_size, "max_size": max_size}
         self.detector = self._detector(frozen_batch_norm, {**sizes, **(detector_kwargs or {})})
         self._compared: list[tuple[Objects, Objects]] = []
@@ -84,10 +88,9 @@ class ObjectDetector(DenseTask):
         anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
         whole = {"size_divisible": max(32, 2 * patch), "rpn_anchor_generator": anchors}
         plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # ``prepared`` normalises
-        try:
-            return FasterRCNN(pyramid, **{"num_classes": 2, **whole, **plain, **kwargs})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"torchvision's FasterRCNN does not accept detector_kwargs {kwargs}: {error}") from error
+        if unknown := kwargs.keys() - inspect.signature(FasterRCNN).parameters.keys():  # which it would not mind
+            raise UserError(f"torchvision's FasterRCNN has no argument {min(unknown)}; see model.detector_kwargs.")
+        return FasterRCNN(pyramid, **{"num_classes": 2, **whole, **plain, **kwargs})
 
     @property
     def body(self) -> nn.Module:
@@ -153,8 +156,8 @@ class ObjectDetector(DenseTask):
         self.average_precision.update([*found], [*there])
         values = self.average_precision.compute()
         self.average_precision.reset()
-        self.log("val/map", values["map"], prog_bar=True)
-        self.log("val/map_50", values["map_50"], prog_bar=True)
+        self.log("val/map", values["map"], prog_bar=True, sync_dist=True)
+        self.log("val/map_50", values["map_50"], prog_bar=True, sync_dist=True)
 
 
 class SimpleFeaturePyramid(nn.Module):

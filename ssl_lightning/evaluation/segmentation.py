@@ -101,7 +101,7 @@ class SemanticSegmenter(DenseTask):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all processes."""
         for name, metric in (("val/miou", self.miou), ("val/pixel_accuracy", self.pixel_accuracy)):
-            self.log(name, metric.compute(), prog_bar=True)
+            self.log(name, metric.compute(), prog_bar=True, sync_dist=True)
             with torch.inference_mode(False):  # else training could not go on with it
                 metric.reset()
 

@@ -190,6 +190,30 @@ def test_a_checkpoint_needs_neither_the_data_nor_what_was_transferred(pictures: 
     torch.testing.assert_close(*restored(module, pictures, tmp_path))
 
 
+class SaveAt(L.Callback):
+    """Writes a checkpoint after a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [3, 4])  # three make an epoch
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(step: int, pictures: Path, tmp_path: Path) -> None:
+    heads = []
+    for ckpt_path in (None, tmp_path / "x.ckpt"):
+        module, save = segmenter(), SaveAt(step, tmp_path / "x.ckpt")
+        running = trainer(tmp_path, max_epochs=3, callbacks=[save])
+        running.fit(module, masks(pictures), ckpt_path=ckpt_path, weights_only=True)
+        assert running.global_step == 9
+        heads.append(module.head.state_dict())
+    whole, resumed = heads
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_weight_decay_follows_its_schedule(pictures: Path, tmp_path: Path) -> None:
     optim = Optim("adamw", base_lr=1e-3, lr_scaling="none", weight_decay=0.1, end_weight_decay=0.5, warmup_epochs=0)
     running = trainer(tmp_path, limit_train_batches=2)

@@ -14,6 +14,7 @@ from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.dense import COCODetectionData, VOCDetectionData, VOCSegmentationData
 from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
@@ -24,8 +25,10 @@ from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data,
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluate import Evaluation
+from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
+from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
@@ -49,6 +52,7 @@ __all__ = [
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
+    "COCODetectionData",
     "DatasetImages",
     "DigitsData",
     "EmbeddingWriter",
@@ -68,17 +72,21 @@ __all__ = [
     "LinearProbe",
     "MoCoV2",
     "MoCoV3",
+    "ObjectDetector",
     "Optim",
     "ProgressBar",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",
+    "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
     "SwAV",
     "Throughput",
     "TorchvisionData",
     "UserError",
+    "VOCDetectionData",
+    "VOCSegmentationData",
     "ViewGrid",
     "ViewSpec",
     "read_embeddings",

@@ -1,6 +1,5 @@
 """SSLModule: what all methods share."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -375,34 +374,7 @@ class SSLModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""
-        trainer, optim = self.trainer, self.optim
-        trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
-        total_steps = trainer.estimated_stepping_batches
-        source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
-        batch_size = getattr(source, "batch_size", None)
-        if batch_size is None and optim.lr_scaling != "none":
-            rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
-        global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = optim.create(self, global_batch)
-        if total_steps < 0:
-            raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
-        if total_steps == float("inf"):  # an endless run has no end to anneal to
-            return {"optimizer": optimizer}
-        if trainer.num_training_batches < float("inf"):
-            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        elif optim.warmup_epochs > 0 or optim.per_epoch:
-            raise UserError(
-                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
-                "to 0 and model.optim.per_epoch to false."
-            )
-        else:
-            steps_per_epoch = total_steps
-
-        def factor(step: int) -> float:
-            return optim.lr_factor(step, int(total_steps), steps_per_epoch)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optim.configure(self)
 
     # Evaluation: the features once, for every probe
 

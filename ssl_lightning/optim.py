@@ -256,11 +256,12 @@ class Optim:
         optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping
         return optimizer
 
-    def configure(self, module: L.LightningModule) -> Any:
+    def configure(self, module: L.LightningModule, create: Callable[[int], torch.optim.Optimizer] | None = None) -> Any:
         """Optimizer and schedule of a training, for the global batch over processes and accumulated batches.
 
         Args:
             module: What its trainer trains.
+            create: Builds the optimizer for a global batch; None is ``create``.
 
         Returns:
             What ``configure_optimizers`` returns.
@@ -276,7 +277,7 @@ class Optim:
         if batch_size is None and self.lr_scaling != "none":
             rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = self.create(module, global_batch)
+        optimizer = self.create(module, global_batch) if create is None else create(global_batch)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to

@@ -1,6 +1,5 @@
 """What linear classification and fine-tuning on images share."""
 
-import math
 from typing import Any
 
 import lightning as L
@@ -93,15 +92,7 @@ class SupervisedModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, its schedule stepped per batch."""
-        trainer = self.trainer
-        total_steps = int(trainer.estimated_stepping_batches)
-        batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        optimizer = self.optimizer(batch_size * trainer.world_size * trainer.accumulate_grad_batches)
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optim.lr_factor(step, total_steps, steps_per_epoch)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.optim.configure(self, self.optimizer)
 
 
 def _accuracies(num_classes: int) -> MetricCollection:

@@ -54,10 +54,6 @@ class Pretrained:
     image_transform: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Lay the weights out as in training: convolutions are faster so."""
-        self.backbone.eval().to(memory_format=torch.channels_last)
-
     @property
     def embed_dim(self) -> int:
         """Width of the features."""
@@ -123,7 +119,8 @@ def read_checkpoint(
     kwargs.pop("pretrained", None)
     if of_moco_v3 and backbone.startswith("vit_small"):
         kwargs.setdefault("num_heads", 12)  # the paper's; no weight tells
-    model = create_backbone(backbone, **kwargs)
+    model = create_backbone(backbone, **kwargs).eval()
+    model.to(memory_format=torch.channels_last)  # as in training
     own = checkpoint.get("evaluated_backbone")
     candidates = _PREFIXES if own is None else [f"{own}."]
     prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in weights)]
@@ -168,7 +165,8 @@ def open_backbone(
         raise UnnamedBackboneError("an untrained backbone needs its name: give backbone, e.g. resnet50.")
     pretrained = {} if source in ("untrained", "pixels") else {"pretrained": True}
     name = backbone if source == "untrained" and backbone else source
-    model = create_backbone(name, **kwargs, **pretrained)
+    model = create_backbone(name, **kwargs, **pretrained).eval()
+    model.to(memory_format=torch.channels_last)
     return Pretrained(model, name, kwargs, _image_transform(model, own=bool(pretrained)))
 
 

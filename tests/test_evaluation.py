@@ -81,6 +81,15 @@ def test_validate_says_what_the_linear_probe_said_online(run: tuple[Path, Any], 
     assert found["val/linear_top1"] == pytest.approx(run[1]["val/linear_top1"], abs=1e-7)
 
 
+def test_a_probe_goes_on_after_validate(tmp_path: Path) -> None:
+    probe, module = LinearProbe(), simclr()
+    for _ in range(2):
+        running = trainer(tmp_path, callbacks=[probe], limit_train_batches=2)
+        running.fit(module, digits())
+        running.validate(module, digits(), verbose=False)
+    assert "val/linear_top1" in running.callback_metrics
+
+
 def test_images_are_prepared_as_in_training_unless_said_otherwise(run: tuple[Path, Any], tmp_path: Path) -> None:
     transform = open_backbone(str(run[0])).image_transform
     assert transform["size"] == 16

@@ -80,8 +80,9 @@ class SupervisedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over all processes, of the classifier with the best top-1."""
         found = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
-        for metric in self.metrics:
-            metric.reset()  # type: ignore[operator]
+        with torch.inference_mode(False):  # else a later training could not go on with them
+            for metric in self.metrics:
+                metric.reset()  # type: ignore[operator]
         best = max(found, key=lambda one: one["top1"])
         self.log("val/top1", best["top1"], prog_bar=True)
         self.log("val/top5", best["top5"])

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter, read_embeddings
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -15,6 +16,7 @@ from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.dense import COCODetectionData, VOCDetectionData, VOCSegmentationData
 from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
@@ -25,8 +27,10 @@ from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data,
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluate import Evaluation
+from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
+from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
@@ -50,8 +54,10 @@ __all__ = [
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
+    "COCODetectionData",
     "DatasetImages",
     "DigitsData",
+    "EmbeddingWriter",
     "Evaluation",
     "FSDP2Strategy",
     "FakeData",
@@ -70,17 +76,22 @@ __all__ = [
     "LossFloorAlarm",
     "MoCoV2",
     "MoCoV3",
+    "ObjectDetector",
     "Optim",
     "ProgressBar",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",
+    "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
     "SwAV",
     "Throughput",
     "TorchvisionData",
     "UserError",
+    "VOCDetectionData",
+    "VOCSegmentationData",
     "ViewGrid",
     "ViewSpec",
+    "read_embeddings",
 ]

@@ -15,6 +15,7 @@ from timm.models import checkpoint_seq, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ssl_lightning.distributed import rank, world_size
 from ssl_lightning.errors import UserError
@@ -131,6 +132,20 @@ class AnySizeViT(VisionTransformer):
         self.rows_first = rows_first
         positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first)
         self.pos_embed = nn.Parameter(positions.clone(), requires_grad=False)
+
+    def tell_fixed_positions(self) -> None:
+        """See in which order the positions are sine-cosine ones, if they are."""
+        found = self.pos_embed.full_tensor() if isinstance(self.pos_embed, DTensor) else self.pos_embed
+        self.rows_first = None
+        for rows_first in (True, False):
+            fixed = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first, found.device)
+            if fixed.shape == found.shape and torch.allclose(found.float(), fixed, atol=0.01):  # rounded to bfloat16
+                self.rows_first = rows_first
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.rows_first is not None:  # learnt ones may have taken their place
+            self.tell_fixed_positions()
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings ``(1, prefix + height * width, D)`` for a grid of patches; the prefix is that of tokens.

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -31,7 +32,7 @@ from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_jo
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.check import check
-from ssl_lightning.checkpoints import AtomicCheckpointIO
+from ssl_lightning.checkpoints import AtomicCheckpointIO, export
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
@@ -49,8 +50,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "view_grid": ViewGrid,
     "health_monitor": HealthMonitor,
     "loss_floor_alarm": LossFloorAlarm,
+    "embedding_writer": EmbeddingWriter,
 }
-"""Callbacks of every run, each with its options on the command line."""
+"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone."""
 
 _OF_TRAINING = {
     *("best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid", "health_monitor"),
@@ -208,6 +210,8 @@ class SSLCLI(LightningCLI):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
         if self.subcommand != "fit":
             without = {*without, *_OF_TRAINING}
+        if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
+            without = {*without, "embedding_writer"}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         if self.subcommand != "fit":
@@ -391,13 +395,21 @@ def _compare(words: Sequence[str]) -> None:
     print(found)
 
 
+def _export(words: Sequence[str]) -> None:
+    """Run ``export``, which writes backbones for other programs."""
+    parser = SSLArgumentParser(prog="ssl-lightning export", description=(export.__doc__ or "").partition("\n")[0])
+    parser.add_function_arguments(export, as_positional=False)
+    output = export(**parser.parse_args([_underscored(word) for word in words]))
+    print(f"{output}\n{output.with_suffix('.md')}")
+
+
 def _underscored(word: str) -> str:
     """``--image-size=32`` as ``--image_size=32``."""
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else word
 
 
-_COMMANDS = {"benchmark": _benchmark, "evaluate": _evaluate, "compare": _compare}
+_COMMANDS = {"benchmark": _benchmark, "compare": _compare, "evaluate": _evaluate, "export": _export}
 """Commands that are not about training."""
 
 
@@ -410,11 +422,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     # None is for the user to mend: Lightning's use of torch, that validate writes no checkpoints, that data without
-    # labels has no validation set.
+    # labels has no validation set, or that all is predicted already.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")  # what is frozen
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-    warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", "Total length of `(list|Loader)` across ranks is zero")
     words = _find_configs(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in _COMMANDS:

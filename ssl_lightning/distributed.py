@@ -127,6 +127,19 @@ def gather_uneven(local: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def gather_objects(local: list[Any]) -> list[Any]:
+    """The items of all processes in order of rank, any number of each; they must be picklable.
+
+    Args:
+        local: The items of this process.
+    """
+    if world_size() == 1:
+        return local
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, local)
+    return [item for part in parts for item in part]
+
+
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's part of each sharded tensor, in the same memory; others as they are.
 

@@ -336,7 +336,7 @@ class Evaluation:
             {"top1": top1, "interval": bounds or interval(top1, len(features.test.labels))},
             rows,
             seeds or [self.seed],
-            round(time.perf_counter() - self._start, 1),
+            round(time.perf_counter() - self._start, 3),
         )
         results.write(folder or self._folder(protocol))
         self._start = time.perf_counter()

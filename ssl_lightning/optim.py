@@ -3,11 +3,14 @@
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning.distributed import norms, shards
@@ -252,6 +255,48 @@ class Optim:
             raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
         optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping
         return optimizer
+
+    def configure(self, module: L.LightningModule, create: Callable[[int], torch.optim.Optimizer] | None = None) -> Any:
+        """Optimizer and schedule of a training, for the global batch over processes and accumulated batches.
+
+        Args:
+            module: What its trainer trains.
+            create: Builds the optimizer for a global batch; None is ``create``.
+
+        Returns:
+            What ``configure_optimizers`` returns.
+
+        Raises:
+            UserError: The loader has no length, and the schedule needs it.
+        """
+        trainer = module.trainer
+        trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
+        total_steps = trainer.estimated_stepping_batches
+        source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
+        batch_size = getattr(source, "batch_size", None)
+        if batch_size is None and self.lr_scaling != "none":
+            rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
+        global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
+        optimizer = self.create(module, global_batch) if create is None else create(global_batch)
+        if total_steps < 0:
+            raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
+        if total_steps == float("inf"):  # an endless run has no end to anneal to
+            return {"optimizer": optimizer}
+        if trainer.num_training_batches < float("inf"):
+            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        elif self.warmup_epochs > 0 or self.per_epoch:
+            raise UserError(
+                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
+                "to 0 and model.optim.per_epoch to false."
+            )
+        else:
+            steps_per_epoch = total_steps
+
+        def factor(step: int) -> float:
+            return self.lr_factor(step, int(total_steps), steps_per_epoch)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters

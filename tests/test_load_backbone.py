@@ -33,6 +33,14 @@ def test_our_checkpoints_know_their_backbone(method: type[SSLModule], net: dict[
         torch.testing.assert_close(loaded(images), module.eval()(images), atol=1e-5, rtol=0)
 
 
+def test_arguments_that_a_method_adds_are_known(tmp_path: Path) -> None:
+    module = small(MAE, backbone_kwargs={**VIT["backbone_kwargs"], "global_pool": "avg"})  # without fc_norm
+    running = trainer(tmp_path, limit_train_batches=1)
+    running.fit(module, data(MAE))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    torch.testing.assert_close(load_backbone(tmp_path / "x.ckpt")(IMAGES), module.eval()(IMAGES), atol=1e-5, rtol=0)
+
+
 def named(prefix: str, weights: Weights) -> Weights:
     return {prefix + name: value for name, value in weights.items()}
 
@@ -173,6 +181,9 @@ def test_files_that_do_not_fit_say_why(content: Any, name: Any, kwargs: Any, mes
     torch.save(content(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=message):
         load_backbone(tmp_path / "x.pth", name, kwargs)
+    (tmp_path / "x.safetensors").write_bytes(b"12345678901234567890")
+    with pytest.raises(UserError, match=r"x.safetensors is damaged or no checkpoint"):
+        load_backbone(tmp_path / "x.safetensors", name)
     with pytest.raises(UserError, match="does not exist"):
         load_backbone(tmp_path / "y.pth", name)
 

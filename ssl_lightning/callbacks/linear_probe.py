@@ -91,8 +91,9 @@ class LinearProbe(L.Callback):
         if self.labelled.compute() > 0:
             pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
             pl_module.log("val/linear_top5", self.top5.compute())
-        for metric in (self.labelled, self.top1, self.top5):
-            metric.reset()
+        with torch.inference_mode(False):  # else a later training could not go on with them
+            for metric in (self.labelled, self.top1, self.top5):
+                metric.reset()
 
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

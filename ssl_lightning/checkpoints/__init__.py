@@ -1,15 +1,19 @@
 """Checkpoints: files that survive interruptions, backbones out of whichever file there is."""
 
-from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, settle_progress
-from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint
+from ssl_lightning.checkpoints.export import export
+from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, replacing, settle_progress
+from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint, weights_for
 
 __all__ = [
     "AtomicCheckpointIO",
     "Pretrained",
     "check_fit",
+    "export",
     "load_backbone",
     "open_backbone",
     "read_checkpoint",
     "reading",
+    "replacing",
     "settle_progress",
+    "weights_for",
 ]

@@ -3,16 +3,17 @@
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from packaging.version import Version
+from safetensors import SafetensorError
 
 from ssl_lightning.errors import UserError
 
@@ -39,16 +40,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        part = path.with_name(f"{path.name}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-            part.unlink(missing_ok=True)
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
             raise UserError(
@@ -72,6 +67,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of another once it is whole; a failure leaves that other one as it was.
+
+    Args:
+        path: The place; its folder is made.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Say in words that a checkpoint cannot be read.
 
@@ -83,7 +99,7 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{path} is damaged or no checkpoint: {str(error).partition('. ')[0]}") from error
 
 
@@ -131,6 +147,7 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> list[str
         UserError: They are not; says what differs.
     """
     own, saved = _flat(module.hparams), _flat(checkpoint.get("hyper_parameters", {}))
+    own.pop("init_from", None)  # has had its effect
     changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
     weights, found = module.state_dict(), checkpoint.get("state_dict", {})
     unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ssl_lightning.checkpoints.files import reading
 from ssl_lightning.errors import UserError
@@ -24,6 +26,14 @@ _HEADS = (
     *("mask_token", "decoder", "dino_head", "ibot_head"),
 )
 """What may be left over beside the backbone: parts of these names, or of one that goes on with ``_``."""
+
+
+TEXT = ("backbone", "method", "data", "ssl_lightning_version")
+"""What the metadata of an exported file tells as it is; everything else is JSON."""
+
+
+class UnnamedBackboneError(UserError):
+    """A source that does not say what its backbone is."""
 
 
 @dataclass
@@ -44,10 +54,6 @@ class Pretrained:
     image_transform: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Lay the weights out as in training: convolutions are faster so."""
-        self.backbone.eval().to(memory_format=torch.channels_last)
-
     @property
     def embed_dim(self) -> int:
         """Width of the features."""
@@ -56,10 +62,12 @@ class Pretrained:
     @property
     def hash(self) -> str:
         """What tells these weights from others: 16 hexadecimal digits."""
-        digest = hashlib.sha256(f"{self.name} {sorted(self.backbone_kwargs.items())}".encode())
+        kwargs = json.dumps(self.backbone_kwargs, sort_keys=True, default=str)  # where a tuple is a list, as in files
+        digest = hashlib.sha256(f"{self.name} {kwargs}".encode())
         for name, value in self.backbone.state_dict().items():
+            whole: Any = value.full_tensor() if isinstance(value, DTensor) else value
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 
@@ -74,7 +82,8 @@ def load_backbone(
 
     Args:
         path: The file.
-        backbone: Name of the timm or torchvision model; None for a checkpoint of this package, which knows it.
+        backbone: Name of the timm or torchvision model; None for a checkpoint or an exported ``.safetensors`` of this
+            package, which know it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
 
     Raises:
@@ -104,13 +113,14 @@ def read_checkpoint(
     of_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(name.startswith("base_enc") for name in weights)
     if backbone is None:
         if "backbone" not in hyper_parameters:
-            raise UserError(f"{path} does not say what its backbone is; give its name, e.g. resnet50.")
+            raise UnnamedBackboneError(f"{path} does not say what its backbone is; give its name, e.g. resnet50.")
         backbone = str(hyper_parameters["backbone"])
     kwargs = {**(hyper_parameters.get("backbone_kwargs") or {}), **(backbone_kwargs or {})}
     kwargs.pop("pretrained", None)
     if of_moco_v3 and backbone.startswith("vit_small"):
         kwargs.setdefault("num_heads", 12)  # the paper's; no weight tells
-    model = create_backbone(backbone, **kwargs)
+    model = create_backbone(backbone, **kwargs).eval()
+    model.to(memory_format=torch.channels_last)  # as in training
     own = checkpoint.get("evaluated_backbone")
     candidates = _PREFIXES if own is None else [f"{own}."]
     prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in weights)]
@@ -123,8 +133,8 @@ def read_checkpoint(
         if not misfit:
             model.load_state_dict(found, strict=False)
             of_mae = any(name.startswith("decoder_") for name in weights)
-            if isinstance(model, AnySizeViT) and (of_moco_v3 or of_mae):
-                model.rows_first = of_moco_v3  # fixed positions, also at other sizes
+            if isinstance(model, AnySizeViT) and (of_moco_v3 or of_mae or checkpoint.get("fixed_positions")):
+                model.tell_fixed_positions()  # which are known at other sizes, too
             transform = checkpoint.get("image_transform") or _image_transform(model)
             return Pretrained(model, backbone, kwargs, transform, _facts(checkpoint))
         misfits.append(f"{prefix or 'no prefix'}: {misfit}")
@@ -148,15 +158,45 @@ def open_backbone(
     """
     from ssl_lightning.backbones import create_backbone
 
-    if os.path.exists(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors"):
+    if _is_file(source):
         return read_checkpoint(source, backbone, backbone_kwargs)
     kwargs = dict(backbone_kwargs or {})
     if source == "untrained" and backbone is None:
-        raise UserError("an untrained backbone needs its name: give backbone, e.g. resnet50.")
+        raise UnnamedBackboneError("an untrained backbone needs its name: give backbone, e.g. resnet50.")
     pretrained = {} if source in ("untrained", "pixels") else {"pretrained": True}
     name = backbone if source == "untrained" and backbone else source
-    model = create_backbone(name, **kwargs, **pretrained)
+    model = create_backbone(name, **kwargs, **pretrained).eval()
+    model.to(memory_format=torch.channels_last)
     return Pretrained(model, name, kwargs, _image_transform(model, own=bool(pretrained)))
+
+
+def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a source, seen to give its features in a backbone.
+
+    Args:
+        source: As for ``open_backbone``.
+        backbone: Name of the timm or torchvision model that shall have them.
+        backbone_kwargs: Arguments of its builder.
+
+    Raises:
+        UserError: There is no such source, or it is of another backbone; says what differs.
+    """
+    kwargs = {key: value for key, value in backbone_kwargs.items() if key != "pretrained"}
+    with torch.random.fork_rng(devices=[]):
+        try:  # ours know their own arguments
+            pretrained = open_backbone(source, None, None if _is_file(source) else kwargs)
+        except UnnamedBackboneError:
+            pretrained = open_backbone(source, backbone, kwargs)
+        weights = pretrained.backbone.state_dict()
+        reason = mismatch(pretrained, weights, backbone, kwargs)
+    if reason:
+        theirs = f"{pretrained.name} {pretrained.backbone_kwargs}"
+        raise UserError(f"it is a {theirs}, wanted is a {backbone} {kwargs}: {reason}.")
+    return weights
+
+
+def _is_file(source: str) -> bool:
+    return os.path.exists(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors")
 
 
 def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
@@ -169,10 +209,8 @@ def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     told = (getattr(model, "pretrained_cfg", None) or {}) if own else {}
-    size = told.get("input_size", (3, 224, 224))[-1]
-    size = getattr(model, "img_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", (size,))
     return {
-        "size": size[0] if isinstance(size, tuple) else size,
+        "size": getattr(model, "img_size", None) or native_size(model) or int(told.get("input_size", (3, 224, 224))[1]),
         "crop_fraction": told.get("crop_pct", 0.875),
         "interpolation": "bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
         "mean": tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)),
@@ -180,8 +218,51 @@ def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
     }
 
 
+def native_size(model: nn.Module) -> int | None:
+    """Side in pixels of the images that a ViT has positions for; None for a CNN.
+
+    Args:
+        model: Of timm or torchvision.
+    """
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return int(sides[0]) if sides else getattr(model, "image_size", None)
+
+
+def mismatch(pretrained: Pretrained, weights: dict[str, Tensor], backbone: str, backbone_kwargs: dict[str, Any]) -> str:
+    """Why another backbone does not give the same features with some weights; nothing if it does.
+
+    Looks at features, too: weights do not tell everything, e.g. the number of heads or a stride.
+
+    Args:
+        pretrained: The backbone to compare with.
+        weights: Its weights, named as the other wants them.
+        backbone: Name of the other timm or torchvision model.
+        backbone_kwargs: Arguments of its builder.
+    """
+    from ssl_lightning.backbones import create_backbone
+
+    other = create_backbone(backbone, **backbone_kwargs).eval()
+    if misfit := _misfit(weights, other.state_dict()):
+        return misfit
+    other.load_state_dict(weights, strict=False)
+    size = native_size(pretrained.backbone) or pretrained.image_transform["size"]
+    images = torch.rand(2, pretrained.backbone_kwargs.get("in_chans", 3), size, size)
+    with torch.no_grad():
+        features, found = pretrained.backbone(images), other(images)
+    if features.shape != found.shape:
+        return f"the features are {found.shape[1]} numbers, not {features.shape[1]}"
+    apart = float((features - found).abs().max())
+    return (
+        ""
+        if apart <= 1e-4 * float(features.abs().max())
+        else f"the weights fit, but the features are {apart:.1e} apart"
+    )
+
+
 def _facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint of this package tells of its training."""
+    if "told" in checkpoint:
+        return checkpoint["told"]
     if "method" not in checkpoint:
         return {}
     return {
@@ -200,11 +281,28 @@ def _weights_in(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist.")
     with reading(path):
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, **_told(file.metadata())}  # noqa: SIM118
         with torch.serialization.safe_globals([argparse.Namespace]):  # what MAE's and DINO's files hold beside weights
             return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _told(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """What an exported file of this package tells beside its weights, as a checkpoint would; of others nothing."""
+    if metadata is None or "backbone_kwargs" not in metadata:
+        return {}
+    told: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in metadata.items()}
+    transform: dict[str, Any] = told.pop("image_transform")
+    return {
+        "hyper_parameters": {key: told.pop(key) for key in ("backbone", "backbone_kwargs")},
+        "image_transform": {
+            key: tuple(value) if isinstance(value, list) else value for key, value in transform.items()
+        },
+        "fixed_positions": told.pop("fixed_positions", False),
+        "told": told,
+    }
 
 
 def _container(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

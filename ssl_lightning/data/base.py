@@ -31,7 +31,47 @@ if TYPE_CHECKING:
 _TRANSFORM = ("interpolation", "mean", "std")
 
 
-class SSLDataModule(L.LightningDataModule):
+class DataModule(L.LightningDataModule):
+    """Knows what loaders need: the seed, the process, how far the training is.
+
+    Args:
+        num_workers: Processes that load images; None is one per processor, at most 8.
+        seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
+    """
+
+    def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
+        super().__init__()
+        self.num_workers, self.seed = num_workers, seed
+
+    @property
+    def _loading_processes(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, cores)
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _position(self) -> tuple[int, int] | None:
+        """While a trainer trains: the epoch, and how many of its batches are done, also after a resume."""
+        if self.trainer is None or not self.trainer.training:
+            return None
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]  # the same batches again and again
+        epoch = 0 if overfit else self.trainer.current_epoch
+        return epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class SSLDataModule(DataModule):
     """Base of all data modules: subclass it and fill ``train_images`` and ``val_images`` in ``load``.
 
     Workers decode, crop and draw the random numbers; the batch is augmented on the device after its transfer.
@@ -68,17 +108,19 @@ class SSLDataModule(L.LightningDataModule):
         seed: int | None = None,
         max_unreadable: float = 0.01,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers, seed)
         if batch_size < 2:
             raise UserError(f"batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
         self.batch_size, self.views = batch_size, views
         self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
-        self.num_workers, self.seed, self.max_unreadable = num_workers, seed, max_unreadable
+        self.max_unreadable = max_unreadable
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
         self.unreadable: dict[str, str] = {}
+        self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
+        """Gives the numbers of the images, ``train`` and ``val``, that ``predict`` leaves out."""
         self._run_folder = Path()
 
     def load(self) -> None:
@@ -242,10 +284,17 @@ class SSLDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> "list[Loader]":
-        """Plain images in order, each once over all processes: the training set, then the validation set if any."""
+        """Plain images in order, each once over all processes: the training set, then the validation set if any.
+
+        Those ``already_predicted`` are left out.
+        """
         self.setup()
-        sources = [self.train_images, self.val_images]
-        return [self._plain_loader(images, np.arange(len(images))) for images in sources if images is not None]
+        sources, done = {"train": self.train_images, "val": self.val_images}, self.already_predicted()
+        return [
+            self._plain_loader(images, np.delete(np.arange(len(images)), done.get(name, [])))
+            for name, images in sources.items()
+            if images is not None
+        ]
 
     def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> "Loader":
         dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
@@ -253,12 +302,7 @@ class SSLDataModule(L.LightningDataModule):
         return Loader(dataset, order, self._workers(images))
 
     def _workers(self, images: Images | ImageStream) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        if isinstance(images, ImageArray):
-            return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores)
+        return 0 if self.num_workers is None and isinstance(images, ImageArray) else self._loading_processes
 
     def preview(self, num_rows: int = 8, num_images: int = 256) -> "Preview":
         """Make the first views of training, exactly as training does: a picture and a few numbers.
@@ -344,26 +388,6 @@ class SSLDataModule(L.LightningDataModule):
         """Type of the method's weights: float32 but for trainer.precision 64-true and the like."""
         dtype = getattr(self._module, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    def _position(self) -> tuple[int, int] | None:
-        """While a trainer trains: the epoch, and how many of its batches are done, also after a resume."""
-        if self.trainer is None or not self.trainer.training:
-            return None
-        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]  # the same batches again and again
-        epoch = 0 if overfit else self.trainer.current_epoch
-        return epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class Loader:

@@ -183,9 +183,12 @@ class ImageArray(Images):
     Args:
         images: ``(N, C, H, W)``, uint8.
         labels: ``(N,)`` class of each image; -1 is unknown.
+        names: ``(N,)`` what to call each image; None is its number.
     """
 
-    def __init__(self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None) -> None:
+    def __init__(
+        self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None, names: NDArray[np.str_] | None = None
+    ) -> None:
         self.images = torch.as_tensor(images)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             kind = f"{self.images.dtype} {tuple(self.images.shape)}"
@@ -196,14 +199,14 @@ class ImageArray(Images):
                 "puts them first."
             )
         self.channels = self.images.shape[1]
-        self.labels = _checked(labels, len(self))
+        self.labels, self.names = _checked(labels, len(self)), names
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """Its number."""
-        return f"image {index}"
+        """Its name, or its number."""
+        return f"image {index}" if self.names is None else str(self.names[index])
 
     def open(self, index: int) -> OpenedImage:
         """One of the images."""
@@ -215,7 +218,8 @@ class ImageArray(Images):
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageArray":
         """Some of the images, in memory too."""
-        return ImageArray(self.images[indices], None if self.labels is None else self.labels[indices])
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageArray(self.images[indices], labels, None if self.names is None else self.names[indices])
 
     @classmethod
     def decoded(cls, files: Images) -> "tuple[ImageArray, list[Unreadable]]":
@@ -245,7 +249,8 @@ class ImageArray(Images):
             read.append(index)
         if not images:
             raise UserError(f"none of {len(files)} files could be read as an image, e.g. {': '.join(unreadable[0])}")
-        return cls(torch.stack(images), None if files.labels is None else files.labels[read]), unreadable
+        names = np.array([files.name(index) for index in read])
+        return cls(torch.stack(images), None if files.labels is None else files.labels[read], names), unreadable
 
 
 class MixedSizesError(UserError):

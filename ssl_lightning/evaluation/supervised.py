@@ -1,6 +1,5 @@
 """What linear classification and fine-tuning on images share."""
 
-import math
 from typing import Any
 
 import lightning as L
@@ -81,8 +80,9 @@ class SupervisedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over all processes, of the classifier with the best top-1."""
         found = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
-        for metric in self.metrics:
-            metric.reset()  # type: ignore[operator]
+        with torch.inference_mode(False):  # else a later training could not go on with them
+            for metric in self.metrics:
+                metric.reset()  # type: ignore[operator]
         best = max(found, key=lambda one: one["top1"])
         self.log("val/top1", best["top1"], prog_bar=True)
         self.log("val/top5", best["top5"])
@@ -93,15 +93,7 @@ class SupervisedModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, its schedule stepped per batch."""
-        trainer = self.trainer
-        total_steps = int(trainer.estimated_stepping_batches)
-        batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        optimizer = self.optimizer(batch_size * trainer.world_size * trainer.accumulate_grad_batches)
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optim.lr_factor(step, total_steps, steps_per_epoch)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.optim.configure(self, self.optimizer)
 
 
 def _accuracies(num_classes: int) -> MetricCollection:

@@ -1,6 +1,5 @@
 """SSLModule: what all methods share."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning.batch_norm import SyncBatchNorm
-from ssl_lightning.checkpoints import check_fit, settle_progress
+from ssl_lightning.checkpoints import check_fit, settle_progress, weights_for
 from ssl_lightning.distributed import reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
@@ -36,6 +35,9 @@ class SSLModule(L.LightningModule):
             of stochastic depth become others.
         checkpoint_blocks: Whether a ViT keeps the inputs of its blocks alone and computes the rest again in the
             backward pass: less memory, a third more time, the same result.
+        init_from: Weights that the backbone, and its teacher, begin with: a checkpoint of this package or an official
+            one, or the name of a timm or torchvision model. Read when a training or an evaluation starts without
+            ``ckpt_path``. Heads, optimizer and schedules begin as without it.
     """
 
     views: Any = "simclr"
@@ -73,20 +75,21 @@ class SSLModule(L.LightningModule):
         optim: Optim = Optim(),
         compile: bool = False,  # noqa: A002 # the word that people look for
         checkpoint_blocks: bool = False,
+        init_from: str | None = None,
     ) -> None:
         from ssl_lightning import backbones  # only here: reading help texts should not wait for timm
 
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
         self.save_hyperparameters(ignore=["optim"])
-        self.save_hyperparameters({"optim": asdict(self.optim)})
         backbone_kwargs = backbone_kwargs or {}
+        self.save_hyperparameters({"optim": asdict(self.optim), "backbone_kwargs": backbone_kwargs})  # a method's, too
         self.backbone = backbones.create_backbone(backbone, **backbone_kwargs)
         if not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
             backbones.init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type]
-        self._compile, self.checkpoint_blocks = compile, checkpoint_blocks
+        self._compile, self.checkpoint_blocks, self._init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:
             backbones.checkpoint_blocks(self.backbone)
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
@@ -213,6 +216,30 @@ class SSLModule(L.LightningModule):
                 if part._compiled_call_impl is None:
                     part.compile()
 
+    # Before the first step or evaluation, once a checkpoint would be there
+
+    def on_train_start(self) -> None:
+        """Give the backbone and its teacher the weights of ``init_from``, unless a checkpoint has brought others.
+
+        Raises:
+            UserError: They are not those of such a backbone; says what differs.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        source, self._init_from = self._init_from, None  # once: a second training goes on with what it finds
+        if source is None:
+            return
+        try:
+            weights: Any = weights_for(source, self.hparams["backbone"], self.hparams["backbone_kwargs"])
+        except UserError as error:
+            raise UserError(f"model.init_from {source} does not fit the model: {error}") from error
+        for part in (self.backbone, getattr(self, "teacher_backbone", None)):
+            if part is not None:
+                set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
+        rank_zero_info(f"{type(self).__name__} begins with the backbone of {source}")
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
     # Training
 
     def on_fit_start(self) -> None:
@@ -300,6 +327,7 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: They are not; says what differs.
         """
+        self._init_from = None
         if self._trainer is None:  # load_from_checkpoint, whose caller may want a part
             return
         self._loaded_seed = checkpoint.get("step_seed")
@@ -357,34 +385,7 @@ class SSLModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule of ``self.optim``, for the global batch over processes and accumulated batches."""
-        trainer, optim = self.trainer, self.optim
-        trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
-        total_steps = trainer.estimated_stepping_batches
-        source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
-        batch_size = getattr(source, "batch_size", None)
-        if batch_size is None and optim.lr_scaling != "none":
-            rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
-        global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = optim.create(self, global_batch)
-        if total_steps < 0:
-            raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
-        if total_steps == float("inf"):  # an endless run has no end to anneal to
-            return {"optimizer": optimizer}
-        if trainer.num_training_batches < float("inf"):
-            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        elif optim.warmup_epochs > 0 or optim.per_epoch:
-            raise UserError(
-                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
-                "to 0 and model.optim.per_epoch to false."
-            )
-        else:
-            steps_per_epoch = total_steps
-
-        def factor(step: int) -> float:
-            return optim.lr_factor(step, int(total_steps), steps_per_epoch)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optim.configure(self)
 
     # Evaluation: the features once, for every probe
 

@@ -12,15 +12,15 @@ from ssl_lightning.errors import UserError
 class LossFloorAlarm(L.Callback):
     """Warns once when a run learns nothing, with the method's known remedies.
 
-    Either the smoothed loss stays at the method's ``chance_loss``, that of a model which has learnt nothing, or the
-    features that ``HealthMonitor`` looks at have collapsed to a point or a line. Logs ``health/alarm``: 0, or 1 from
-    then on.
+    Either the smoothed loss stays at the method's ``chance_loss``, that of a model which has learnt nothing, or at its
+    ``collapsed_loss``, that of one whose outputs are all the same; or the features that ``HealthMonitor`` looks at stay
+    at a point or a line after the first tenth of the training. Logs ``health/alarm`` when it is raised.
 
     Args:
-        tolerance: How close to the chance loss counts as being at it, as a share of it.
-        patience: Steps in a row at the chance loss before the alarm; None is a tenth of the training, at least 100.
+        tolerance: How close to such a loss counts as being at it, as a share of it; of 4 where it is 0.
+        patience: Steps in a row at such a loss before the alarm; None is a tenth of the training, at least 100.
         min_std: Smallest deviation of unit features, as a share of 1 / sqrt(D), that of features on all sides.
-        min_rankme: Smallest RankMe.
+        min_rankme: Smallest RankMe. Both are for two looks in a row.
         stop: Whether to stop the run.
     """
 
@@ -29,7 +29,7 @@ class LossFloorAlarm(L.Callback):
         tolerance: float = 0.005,
         patience: int | None = None,
         min_std: float = 0.02,
-        min_rankme: float = 1.5,
+        min_rankme: float = 1.2,
         stop: bool = False,
     ) -> None:
         if not 0 < tolerance < 1 or (patience is not None and patience < 1):
@@ -39,7 +39,7 @@ class LossFloorAlarm(L.Callback):
         self.raised: str | None = None
         """What the alarm was about, once it was raised."""
         self._smooth: float | None = None
-        self._steps = 0
+        self._steps = self._looks = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Settle how long to wait."""
@@ -48,32 +48,36 @@ class LossFloorAlarm(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the newest loss on the host; the device does not wait."""
-        loss, chance = getattr(pl_module, "last_loss", None), getattr(pl_module, "chance_loss", None)
-        if loss is None or chance is None or self.raised:
+        loss = getattr(pl_module, "last_loss", None)
+        if loss is None or self.raised:
             return
         self._smooth = loss if self._smooth is None else 0.95 * self._smooth + 0.05 * loss
-        self._steps = self._steps + 1 if abs(self._smooth - chance) <= self.tolerance * chance else 0
+        floors = {
+            "a model that has learnt nothing": getattr(pl_module, "chance_loss", None),
+            "outputs that are all the same": getattr(pl_module, "collapsed_loss", None),
+        }
+        at = [name for name, floor in floors.items() if floor is not None and self._is_at(floor)]
+        self._steps = self._steps + 1 if at else 0
         if self._steps >= self._patience:
-            share = 100 * self.tolerance
-            self._raise(
-                trainer,
-                pl_module,
-                f"the loss has stayed within {share:g} % of {chance:.4g}, that of a model which has learnt nothing, "
-                f"for {self._steps} steps",
-            )
+            what = f"the loss has stayed at {floors[at[0]]:.4g}, that of {at[0]}, for {self._steps} steps"
+            self._raise(trainer, pl_module, what)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Look at what HealthMonitor found."""
+    def _is_at(self, floor: float) -> bool:
+        assert self._smooth is not None
+        return abs(self._smooth - floor) <= self.tolerance * (floor or 4)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Look at what HealthMonitor found in this epoch."""
         found = trainer.callback_metrics
         std, rank = found.get("health/feature_std"), found.get("health/rankme")
-        if self.raised or trainer.sanity_checking or std is None or rank is None:
+        if self.raised or std is None or rank is None:
             return
         spread = float(std) * math.sqrt(int(pl_module.embed_dim))
-        if spread < self.min_std or float(rank) < self.min_rankme:
+        collapsed = (spread < self.min_std or float(rank) < self.min_rankme) and pl_module.progress > 0.1
+        self._looks = self._looks + 1 if collapsed else 0
+        if self._looks == 2:
             what = f"their deviation is {spread:.2g} of that on all sides, their RankMe {float(rank):.3g}"
             self._raise(trainer, pl_module, f"the features have collapsed: {what}")
-
-    on_train_epoch_end = on_validation_end
 
     def _raise(self, trainer: L.Trainer, pl_module: Any, what: str) -> None:
         self.raised = f"{what} (step {trainer.global_step}, epoch {trainer.current_epoch})"
@@ -86,8 +90,9 @@ class LossFloorAlarm(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the alarm was raised, and how long the loss has been at chance."""
-        return {"raised": self.raised, "smooth": self._smooth, "steps": self._steps}
+        return {"raised": self.raised, "smooth": self._smooth, "steps": self._steps, "looks": self._looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.raised, self._smooth, self._steps = (state_dict[key] for key in ("raised", "smooth", "steps"))
+        self.raised, self._smooth = state_dict["raised"], state_dict["smooth"]
+        self._steps, self._looks = state_dict["steps"], state_dict["looks"]

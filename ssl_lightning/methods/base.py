@@ -63,6 +63,9 @@ class SSLModule(L.LightningModule):
     remedies: str = ""
     """What is known to help when nothing is learnt; an alarm says it."""
 
+    collapsed_loss: float | None = None
+    """The loss of outputs that are all the same, where it is known and not the chance loss."""
+
     # What the code permits
 
     shardable: bool = True

@@ -44,6 +44,7 @@ class DINO(SSLModule):
     """
 
     views = "dino"
+    collapsed_loss = 0.0
     remedies = "a teacher temperature of 0.04 to 0.07 with its warm-up, centering on, a lower learning rate"
     global_views = 2
     local_views = True

@@ -37,6 +37,7 @@ from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.plan import plan
 
 CALLBACKS: dict[str, type[Callback]] = {
     "linear_probe": LinearProbe,
@@ -129,6 +130,17 @@ class _Trainer(Trainer):
         found.sheet.save(output)
         print(f"{output}\n{found}")
 
+    def plan(self, model: SSLModule, datamodule: SSLDataModule) -> None:
+        """Say what fit would do: batch, steps, learning rate, parameters, memory and time by a few steps, and doubts.
+
+        Args:
+            model: The method.
+            datamodule: The data.
+        """
+        found = plan(self, model, datamodule)
+        if self.is_global_zero:
+            print(found)
+
     def check(
         self,
         model: SSLModule,
@@ -184,7 +196,8 @@ class SSLCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands with the arguments that the command line does not show."""
-        return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}, "check": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("preview", "check", "plan")}
+        return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
@@ -209,11 +222,13 @@ class SSLCLI(LightningCLI):
         if unknown := set(without) - set(CALLBACKS):
             raise UserError(f"--without {', '.join(sorted(unknown))}: choose from {', '.join(CALLBACKS)}.")
         if self.subcommand != "fit":
-            without = {*without, *_OF_TRAINING}
+            without = {*without, *_OF_TRAINING, *(CALLBACKS if self.subcommand == "plan" else [])}
         if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
             without = {*without, "embedding_writer"}
         callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
+        if self.subcommand == "plan":
+            config |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         if self.subcommand != "fit":
             config["logger"] = False
             self.save_config_callback = None

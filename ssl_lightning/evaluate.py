@@ -88,7 +88,7 @@ class Evaluation:
         size = len(features.train.labels)
         ks = _neighbours(k, size, [one for one in (10, 20, 100, 200) if one <= size] or [size])
         temperatures = _as_list(temperature) or [0.07]
-        (bank, labels), (queries, truth) = _flat(features.train), _flat(features.test)
+        (bank, labels), (queries, truth) = map(self._on_device, (features.train, features.test))
         grid = knn_grid(bank, labels, queries, features.num_classes, ks, temperatures)
         rows = [
             {"k": one, "temperature": heat, "top-1, %": 100 * _share(found, truth)}
@@ -138,7 +138,7 @@ class Evaluation:
         if features is None:
             return None
         parameters["batch_size"] = min(chosen.batch_size, len(features.train.labels))
-        top1, rows = best_head(*features, chosen, self.seed, self._trainer().strategy.root_device)
+        top1, rows = best_head(*features, chosen, self.seed, self._device)
         return self._results("linear", parameters, features, top1, rows)
 
     def lowshot(self, shots: int | list[int] | None = None, draws: int = 5) -> Results | None:
@@ -159,7 +159,8 @@ class Evaluation:
             return None
         from scipy import stats  # only here: reading help texts should not wait for it
 
-        (bank, labels), (queries, truth) = _flat(features.train), _flat(features.test)
+        train, (queries, truth) = features.train, (features.test.features.flatten(1), features.test.labels)
+        bank, labels = train.features.flatten(1), train.labels
         seeds = [self.seed + draw for draw in range(draws)]
         rows, shots = [], sorted(_as_list(shots) or [1, 5, 10])
         mean = deviation = 0.0
@@ -221,7 +222,7 @@ class Evaluation:
         if (features := self._features()) is None:
             return None
         ks = sorted(_neighbours(k, len(features.train.labels), [1, 5, 10]))
-        found = retrieval(*_flat(features.train), *_flat(features.test), ks)
+        found = retrieval(*self._on_device(features.train), *self._on_device(features.test), ks)
         rows = [{"measure": name, "%": 100 * value} for name, value in found.items()]
         return self._results("retrieval", {"k": ks}, features, found[f"recall@{ks[0]}"], rows)
 
@@ -239,11 +240,11 @@ class Evaluation:
         changed = {name: self._features(corruption=corruption) for name, corruption in CORRUPTIONS.items()}
         if features is None:
             return None
-        (bank, labels), (clean, truth) = _flat(features.train), _flat(features.test)
+        (bank, labels), (clean, truth) = map(self._on_device, (features.train, features.test))
         rows, shares = [], []
         for name, found in [("none", features), *changed.items()]:
             assert found is not None
-            queries, _ = _flat(found.test)
+            queries, _ = self._on_device(found.test)
             predicted = knn_predict(bank, labels, queries, features.num_classes, k, temperature)
             shares.append(_share(predicted, truth))
             similarity = float(torch.cosine_similarity(queries, clean).mean())
@@ -264,6 +265,14 @@ class Evaluation:
         return L.Trainer(
             **{"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._trainer().strategy.root_device
+
+    def _on_device(self, found: LabelledFeatures) -> tuple[Tensor, Tensor]:
+        """Features ``(N, P * D)`` and their labels."""
+        return found.features.flatten(1).to(self._device), found.labels.to(self._device)
 
     def _trained(
         self,
@@ -352,10 +361,6 @@ def _neighbours(k: Any, size: int, default: list[int]) -> list[int]:
     if not all(1 <= one <= size for one in ks):
         raise UserError(f"k={ks} must lie between 1 and {size}, the number of labelled training images.")
     return ks
-
-
-def _flat(found: LabelledFeatures) -> tuple[Tensor, Tensor]:
-    return found.features.flatten(1), found.labels
 
 
 def _share(predicted: Tensor, truth: Tensor) -> float:

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -401,6 +402,9 @@ class Loader:
         num_workers: Processes that load.
         persistent: Whether they outlive an epoch.
         position: Tells the epoch and the batch to start at; None leaves that to the sampler.
+
+    Attributes:
+        waited: Seconds that were spent in waiting for batches.
     """
 
     def __init__(
@@ -413,6 +417,7 @@ class Loader:
     ) -> None:
         self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
         self.dataset, self.position = dataset, position
+        self.num_workers, self.waited = num_workers, 0.0
         self._loader = DataLoader(
             dataset,
             sampler=None if isinstance(dataset, IterableDataset) else sampler,
@@ -438,9 +443,18 @@ class Loader:
             drop = self.sampler.start % max(1, self._loader.num_workers)
             self.sampler.start -= drop
         try:
-            yield from itertools.islice(self._loader, drop, None)
+            yield from self._timed(itertools.islice(self._loader, drop, None))
         except UserError as error:  # from a worker it comes with a traceback
             raise UserError(str(error).rsplit(f"{UserError.__name__}: ")[-1].strip()) from None
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, self)
+            self.waited += time.perf_counter() - start
+            if batch is self:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """What fixes the order of the data; the position in it is Lightning's."""

@@ -386,9 +386,11 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
     place = joined.index("--checkpoint")
     checkpoint = words[place].partition("=")[2] or "".join(words[place + 1 : place + 2])
     config = Path(checkpoint).parent.parent / "config.yaml"
-    if not config.is_file():
+    if not Path(checkpoint).is_file() or Path(checkpoint).parent.name != "checkpoints" or not config.is_file():
         return words
-    data = yaml.safe_load(config.read_text())["data"]
+    data = (yaml.safe_load(config.read_text()) or {}).get("data")
+    if not isinstance(data, dict) or "class_path" not in data:
+        return words
     data.get("init_args", {}).pop("views", None)
     return [words[0], "--data", json.dumps(data), *words[1:]]
 

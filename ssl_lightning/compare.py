@@ -22,7 +22,8 @@ class _Run:
     name: str
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    results: list[Results] = field(default_factory=list)
+    results: list[tuple[str, Results]] = field(default_factory=list)
+    """Evaluations with the names of their folders."""
 
     @property
     def row(self) -> dict[str, Any]:
@@ -36,12 +37,15 @@ class _Run:
             "epochs": trainer.get("max_epochs"),
         }
         if not self.config and self.results:
-            row |= {"method": self.results[0].backbone.get("method"), "backbone": self.results[0].backbone["name"]}
+            backbone = self.results[0][1].backbone
+            row |= {"method": backbone.get("method"), "backbone": backbone["name"]}
         for key, title in _CURVES.items():
             if points := self.curves.get(key):
                 row[title] = round(points[-1][1], 2)
-        for found in self.results:
-            row[f"{_title(found)}, %"] = f"{100 * found.accuracy['top1']:.1f} ± {_half(found):.1f}"
+        for folder, found in self.results:
+            number = folder.rpartition("_")[2]
+            title = _title(found) + (f" ({number})" if number.isdigit() else "")
+            row[f"{title}, %"] = f"{100 * found.accuracy['top1']:.1f} ± {_half(found):.1f}"
         return row
 
 
@@ -141,7 +145,7 @@ def _names(folders: list[Path]) -> dict[Path, str]:
 
 
 def _read(folder: Path, name: str) -> _Run:
-    run = _Run(name, results=[Results.read(path) for path in sorted(folder.rglob("results.json"))])
+    run = _Run(name, results=[(path.parent.name, Results.read(path)) for path in sorted(folder.rglob("results.json"))])
     if (config := folder / "config.yaml").is_file():
         run.config = yaml.safe_load(config.read_text()) or {}
     if (metrics := folder / "metrics.csv").is_file():

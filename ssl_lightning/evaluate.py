@@ -1,6 +1,5 @@
 """The command ``evaluate``: what frozen or fine-tuned features are worth, to the letter of the protocols."""
 
-import copy
 import itertools
 import os
 import sys
@@ -22,10 +21,10 @@ from ssl_lightning.evaluation.features import Corruption, Features, LabelledFeat
 from ssl_lightning.evaluation.finetune import FineTune, finetune_protocol
 from ssl_lightning.evaluation.knn import knn_grid, knn_predict
 from ssl_lightning.evaluation.linear import LinearClassifier, best_head, linear_protocol
-from ssl_lightning.evaluation.lowshot import choose, low_shot
+from ssl_lightning.evaluation.lowshot import low_shot
 from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
-from ssl_lightning.evaluation.supervised import SupervisedModule
+from ssl_lightning.evaluation.supervised import labelled_share
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
 
@@ -44,7 +43,7 @@ class Evaluation:
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
         max_samples: Training images whose features are taken at most, evenly spread; None is all.
         seed: Seed of first weights, of the order and of choices.
-        output: Folder for ``results.json``; None is ``evaluations/PROTOCOL`` beside the folder of the checkpoint.
+        output: Folder for ``PROTOCOL/results.json``; None is ``evaluations`` beside the folder of the checkpoint.
         trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
     """
 
@@ -110,6 +109,7 @@ class Evaluation:
 
         Where several learning rates or inputs are tried, a tenth of the training images chooses among them, and the
         chosen classifier is trained on all; the protocol of DINOv2 chooses on the test images, as it is published.
+        With ``augment`` only that may try several.
 
         Args:
             protocol: ``sweep`` (five learning rates, BatchNorm without affine parameters), or whose protocol: moco_v2,
@@ -122,18 +122,21 @@ class Evaluation:
                 once; hundreds of times the work.
 
         Raises:
-            UserError: There is no such protocol, or it needs another backbone.
+            UserError: There is no such protocol, it needs another backbone, or tries too many with ``augment``.
         """
         chosen = linear_protocol(protocol)
         changes: dict[str, Any] = {"lrs": tuple(_as_list(lrs))} if lrs else {}
         changes |= {"epochs": epochs} if epochs else {}
-        if batch_size is not None:
-            changes["batch_size"] = self.data.batch_size = batch_size
+        changes |= {"batch_size": batch_size} if batch_size else {}
         chosen = replace(chosen, **changes)
         parameters: dict[str, Any] = {"protocol": protocol, "augment": augment, **asdict(chosen)}
         if augment:
-            module = LinearClassifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
-            return self._trained("linear", module, self.data, chosen.epochs, parameters)
+            if len(chosen.choices) > 1 and not chosen.best_on_test:
+                raise UserError(
+                    f"augment trains one classifier, and {protocol} tries {len(chosen.choices)}; give lrs one number, "
+                    "or choose another protocol, e.g. simclr."
+                )
+            return self._trained("linear", LinearClassifier, chosen, parameters, batch_size=batch_size)
         features = self._features(chosen.last_blocks, chosen.patch_mean)
         if features is None:
             return None
@@ -199,16 +202,8 @@ class Evaluation:
         chosen = finetune_protocol(protocol)
         optim = chosen.optim if lr is None else replace(chosen.optim, base_lr=lr)
         chosen = replace(chosen, optim=optim, epochs=epochs or chosen.epochs, head_lr=head_lr or chosen.head_lr)
-        data = copy.copy(self.data)
-        data.prepare_data()
-        data.setup()
-        if data.train_images is None or data.train_images.labels is None:
-            raise UserError("fine-tuning needs labelled images with random access; give data with labels, no stream.")
-        if fraction < 1:
-            data.train_images = data.train_images.subset(choose(data.train_images.labels, fraction, self.seed))
-        module = FineTune(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
         parameters = {"protocol": protocol, "fraction": fraction, **asdict(chosen)}
-        return self._trained("finetune", module, data, chosen.epochs, parameters)
+        return self._trained("finetune", FineTune, chosen, parameters, fraction)
 
     def retrieval(self, k: int | list[int] | None = None) -> Results | None:
         """Rank the training images by their similarity to each test image: mean average precision and recall at k.
@@ -236,10 +231,10 @@ class Evaluation:
             temperature: What divides the cosine similarities.
         """
         features = self._features()
-        _neighbours(k, 1 if features is None else len(features.train.labels), [])
         changed = {name: self._features(corruption=corruption) for name, corruption in CORRUPTIONS.items()}
         if features is None:
             return None
+        _neighbours(k, len(features.train.labels), [])
         (bank, labels), (clean, truth) = map(self._on_device, (features.train, features.test))
         rows, shares = [], []
         for name, found in [("none", features), *changed.items()]:
@@ -277,13 +272,16 @@ class Evaluation:
     def _trained(
         self,
         protocol: str,
-        module: SupervisedModule,
-        data: SSLDataModule,
-        epochs: int,
+        classifier: type[LinearClassifier] | type[FineTune],
+        chosen: Any,
         parameters: dict[str, Any],
+        fraction: float = 1.0,
+        batch_size: int | None = None,
     ) -> Results | None:
-        """Train on images; the curves lie beside the results."""
+        """Train on labelled images; the curves lie beside the results."""
         L.seed_everything(self.seed, verbose=False)
+        module = classifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
+        data, epochs = labelled_share(self.data, fraction, self.seed), chosen.epochs
         folder = self._folder(protocol)
         logger = CSVLogger(folder.parent, folder.name, "")
         trainer = self._trainer(
@@ -293,6 +291,7 @@ class Evaluation:
             num_sanity_val_steps=0,
             check_val_every_n_epoch=next(n for n in range(max(1, epochs // 10), 0, -1) if epochs % n == 0),
         )
+        data.batch_size = data.batch_size if batch_size is None else max(2, batch_size // trainer.world_size)
         trainer.fit(module, datamodule=data)
         if not trainer.is_global_zero:
             return None
@@ -300,15 +299,15 @@ class Evaluation:
         if isinstance(module, LinearClassifier) and len(rows) > 1:
             rows = [{**label, **row} for label, row in zip(module.protocol.labels, rows, strict=True)]
         parameters = {**parameters, "batch_size": data.batch_size * trainer.world_size}
-        return self._results(protocol, parameters, labels_of(data), max(module.accuracies), rows, folder=folder)
+        top1 = max(module.accuracies)
+        return self._results(protocol, parameters, labels_of(data), top1, rows, data=data, folder=folder)
 
     def _folder(self, protocol: str) -> Path:
         """A folder that these results have for themselves."""
-        if self.output is not None:
-            return Path(self.output)
         path = Path(self.checkpoint)
         beside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         parent = beside / "evaluations" if path.is_file() else Path("evaluations") / path.name
+        parent = parent if self.output is None else Path(self.output)
         names = itertools.chain([protocol], (f"{protocol}_{number}" for number in itertools.count(1)))
         return next(parent / name for name in names if not (parent / name).exists())
 
@@ -321,9 +320,10 @@ class Evaluation:
         rows: list[dict[str, Any]],
         bounds: tuple[float, float] | None = None,
         seeds: list[int] | None = None,
+        data: SSLDataModule | None = None,
         folder: Path | None = None,
     ) -> Results:
-        pretrained, data = self.pretrained, self.data
+        pretrained, data = self.pretrained, data or self.data
         results = Results(
             protocol,
             {**parameters, "max_samples": self.max_samples, "trainer": self.trainer},

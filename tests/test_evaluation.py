@@ -136,9 +136,11 @@ def test_two_processes_evaluate_as_one(run: tuple[Path, Any], tmp_path: Path) ->
         words += ["--trainer", json.dumps({**CPU, **more}), "--output", str(tmp_path / str(count))]
         environment = {"SSL_LIGHTNING_CACHE": str(tmp_path / f"cache{count}")}
         assert command(words, tmp_path, environment).returncode == 0
-        found.append(Results.read(tmp_path / str(count) / "results.json"))
+        found.append(Results.read(tmp_path / str(count) / "linear" / "results.json"))
     assert found[0].rows == found[1].rows
     assert found[0].accuracy == found[1].accuracy
+    printed = command(["evaluate", "robustness", *words[2:6], *words[8:]], tmp_path, environment)
+    assert printed.returncode == 0, printed.stderr
 
 
 def test_pieces_are_the_normed_class_tokens_of_the_last_blocks_and_the_mean_of_the_patches() -> None:
@@ -253,6 +255,25 @@ def test_a_classifier_is_resumed_from_its_checkpoint(run: tuple[Path, Any], tmp_
     assert found["val/top1"] == pytest.approx(float(running.callback_metrics["val/top1"]))
 
 
+def test_augmented_training_makes_no_choice_on_the_test_set(evaluation: Evaluation) -> None:
+    with pytest.raises(UserError, match="augment trains one classifier, and sweep tries 5; give lrs one number"):
+        evaluation.linear(augment=True)
+    found = evaluation.linear(augment=True, lrs=0.1, epochs=2, batch_size=128)
+    assert found is not None
+    assert found.parameters["batch_size"] == 128
+    assert evaluation.data.batch_size == 64, "the data stays as it is"
+    assert len(found.rows) == 1
+
+
+def test_images_without_a_label_are_not_trained_on(run: tuple[Path, Any], tmp_path: Path) -> None:
+    (images, labels), val = classes(0, 1, count=20), classes(0, 1)
+    labels[::2] = np.where(np.arange(20) % 2, -1, labels[::2])
+    data = ArrayData(images, labels, *val, batch_size=8)
+    found = Evaluation(str(run[0]), data, output=str(tmp_path), trainer=CPU).finetune(epochs=1)
+    assert found is not None
+    assert found.data["train_images"] == (labels >= 0).sum() == 30
+
+
 def test_every_protocol_runs_from_the_command(tmp_path: Path) -> None:
     for name, protocol in LINEAR_PROTOCOLS.items():
         found = Evaluation(
@@ -363,7 +384,7 @@ def test_fine_tuning_trains_the_batch_norms_and_learns(run: tuple[Path, Any], tm
     assert found.accuracy["top1"] > 0.25
     assert found.data["train_images"] == pytest.approx(1437 / 2, abs=10)
     assert found.parameters["fraction"] == 0.5
-    assert (tmp_path / "out" / "metrics.csv").exists()
+    assert (tmp_path / "out" / "finetune" / "metrics.csv").exists()
     module = FineTune(str(run[0]), protocol="vicreg_10percent")
     before = module.backbone.bn1.running_mean.clone()
     trainer(tmp_path, limit_train_batches=1).fit(module, digits(views=None))
@@ -385,13 +406,15 @@ def test_rand_augment_is_timms_and_follows_the_image_alone() -> None:
     torch.manual_seed(0)
     images = [opened_already(torch.randint(256, (3, 32, 32), dtype=torch.uint8)) for _ in range(8)]
     maker, indices = ViewMaker([spec], seed=3), np.arange(8)
+    turned = maker.crop(5, indices[::-1].copy(), images[::-1])[0][0].flip(0)
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     whole = maker.crop(5, indices, images)[0][0]
+    assert torch.equal(turned, whole), "wherever the image is in the batch"
     assert np.array_equal(np.random.get_state()[1], state), "the global generator is put back"  # noqa: NPY002
     plain = ViewMaker([replace(spec, rand_augment="")], seed=3).crop(5, indices, images)[0][0]
     assert sum(not torch.equal(one, other) for one, other in zip(whole, plain, strict=True)) >= 4
     for number in (2, 7):
-        alone = rand_augmented(plain[number], spec, 3, 5, number, number)
+        alone = rand_augmented(plain[number], spec, 3, 5, number, 0)
         assert torch.equal(alone, whole[number])
     with pytest.raises(UserError, match="rand_augment='random'"):
         rand_augmented(plain[0], replace(spec, rand_augment="random"), 0)
@@ -446,7 +469,10 @@ def command(words: list[str], folder: Path, environment: dict[str, str] | None =
 
 def test_results_say_everything(run: tuple[Path, Any], evaluation: Evaluation, tmp_path: Path) -> None:
     evaluation.knn()
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    evaluation.knn(k=1)
+    again = json.loads((tmp_path / "out" / "knn_1" / "results.json").read_text())
+    assert again["parameters"]["k"] == [1], "earlier results stay"
+    found = json.loads((tmp_path / "out" / "knn" / "results.json").read_text())
     assert found["protocol"] == "knn"
     assert found["backbone"]["weights"] == open_backbone(str(run[0])).hash
     assert found["backbone"]["method"] == "SimCLR"
@@ -502,7 +528,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more classes in the test set": ({"data": (classes(0, 1), classes(0, 1, 2))}, "2 classes in training and 3 in"),
     "an empty class": ({"data": (classes(0, 2), classes(0, 2))}, "without images in one of them: 1"),
     "no labels": ({"data": ((classes(0)[0], None), (classes(0)[0], None))}, "needs labelled images"),
-    "no test set": ({"data": (classes(0, 1), None)}, "needs validation images"),
+    "no labels in the test set": (
+        {"data": (classes(0, 1), (classes(0, 1)[0], None))},
+        "needs validation images with labels",
+    ),
+    "no test set": ({"data": (classes(0, 1), None)}, "needs validation images with labels"),
     "k": ({"data": (classes(0, 1), classes(0, 1)), "k": 13}, r"k=\[13\] must lie between 1 and 12"),
     "patches": (
         {

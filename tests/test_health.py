@@ -166,6 +166,16 @@ def test_collapsed_features_are_told_where_the_loss_says_nothing(tmp_path: Path)
     assert alarm.raised
 
 
+def test_one_look_is_not_two(tmp_path: Path) -> None:
+    module, data = module_and_data(SimCLR)
+    alarm = LossFloorAlarm(min_rankme=1000)  # every look is bad
+    callbacks = [HealthMonitor(every_n_epochs=3), alarm]
+    trainer(tmp_path, callbacks=callbacks, max_epochs=5, limit_train_batches=2).fit(module, data)
+    assert alarm.raised is None
+    with pytest.warns(UserWarning, match="features have collapsed"):
+        trainer(tmp_path, callbacks=callbacks, max_epochs=6, limit_train_batches=2).fit(module, data)
+
+
 def test_the_alarm_goes_on_counting_after_a_resume() -> None:
     alarm = LossFloorAlarm(patience=5)
     alarm._steps, alarm._smooth = 3, 5.5

@@ -35,6 +35,8 @@ class HealthMonitor(L.Callback):
                 f"HealthMonitor: num_images={num_images} must be at least 2, every_n_epochs={every_n_epochs} 1."
             )
         self.num_images, self.every_n_epochs = num_images, every_n_epochs
+        self.looked_in: int | None = None
+        """The last epoch in which it looked."""
         self._views: Sequence[Tensor] = []
         self._epoch_start, self._told = 0.0, False
 
@@ -65,8 +67,9 @@ class HealthMonitor(L.Callback):
         views, self._views = self._views, []
         if not len(views) or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        start = time.perf_counter()
-        with torch.no_grad(), torch.random.fork_rng(), trainer.precision_plugin.val_step_context():
+        start, self.looked_in = time.perf_counter(), trainer.current_epoch
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), trainer.precision_plugin.val_step_context():
             found = self._of_features(self._features(trainer, pl_module))
             found |= self._of_views(pl_module, views)
         for name, value in found.items():

@@ -70,7 +70,8 @@ class LossFloorAlarm(L.Callback):
         """Look at what HealthMonitor found in this epoch."""
         found = trainer.callback_metrics
         std, rank = found.get("health/feature_std"), found.get("health/rankme")
-        if self.raised or std is None or rank is None:
+        looked = any(getattr(one, "looked_in", None) == trainer.current_epoch for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.raised or not looked or std is None or rank is None:
             return
         spread = float(std) * math.sqrt(int(pl_module.embed_dim))
         collapsed = (spread < self.min_std or float(rank) < self.min_rankme) and pl_module.progress > 0.1

@@ -196,7 +196,7 @@ def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> 
 
 
 def _is_file(source: str) -> bool:
-    return os.path.exists(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors")
+    return os.path.isfile(source) or Path(source).suffix in (".ckpt", ".pth", ".pt", ".safetensors")
 
 
 def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:

@@ -164,13 +164,16 @@ class ViewMaker:
                 channels = pixels.shape[2]
                 shapes = [(len(boxes), channels, spec.size, spec.size) for spec, boxes in zipped]
                 crops = [torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for shape in shapes]
+            first_view = 0
             for (spec, boxes), cropped in zip(zipped, crops, strict=True):
                 for row in range(number, len(boxes), len(images)):
                     top, left, height, width = boxes[row].tolist()
                     crop = pixels[top : top + height, left : left + width]
                     cropped[row] = _resize(crop, (spec.size, spec.size), spec.interpolation)
                     if spec.rand_augment:
-                        cropped[row] = rand_augmented(cropped[row], spec, self.seed, epoch, int(indices[number]), row)
+                        view = first_view + row // len(images)
+                        cropped[row] = rand_augmented(cropped[row], spec, self.seed, epoch, int(indices[number]), view)
+                first_view += spec.count
         return crops, augmentations
 
 

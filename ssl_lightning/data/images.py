@@ -144,8 +144,7 @@ class ImageFiles(Images):
 
     def fingerprint(self) -> str:
         """Of the paths, sizes and times of the files."""
-        files = [os.stat(self.name(index)) for index in range(len(self))]
-        return _digest(self.paths, np.array([(file.st_size, file.st_mtime_ns) for file in files]))
+        return _digest(self.paths, np.array([_state(self.name(index)) for index in range(len(self))]))
 
 
 class DatasetImages(Images):
@@ -285,6 +284,15 @@ class ImageStream(ABC):
     @abstractmethod
     def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
         """The part of an epoch that one process reads; in a worker of a DataLoader, that worker's part of it."""
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of a file; -1 of one that is gone."""
+    try:
+        file = os.stat(path)
+        return file.st_size, file.st_mtime_ns
+    except OSError:
+        return -1, -1
 
 
 def _digest(*parts: bytes | NDArray[Any]) -> str:

@@ -97,10 +97,10 @@ class ViewSpec:
         Raises:
             UserError: Colour operations on other than 3 channels, or a mean or deviation for another number.
         """
-        if channels != 3 and (self.jitter > 0 or self.grayscale > 0):
+        if channels != 3 and (self.jitter > 0 or self.grayscale > 0 or self.rand_augment):
             raise UserError(
-                f"view: jitter={self.jitter} and grayscale={self.grayscale} need images of 3 channels, not {channels}; "
-                "give data.views with jitter: 0 and grayscale: 0."
+                f"view: jitter={self.jitter}, grayscale={self.grayscale} and rand_augment={self.rand_augment!r} need "
+                f"images of 3 channels, not {channels}; give data.views without them."
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):

@@ -113,7 +113,8 @@ class FeatureExtractor(L.LightningModule):
         """Keep the features of plain images."""
         images = batch.images
         if self.corruption is not None:
-            mean, std = (images.new_tensor(self.image_transform[key])[:, None, None] for key in ("mean", "std"))
+            prepared = self.trainer.datamodule.data.image_transform  # type: ignore[attr-defined]
+            mean, std = (images.new_tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
             images = (self.corruption((images * std + mean).clamp(0, 1), batch.indices).clamp(0, 1) - mean) / std
         features, indices = self._parts[dataloader_idx]
         features.append(self.tokens(images).float().cpu())
@@ -171,20 +172,19 @@ class _LabelledImages(L.LightningDataModule):
         data.setup(stage)
         if data.train_images is None or data.num_classes is None:
             raise UserError("an evaluation needs labelled images with random access; give data with labels, no stream.")
-        if data.val_images is None:
-            raise UserError("an evaluation needs validation images; give data with a validation part.")
+        if data.val_images is None or data.val_images.labels is None:
+            raise UserError("an evaluation needs validation images with labels; give data with such a part.")
         self.sets = [(data.train_images, data.labelled(self.max_samples))]
         self.sets.append((data.val_images, np.flatnonzero(data.val_images.labels >= 0)))
-        self.files = [self._file(images, indices) for images, indices in self.sets]
-        self.known = [_read(file) if trainer.is_global_zero else None for file in self.files]
+        self.files = [self._file(*one) if trainer.is_global_zero else None for one in self.sets]
+        self.known = [_read(file) for file in self.files]
         wanted = [
             number for number, known in enumerate(self.known) if known is None and not (self.test_alone and number == 0)
         ]
         self.wanted: list[int] = trainer.strategy.broadcast(wanted)
 
     def _file(self, images: Any, indices: np.ndarray) -> Path | None:
-        fingerprint = images.fingerprint()
-        if self.key is None or fingerprint is None:
+        if self.key is None or (fingerprint := images.fingerprint()) is None:
             return None
         transform = sorted(self.data.image_transform.items())
         which = hashlib.sha256(indices.tobytes()).hexdigest()
@@ -240,7 +240,9 @@ def extract(
         UserError: The data has no labels or no validation part, or the classes of the two differ.
     """
     extractor = FeatureExtractor(pretrained, last_blocks, patch_mean, corruption)
-    key = f"{pretrained.hash} {last_blocks} {patch_mean} {trainer.precision}" if corruption is None else None
+    positions = getattr(pretrained.backbone, "rows_first", None)  # which no weight tells
+    how = f"{positions} {last_blocks} {patch_mean} {trainer.precision}"
+    key = f"{pretrained.hash} {how}" if corruption is None else None
     labelled = _LabelledImages(data, key, max_samples, test_alone=corruption is not None)
     trainer.predict(extractor, labelled, return_predictions=False)
     if not trainer.is_global_zero:

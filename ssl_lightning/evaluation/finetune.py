@@ -130,7 +130,7 @@ class FineTune(SupervisedModule):
             self.mixup = Mixup(
                 protocol.mixup, protocol.cutmix, label_smoothing=protocol.label_smoothing, num_classes=num_classes
             )
-        self.erase = RandomErasing(protocol.erase, mode="pixel", device=str(self.device)) if protocol.erase else None
+        self.erase = RandomErasing(protocol.erase, mode="pixel") if protocol.erase else None
         return 1
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,6 +140,8 @@ class FineTune(SupervisedModule):
     def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, of mixed images with mixed targets where the protocol says so."""
         images, labels = images[labels >= 0], labels[labels >= 0]
+        if self.erase is not None:
+            self.erase.device = images.device
         if self.mixup is None or len(labels) < 2:
             with self._seeded():
                 images = images if self.erase is None else self.erase(images)
@@ -159,7 +161,7 @@ class FineTune(SupervisedModule):
         random.seed(int(words[0]))
         np.random.seed(words[1])  # noqa: NPY002
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(int(words[2]))
                 yield
         finally:

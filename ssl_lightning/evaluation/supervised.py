@@ -1,15 +1,18 @@
 """What linear classification and fine-tuning on images share."""
 
+import copy
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.features import check_size
+from ssl_lightning.evaluation.features import check_size, labels_of
+from ssl_lightning.evaluation.lowshot import choose
 from ssl_lightning.optim import Optim
 
 
@@ -74,6 +77,8 @@ class SupervisedModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Classify plain images ``(images, labels, ...)``."""
+        if len(batch[1]) == 0:  # the last images cannot be read
+            return
         for metric, logits in zip(self.metrics, self(batch[0]), strict=True):
             metric.update(logits, batch[1])  # type: ignore[operator]
 
@@ -94,6 +99,32 @@ class SupervisedModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, its schedule stepped per batch."""
         return self.optim.configure(self, self.optimizer)
+
+
+def labelled_share(data: Any, fraction: float, seed: int) -> Any:
+    """A data module that trains on labelled images alone, once a trainer has set it up.
+
+    Args:
+        data: An SSLDataModule; it stays as it is.
+        fraction: Share of each class.
+        seed: Seed of the choice.
+    """
+    data = copy.copy(data)
+    set_up = data.setup
+
+    def setup(stage: str | None = None) -> None:
+        set_up(stage)
+        if data.__dict__.setdefault("images_of_all", data.train_images) is not data.train_images:
+            return  # it was done
+        if data.train_images is None or data.train_images.labels is None:
+            raise UserError("training needs labelled images with random access; give data with labels, no stream.")
+        labels = data.train_images.labels
+        chosen = choose(labels, fraction, seed) if fraction < 1 else np.flatnonzero(labels >= 0)
+        data.train_images = data.train_images.subset(chosen)
+        labels_of(data)
+
+    data.setup = setup
+    return data
 
 
 def _accuracies(num_classes: int) -> MetricCollection:

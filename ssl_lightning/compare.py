@@ -95,16 +95,19 @@ class Comparison:
         wanted = [key for key in _CURVES if any(len(run.curves.get(key, [])) > 0 for run in self.runs)]
         if not wanted:
             raise UserError("none of these runs has curves to draw; leave out plot, or give folders of fit.")
-        figure = Figure(figsize=(5 * len(wanted), 4), layout="constrained")
+        figure = Figure(figsize=(2 + 5 * len(wanted), 4), layout="constrained")
+        shown: dict[str, Any] = {}
         for panel, key in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
-            for run in self.runs:
+            for number, run in enumerate(self.runs):
                 if points := run.curves.get(key):
                     epochs, values = zip(*points, strict=True)
-                    panel.plot(epochs, values, label=run.name, marker="." * (len(points) < 3))
+                    marker = "." * (len(points) < 3)
+                    panel.plot(epochs, values, color=f"C{number % 10}", label=run.name, marker=marker)
             panel.set(xlabel="epoch", title=_CURVES[key])
             panel.grid(alpha=0.3)
-        handles, labels = panel.get_legend_handles_labels()
-        panel.legend(handles, labels, fontsize="small")
+            labelled = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+            shown |= labelled
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize="small")
         figure.savefig(path, dpi=120)
 
 
@@ -128,7 +131,8 @@ def _folders(root: Path) -> list[Path]:
         raise UserError(f"{root} does not exist; give the folder of a run.")
     if root.is_file():
         root = root.parent
-    fits = sorted(path.parent for path in root.rglob("metrics.csv") if not (path.parent / "results.json").exists())
+    curves = (path.parent for path in root.rglob("metrics.csv") if "evaluations" not in path.parts)
+    fits = sorted(folder for folder in curves if not (folder / "results.json").exists())
     alone = sorted(path.parent for path in root.rglob("results.json"))
     alone = [path for path in alone if not any(fit in path.parents for fit in fits)]
     if not fits and not alone:

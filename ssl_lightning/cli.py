@@ -56,7 +56,12 @@ CALLBACKS: dict[str, type[Callback]] = {
 """Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone."""
 
 _OF_TRAINING = {
-    *("best_checkpoint", "last_checkpoint", "preemption", "throughput", "view_grid", "health_monitor"),
+    "best_checkpoint",
+    "last_checkpoint",
+    "preemption",
+    "throughput",
+    "view_grid",
+    "health_monitor",
     "loss_floor_alarm",
 }
 """Callbacks that only fit has."""

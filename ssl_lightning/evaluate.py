@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.corruptions import CORRUPTIONS
 from ssl_lightning.evaluation.features import Corruption, Features, LabelledFeatures, extract, labels_of
-from ssl_lightning.evaluation.finetune import FineTune, finetune_protocol
+from ssl_lightning.evaluation.finetune import FINETUNE_PROTOCOLS, FineTune
 from ssl_lightning.evaluation.knn import knn_grid, knn_predict
-from ssl_lightning.evaluation.linear import LinearClassifier, best_head, linear_protocol
+from ssl_lightning.evaluation.linear import LINEAR_PROTOCOLS, LinearClassifier, best_head
 from ssl_lightning.evaluation.lowshot import low_shot
 from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
-from ssl_lightning.evaluation.supervised import labelled_share
+from ssl_lightning.evaluation.supervised import labelled_share, named_protocol
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
 
@@ -124,7 +125,7 @@ class Evaluation:
         Raises:
             UserError: There is no such protocol, it needs another backbone, or tries too many with ``augment``.
         """
-        chosen = linear_protocol(protocol)
+        chosen = named_protocol(LINEAR_PROTOCOLS, protocol)
         changes: dict[str, Any] = {"lrs": tuple(_as_list(lrs))} if lrs else {}
         changes |= {"epochs": epochs} if epochs else {}
         changes |= {"batch_size": batch_size} if batch_size else {}
@@ -199,7 +200,7 @@ class Evaluation:
         """
         if not 0 < fraction <= 1:
             raise UserError(f"fraction={fraction} is a share of the labels; give a number above 0, up to 1.")
-        chosen = finetune_protocol(protocol)
+        chosen = named_protocol(FINETUNE_PROTOCOLS, protocol)
         optim = chosen.optim if lr is None else replace(chosen.optim, base_lr=lr)
         chosen = replace(chosen, optim=optim, epochs=epochs or chosen.epochs, head_lr=head_lr or chosen.head_lr)
         parameters = {"protocol": protocol, "fraction": fraction, **asdict(chosen)}
@@ -261,7 +262,7 @@ class Evaluation:
             **{"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
         )
 
-    @property
+    @cached_property
     def _device(self) -> torch.device:
         return self._trainer().strategy.root_device
 

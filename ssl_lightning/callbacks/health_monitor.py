@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from ssl_lightning.distributed import gather, gather_uneven
+from ssl_lightning.callbacks.knn_probe import plain_features
+from ssl_lightning.distributed import gather
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.quality import alignment, alpha_req, feature_std, rankme, uniformity
 
@@ -81,12 +82,9 @@ class HealthMonitor(L.Callback):
 
     def _features(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """Features ``(N, D)`` of the images that are looked at, those of all processes."""
-        parts = [torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.plain_dataloader(self.num_images) if hasattr(data, "plain_dataloader") else []:
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            parts.append(pl_module(batch.images).float())
-        return gather_uneven(torch.cat(parts))
+        loader = data.plain_dataloader(self.num_images) if hasattr(data, "plain_dataloader") else []
+        return plain_features(trainer, pl_module, loader)[0]
 
     def _of_features(self, features: Tensor) -> dict[str, float]:
         if len(features) < 2:

@@ -1,5 +1,6 @@
 """k-nearest-neighbour accuracy of the features while the method trains."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -85,15 +86,27 @@ class KNNProbe(L.Callback):
 
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
-        features, labels, indices = [_no_features(pl_module)], [_no_numbers(pl_module)], [_no_numbers(pl_module)]
-        for batch in trainer.datamodule.train_labelled_dataloader(self.max_samples):  # type: ignore[attr-defined]
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            with trainer.precision_plugin.val_step_context():
-                features.append(pl_module(batch.images).float())
-            labels.append(batch.labels)
-            indices.append(batch.indices)
-        order = gather_uneven(torch.cat(indices)).argsort()  # in the order of the data, however many processes
-        return gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order]
+        loader = trainer.datamodule.train_labelled_dataloader(self.max_samples)  # type: ignore[attr-defined]
+        return plain_features(trainer, pl_module, loader)
+
+
+def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Features ``(N, D)`` and labels ``(N,)`` of plain images, the same on every process, in the order of the data.
+
+    Args:
+        trainer: Says device and precision.
+        pl_module: Maps images to features; in eval mode.
+        loader: Batches of plain images, each image once over all processes.
+    """
+    features, labels, indices = [_no_features(pl_module)], [_no_numbers(pl_module)], [_no_numbers(pl_module)]
+    for batch in loader:
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with trainer.precision_plugin.val_step_context():
+            features.append(pl_module(batch.images).float())
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+    order = gather_uneven(torch.cat(indices)).argsort()
+    return gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order]
 
 
 def _no_features(pl_module: L.LightningModule) -> Tensor:

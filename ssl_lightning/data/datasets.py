@@ -29,6 +29,7 @@ from ssl_lightning.data.images import (
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
+from ssl_lightning.seeding import generators_put_back
 
 
 class Views(NamedTuple):
@@ -185,15 +186,11 @@ def rand_augmented(image: Tensor, spec: ViewSpec, *seed: int) -> Tensor:
         spec: Gives the settings, and the mean that fills what is turned in.
         seed: Numbers that the randomness depends on.
     """
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 # timm draws from these
-    random.seed(str(seed))
-    np.random.seed(random.getrandbits(32))  # noqa: NPY002
-    try:
+    with generators_put_back():
+        random.seed(str(seed))
+        np.random.seed(random.getrandbits(32))  # noqa: NPY002 # timm draws from both
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
         return torch.from_numpy(np.array(_rand_augment(spec)(pixels))).permute(2, 0, 1)
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 @functools.cache

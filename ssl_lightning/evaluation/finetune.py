@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ssl_lightning.checkpoints import Pretrained, open_backbone
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.supervised import SupervisedModule
+from ssl_lightning.evaluation.supervised import SupervisedModule, named_protocol
 from ssl_lightning.optim import Optim
+from ssl_lightning.seeding import generators_put_back
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class FineTune(SupervisedModule):
         protocol: str | FineTuneProtocol = "swav_10percent",
     ) -> None:
         super().__init__()
-        self.protocol = finetune_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.protocol = named_protocol(FINETUNE_PROTOCOLS, protocol) if isinstance(protocol, str) else protocol
         self.optim = self.protocol.optim
         self.views = "finetune" if self.protocol.rand_augment else "linear"
         pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
@@ -140,33 +141,27 @@ class FineTune(SupervisedModule):
     def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, of mixed images with mixed targets where the protocol says so."""
         images, labels = images[labels >= 0], labels[labels >= 0]
-        if self.erase is not None:
-            self.erase.device = images.device
-        if self.mixup is None or len(labels) < 2:
-            with self._seeded():
-                images = images if self.erase is None else self.erase(images)
-            return F.cross_entropy(self(images)[0], labels, label_smoothing=self.protocol.label_smoothing)
-        even = len(labels) // 2 * 2  # an image is mixed with its mirror in the batch
+        smoothing, even = self.protocol.label_smoothing, len(labels) // 2 * 2
         with self._seeded():
-            images = images if self.erase is None else self.erase(images)
-            images, targets = self.mixup(images[:even].clone(), labels[:even])
-        return F.cross_entropy(self(images)[0], targets)
+            if self.erase is not None:
+                self.erase.device = images.device
+                images = self.erase(images)
+            if self.mixup is not None and even:  # an image is mixed with its mirror in the batch
+                images, labels = self.mixup(images[:even].clone(), labels[:even])
+                smoothing = 0.0  # its targets are smooth
+        return F.cross_entropy(self(images)[0], labels, label_smoothing=smoothing)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
         """Make what timm draws depend on the seed, the step and the process alone."""
         seed = np.random.SeedSequence([torch.initial_seed() % 2**63, self.global_step, self.global_rank])
         words = seed.generate_state(3)
-        states = random.getstate(), np.random.get_state()  # noqa: NPY002 # timm draws from these
-        random.seed(int(words[0]))
-        np.random.seed(words[1])  # noqa: NPY002
-        try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(int(words[2]))
-                yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+        devices = [self.device] if self.device.type == "cuda" else []
+        with generators_put_back(), torch.random.fork_rng(devices):
+            random.seed(int(words[0]))
+            np.random.seed(words[1])  # noqa: NPY002 # timm draws from all three
+            torch.manual_seed(int(words[2]))
+            yield
 
     def optimizer(self, global_batch: int) -> torch.optim.Optimizer:
         """AdamW, SGD or LARS with the learning rates of the layers and of the classifier."""
@@ -222,17 +217,3 @@ def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     new = set(model.load_state_dict(weights, strict=False).missing_keys)
     assert new <= {"fc_norm.weight", "fc_norm.bias"}, new  # the mean of the patches has a norm of its own
     return model.requires_grad_(True).train()  # Lightning keeps the mode it finds
-
-
-def finetune_protocol(name: str) -> FineTuneProtocol:
-    """A protocol by its name.
-
-    Args:
-        name: Key of ``FINETUNE_PROTOCOLS``.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    if name not in FINETUNE_PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(FINETUNE_PROTOCOLS)}.")
-    return FINETUNE_PROTOCOLS[name]

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning.checkpoints import open_backbone
-from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.features import LabelledFeatures, Tokens
 from ssl_lightning.evaluation.lowshot import choose
-from ssl_lightning.evaluation.supervised import SupervisedModule
+from ssl_lightning.evaluation.supervised import SupervisedModule, named_protocol
 from ssl_lightning.optim import Optim
 
 
@@ -258,7 +257,7 @@ class LinearClassifier(SupervisedModule):
         protocol: str | LinearProtocol = "sweep",
     ) -> None:
         super().__init__()
-        self.protocol = linear_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.protocol = named_protocol(LINEAR_PROTOCOLS, protocol) if isinstance(protocol, str) else protocol
         pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
         self.image_transform, self.embed_dim = pretrained.image_transform, pretrained.embed_dim
         self.tokens = Tokens(pretrained.backbone, self.protocol.last_blocks, self.protocol.patch_mean)
@@ -278,30 +277,16 @@ class LinearClassifier(SupervisedModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(H, B, C)`` of all classifiers, for images ``(B, 3, S, S)``."""
-        with torch.no_grad():
-            pieces = self.tokens(images)
-        return self.heads(pieces.float())
+        return self.heads(self._pieces(images))
 
     def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Sum of the classifiers' cross-entropies."""
-        with torch.no_grad():
-            pieces = self.tokens(images)
-        return self.heads.loss(pieces.float(), labels)
+        return self.heads.loss(self._pieces(images), labels)
+
+    @torch.no_grad()
+    def _pieces(self, images: Tensor) -> Tensor:
+        return self.tokens(images).float()
 
     def optimizer(self, global_batch: int) -> torch.optim.Optimizer:
         """One optimizer for all classifiers."""
         return self.heads.optimizer(global_batch)
-
-
-def linear_protocol(name: str) -> LinearProtocol:
-    """A protocol by its name.
-
-    Args:
-        name: Key of ``LINEAR_PROTOCOLS``.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    if name not in LINEAR_PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(LINEAR_PROTOCOLS)}.")
-    return LINEAR_PROTOCOLS[name]

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ssl_lightning.checkpoints import replacing
 from ssl_lightning.errors import UserError
 
 
@@ -65,10 +65,8 @@ class Results:
         """
         path = folder / "results.json"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
-            os.replace(part, path)
+            with replacing(path) as file:
+                file.write((json.dumps(asdict(self), indent=2, default=str) + "\n").encode())
         except OSError as error:
             raise UserError(f"cannot write {path} ({error}); give another folder as output.") from error
         return path

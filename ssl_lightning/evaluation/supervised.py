@@ -1,7 +1,7 @@
 """What linear classification and fine-tuning on images share."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -101,6 +101,24 @@ class SupervisedModule(L.LightningModule):
         return self.optim.configure(self, self.optimizer)
 
 
+_Protocol = TypeVar("_Protocol")
+
+
+def named_protocol(protocols: dict[str, _Protocol], name: str) -> _Protocol:
+    """A protocol by its name.
+
+    Args:
+        protocols: The protocols there are.
+        name: Key of one.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in protocols:
+        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(protocols)}.")
+    return protocols[name]
+
+
 def labelled_share(data: Any, fraction: float, seed: int) -> Any:
     """A data module that trains on labelled images alone, once a trainer has set it up.
 
@@ -110,17 +128,18 @@ def labelled_share(data: Any, fraction: float, seed: int) -> Any:
         seed: Seed of the choice.
     """
     data = copy.copy(data)
-    set_up = data.setup
+    set_up, done = data.setup, False
 
     def setup(stage: str | None = None) -> None:
+        nonlocal done
         set_up(stage)
-        if data.__dict__.setdefault("images_of_all", data.train_images) is not data.train_images:
-            return  # it was done
+        if done:
+            return
         if data.train_images is None or data.train_images.labels is None:
             raise UserError("training needs labelled images with random access; give data with labels, no stream.")
         labels = data.train_images.labels
         chosen = choose(labels, fraction, seed) if fraction < 1 else np.flatnonzero(labels >= 0)
-        data.train_images = data.train_images.subset(chosen)
+        data.train_images, done = data.train_images.subset(chosen), True
         labels_of(data)
 
     data.setup = setup

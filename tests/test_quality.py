@@ -62,7 +62,7 @@ def test_collapsed_features_are_told_from_spread_ones() -> None:
 def test_many_features_are_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.randn(100, 8, dtype=torch.float64)
     whole = uniformity(features)
-    monkeypatch.setattr("ssl_lightning.evaluation.quality._SIMILARITIES_AT_ONCE", 700)
+    monkeypatch.setattr("ssl_lightning.evaluation.quality.SIMILARITIES_AT_ONCE", 700)
     assert uniformity(features) == pytest.approx(whole, abs=1e-12)
 
 

@@ -178,7 +178,7 @@ def test_arrays_train_with_and_without_labels(tmp_path: Path) -> None:
 
 def test_images_of_four_channels_take_the_geometric_part(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(256, size=(12, 4, 32, 32), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"3 channels, not 4.*jitter: 0"):
+    with pytest.raises(UserError, match=r"jitter=0.8.*3 channels, not 4; give data.views without them"):
         ArrayData(images, batch_size=4).train_dataloader()
     with pytest.raises(UserError, match=r"mean=.* is for 3 channels"):
         ArrayData(images, batch_size=4, views=[PLAIN]).train_dataloader()

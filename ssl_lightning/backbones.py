@@ -167,6 +167,18 @@ class AnySizeViT(VisionTransformer):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([self.pos_embed[:, :prefix], grid], dim=1)
 
+    def masked_tokens(self, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+        """Tokens ``(B, prefix + N, D)`` after the last norm, a learnt token in the place of masked patches.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+            mask: ``(B, N)`` bool, true where masked.
+            mask_token: ``(D,)``; takes the place of the patch's embedding before positions are added.
+        """
+        patches = self.patch_embed(images)  # (B, rows, columns, D)
+        patches = torch.where(mask.view(*patches.shape[:3], 1), mask_token.to(patches.dtype), patches)
+        return self.norm(self.blocks(self.norm_pre(self._pos_embed(patches))))
+
     def _pos_embed(self, x: Tensor) -> Tensor:
         positions = self.positions(*x.shape[1:3])
         tokens = x.flatten(1, 2)  # (B, height * width, D)

@@ -25,6 +25,9 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
+VIT_ONLY: set[type[SSLModule]] = {MAE}
+"""Methods that train no CNN."""
+
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)
 ADAMW = Optim("adamw", base_lr=1e-3, lr_scaling="none", warmup_epochs=0)
 

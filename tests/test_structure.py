@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation"},
 }
 COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check", "compare", "evaluate", "plan"}
-LEAVES = {"checkpoints"} | {path.stem for path in PACKAGE.glob("*.py")} - COMMANDS
+LEAVES = {"checkpoints", "losses"} | {path.stem for path in PACKAGE.glob("*.py")} - COMMANDS
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_lightning.batch_norm import SyncBatchNorm
 from ssl_lightning.checkpoints import check_fit, settle_progress, weights_for
-from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.distributed import own_part, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
 
@@ -102,6 +102,8 @@ class SSLModule(L.LightningModule):
         self._drop_paths: list[Any] = []
         self._generator: torch.Generator | None = None
         self._checked = False
+        self.image_indices: Tensor | None = None
+        """Indices ``(B,)`` of the images of the training batch in the data set; None from a loader without them."""
         self.last_loss: float | None = None
         """Loss of the newest batch, once it is on the host: what the progress bar shows without waiting."""
 
@@ -195,6 +197,14 @@ class SSLModule(L.LightningModule):
         """Random numbers of the step, on the CPU: the same on every process and after a resume."""
         return self._generator or torch.default_generator
 
+    def seeds_of_images(self, images: int) -> list[int]:
+        """A seed for each image of this process's batch, the same on any number of processes and after a resume.
+
+        Args:
+            images: Images of this process.
+        """
+        return own_part(torch.randint(2**62, (images * world_size(),), generator=self.generator)).tolist()
+
     def random_to_device(self, host: Tensor) -> Tensor:
         """Move what ``generator`` drew to the device, without waiting for it.
 
@@ -285,7 +295,7 @@ class SSLModule(L.LightningModule):
             batch: ``(views, labels, ...)``; the labels are not looked at.
             batch_idx: Unused.
         """
-        views = batch[0]
+        views, self.image_indices = batch[0], getattr(batch, "indices", None)
         with self._seeded(batch_idx, len(views[0])), self._recording(len(views[0])) as features:
             loss = self.training_loss(views)
         self._pending_losses.append(_to_host(reduced(loss.detach().float())))

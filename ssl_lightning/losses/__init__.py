@@ -1,0 +1,23 @@
+"""Loss functions of the methods: pure functions of tensors, in float32 or wider, exact across processes.
+
+What a paper stops the gradient at (keys, targets, assignments, the teacher) is detached here. Own code beside
+lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
+"""
+
+from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
+from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
+from ssl_lightning.losses.regression import byol, mae, negative_cosine
+
+__all__ = [
+    "byol",
+    "dino",
+    "entropy",
+    "info_nce",
+    "mae",
+    "moco_v3",
+    "negative_cosine",
+    "nt_xent",
+    "share_in_use",
+    "sinkhorn",
+    "swav",
+]

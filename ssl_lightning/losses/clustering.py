@@ -1,0 +1,98 @@
+"""Losses that assign images to prototypes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.losses.precision import full_precision
+
+
+@full_precision
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign the global batch to prototypes, all of them about equally often (Sinkhorn-Knopp).
+
+    Source: Caron et al. 2020, SwAV, section 3.1 and its released code.
+
+    Args:
+        scores: ``(B, K)``, this process's rows.
+        epsilon: Smoothness: scores are divided by it.
+        iterations: Normalisations over prototypes and rows.
+
+    Returns:
+        ``(B, K)``; each row sums to 1.
+    """
+    assignments = torch.exp((scores - reduced(scores.max(), "max")) / epsilon)
+    rows, prototypes = len(scores) * world_size(), scores.shape[1]
+    assignments /= reduced(assignments.sum())
+    for _ in range(iterations):
+        assignments /= reduced(assignments.sum(0)) * prototypes
+        assignments /= assignments.sum(1, keepdim=True) * rows
+    return assignments * rows
+
+
+@full_precision
+def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Predict the assignment of each of the first crops from every other crop of the image.
+
+    Source: Caron et al. 2020, SwAV, eq. 2 and section 3.2.
+
+    Args:
+        scores: ``(V, B, K)`` cosine similarities of all crops to the prototypes.
+        assignments: ``(A, B, K)`` of the first A crops.
+        temperature: Divides the scores.
+    """
+    return _cross_views(F.log_softmax(scores / temperature, dim=-1), assignments.detach())
+
+
+@full_precision
+def dino(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Predict the teacher's distribution on each global crop from every other crop of the image.
+
+    Source: Caron et al. 2021, DINO, eq. 3 and algorithm 1.
+
+    Args:
+        student: ``(V, B, K)`` logits of all crops.
+        teacher: ``(G, B, K)`` logits of the global crops, which come first.
+        center: ``(K,)`` subtracted from the teacher's logits.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's centred logits.
+    """
+    targets = F.softmax((teacher.detach() - center) / teacher_temperature, dim=-1)
+    return _cross_views(F.log_softmax(student / student_temperature, dim=-1), targets)
+
+
+def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy over all pairs of a target and another view.
+
+    Summed over views first: the work of all V * A pairs for that of V + A.
+
+    Args:
+        log_predictions: ``(V, B, K)``.
+        targets: ``(A, B, K)`` of the first A views.
+    """
+    across = (targets.sum(0) * log_predictions.sum(0)).sum()
+    within = (targets * log_predictions[: len(targets)]).sum()
+    pairs = len(targets) * (len(log_predictions) - 1)
+    return (within - across) / (pairs * targets.shape[1])
+
+
+def entropy(assignments: Tensor) -> Tensor:
+    """Mean entropy of assignments, from 0 (one-hot) to ln K.
+
+    Args:
+        assignments: ``(B, K)``, rows summing to 1.
+    """
+    return -torch.xlogy(assignments, assignments).sum(1).mean()
+
+
+def share_in_use(assignments: Tensor) -> Tensor:
+    """Share of the prototypes that are the first of some row, of as many as there can be.
+
+    Args:
+        assignments: ``(B, K)``.
+    """
+    return assignments.argmax(1).unique().numel() / torch.tensor(float(min(assignments.shape)))

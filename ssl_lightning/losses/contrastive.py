@@ -1,0 +1,111 @@
+"""Losses that tell an image from others."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssl_lightning.distributed import gather, rank
+from ssl_lightning.losses.precision import full_precision
+
+
+@full_precision
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float,
+    reduction: Literal["mean", "sum"] = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """Normalised temperature-scaled cross entropy: each row finds its positive among all 2N - 1 other rows.
+
+    Negatives come from all processes, with the exact gradient (the result is this process's share: average over
+    processes). Source: Chen et al. 2020, SimCLR, eq. 1; own code because lightly's masks rows with boolean indexing,
+    which waits on the device, and builds the mask on the CPU when distributed.
+
+    Args:
+        z0: ``(B, D)`` projections of the first view, any scale.
+        z1: ``(B, D)`` projections of the second view; row i of both is the same image.
+        temperature: Divides the cosine similarities.
+        reduction: ``mean`` over the 2N anchors as in the paper, or the ``sum`` of the means of both views as in the
+            released code (twice the value).
+        chunk: Anchors per block of the logits: only one block is held at a time, and computed again for the gradient.
+            None holds all ``(2B, 2N)`` of them.
+    """
+    z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
+    all0, all1 = gather(z0), gather(z1)  # (N, D)
+    target = torch.arange(len(z0), device=z0.device) + rank() * len(z0)
+    never = torch.full((), float("-inf"), dtype=z0.dtype, device=z0.device)
+
+    def cross_entropy(anchors: Tensor, target: Tensor, positives: Tensor, others: Tensor) -> Tensor:
+        across = anchors @ positives.T / temperature  # (C, N)
+        within = anchors @ others.T / temperature  # (C, N)
+        own = torch.arange(len(anchors), device=anchors.device)
+        within = within.index_put((own, target), never)  # an image is not its own negative
+        return F.cross_entropy(torch.cat([across, within], dim=1), target, reduction="sum")
+
+    first = _mean_in_blocks(cross_entropy, chunk, z0, target, all1, all0)
+    both = first + _mean_in_blocks(cross_entropy, chunk, z1, target, all0, all1)
+    return both / 2 if reduction == "mean" else both
+
+
+def _mean_in_blocks(
+    summed: Callable[..., Tensor], chunk: int | None, anchors: Tensor, target: Tensor, *candidates: Tensor
+) -> Tensor:
+    """Mean of a loss over anchors that never holds the logits of more than one block of them.
+
+    Args:
+        summed: The loss of some anchors with their targets and all candidates, summed.
+        chunk: Anchors per block; None takes all at once and keeps their logits for the gradient.
+        anchors: ``(B, D)``.
+        target: ``(B,)``.
+        candidates: ``(N, D)`` each.
+    """
+    if chunk is None:
+        return summed(anchors, target, *candidates) / len(anchors)
+    total = anchors.new_zeros(())
+    for block in zip(anchors.split(chunk), target.split(chunk), strict=True):
+        total = total + checkpoint(summed, *block, *candidates, use_reentrant=False, preserve_rng_state=False)
+    return total / len(anchors)
+
+
+@full_precision
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Each query finds its key among the negatives of a queue.
+
+    Source: He et al. 2020, MoCo, eq. 1.
+
+    Args:
+        queries: ``(B, D)``, any scale.
+        keys: ``(B, D)``, any scale; row i is the positive of query i.
+        negatives: ``(K, D)`` with rows of unit norm.
+        temperature: Divides the cosine similarities.
+    """
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
+    positive = (queries * keys).sum(1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, queries @ negatives.detach().T], dim=1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+@full_precision
+def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None = None) -> Tensor:
+    """Each query finds its key among those of the global batch: one direction, times 2 * temperature.
+
+    Source: Chen et al. 2021, MoCo v3, algorithm 1.
+
+    Args:
+        queries: ``(B, D)`` of one view, any scale.
+        keys: ``(B, D)`` of the other view, any scale; row i is the positive of query i.
+        temperature: Divides the cosine similarities.
+        chunk: Queries per block of the logits, as in ``nt_xent``.
+    """
+    queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys.detach(), dim=1))
+    target = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+
+    def cross_entropy(queries: Tensor, target: Tensor, keys: Tensor) -> Tensor:
+        return F.cross_entropy(queries @ keys.T / temperature, target, reduction="sum")  # of (C, N)
+
+    return 2 * temperature * _mean_in_blocks(cross_entropy, chunk, queries, target, keys)

@@ -1,0 +1,24 @@
+"""Losses are computed in full precision."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Run a loss outside autocast, with half-precision inputs widened: exp(1/0.05) overflows float16."""
+
+    def widen(value: Any) -> Any:
+        half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if half else value
+
+    @functools.wraps(loss)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*map(widen, args), **{key: widen(value) for key, value in kwargs.items()})
+
+    return wrapped

@@ -1,0 +1,55 @@
+"""Losses that predict features or pixels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.heads import patchify
+from ssl_lightning.losses.precision import full_precision
+
+
+@full_precision
+def byol(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos: one direction, mean over rows.
+
+    Source: Grill et al. 2020, BYOL, eq. 2.
+
+    Args:
+        predictions: ``(B, D)`` of the online network, any scale.
+        targets: ``(B, D)`` of the teacher on the other view, any scale.
+    """
+    return 2 + 2 * negative_cosine(predictions, targets)
+
+
+@full_precision
+def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Negative cosine similarity, mean over rows.
+
+    Source: Chen & He 2021, SimSiam, eq. 1.
+
+    Args:
+        predictions: ``(B, D)``, any scale.
+        targets: ``(B, D)``, any scale.
+    """
+    return -(F.normalize(predictions, dim=1) * F.normalize(targets.detach(), dim=1)).sum(1).mean()
+
+
+@full_precision
+def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
+    """Mean squared error of the pixels of masked patches.
+
+    Source: He et al. 2022, MAE, section 3 and its released code.
+
+    Args:
+        predictions: ``(B, N, P*P*3)``.
+        images: ``(B, 3, S, S)``.
+        mask: ``(B, N)``, 1 where the patch was masked.
+        patch_size: Side P of the patches in pixels.
+        normalize: Whether each target patch is normalised by its own mean and (unbiased) variance.
+    """
+    targets = patchify(images, patch_size)
+    if normalize:
+        variance, mean = torch.var_mean(targets, dim=-1, keepdim=True)
+        targets = (targets - mean) / (variance + 1e-6).sqrt()
+    errors = (predictions - targets).square().mean(-1)  # (B, N)
+    return (errors * mask).sum() / mask.sum()

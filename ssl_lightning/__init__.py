@@ -12,6 +12,7 @@ from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
+from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
@@ -78,6 +79,7 @@ __all__ = [
     "MoCoV3",
     "ObjectDetector",
     "Optim",
+    "Pictures",
     "ProgressBar",
     "SSLDataModule",
     "SSLModule",

@@ -179,6 +179,24 @@ class AnySizeViT(VisionTransformer):
         patches = torch.where(mask.view(*patches.shape[:3], 1), mask_token.to(patches.dtype), patches)
         return self.norm(self.blocks(self.norm_pre(self._pos_embed(patches))))
 
+    def class_attention(self, images: Tensor) -> Tensor:
+        """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+        """
+        attention: Any = self.blocks[-1].attn
+        seen: list[Tensor] = []
+        hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        fused, attention.fused_attn = attention.fused_attn, False  # which would not hold the weights
+        try:
+            self.forward_features(images)
+        finally:
+            attention.fused_attn = fused
+            hook.remove()
+        rows = images.shape[2] // self.patch_embed.patch_size[0]
+        return seen[0][:, :, 0, self.num_prefix_tokens :].unflatten(2, (rows, -1))
+
     def _pos_embed(self, x: Tensor) -> Tensor:
         positions = self.positions(*x.shape[1:3])
         tokens = x.flatten(1, 2)  # (B, height * width, D)

@@ -28,6 +28,7 @@ from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
+from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.view_grid import ViewGrid
@@ -49,6 +50,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
+    "pictures": Pictures,
     "health_monitor": HealthMonitor,
     "loss_floor_alarm": LossFloorAlarm,
     "embedding_writer": EmbeddingWriter,
@@ -61,6 +63,7 @@ _OF_TRAINING = {
     "preemption",
     "throughput",
     "view_grid",
+    "pictures",
     "health_monitor",
     "loss_floor_alarm",
 }
@@ -247,7 +250,7 @@ class SSLCLI(LightningCLI):
             callbacks.insert(0, _SameFolder(own))
             rank_zero_info(f"Logs and checkpoints: {folder / version}")
         if config["logger"]:
-            callbacks.append(LearningRateMonitor("step"))
+            callbacks.append(LearningRateMonitor("step", log_weight_decay=True))
         config["plugins"] = self._plugins(config)
         return self._instantiate_trainer(config, callbacks)
 

@@ -81,3 +81,16 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size**2 * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int, shape: Sequence[int]) -> Tensor:
+    """Put patches together again: the way back from ``patchify``.
+
+    Args:
+        patches: ``(B, N, P*P*C)``.
+        patch_size: Side P of the patches in pixels.
+        shape: Of the images, ``(B, C, H, W)``.
+    """
+    batch, channels, height, width = shape
+    grid = patches.reshape(batch, height // patch_size, width // patch_size, patch_size, patch_size, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)

@@ -207,7 +207,16 @@ class Optim:
         if self.end_weight_decay is not None:
             for group in optimizer.param_groups:
                 if group["decayed"]:
-                    group["weight_decay"] = cosine(self.weight_decay, self.end_weight_decay, progress)
+                    group["weight_decay"] = self.weight_decay_at(progress)
+
+    def weight_decay_at(self, progress: float) -> float:
+        """Weight decay of the decayed parameters.
+
+        Args:
+            progress: Share of the optimizer steps done.
+        """
+        end = self.weight_decay if self.end_weight_decay is None else self.end_weight_decay
+        return cosine(self.weight_decay, end, progress)
 
     def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.

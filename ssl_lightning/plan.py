@@ -94,8 +94,9 @@ def _schedule(trainer: L.Trainer, module: Any) -> dict[str, str]:
         "steps": f"{steps:,.0f} in {trainer.max_epochs} epochs, {min(warmup, steps):,.0f} of them warm-up",
         "learning rate": f"{peak:.3g} at its peak, {peak * optim.end_lr_factor:.3g} at the end ({optim.name})",
     }
-    if hasattr(module, "teacher_backbone"):
-        rows["teacher momentum"] = f"{module.momentum:g}" + ("" if hasattr(module, "queue") else " to 1")
+    first, last = module.teacher_momentum(0.0), module.teacher_momentum(1.0)
+    if first is not None:
+        rows["teacher momentum"] = f"{first:g}" if first == last else f"{first:g} to {last:g}"
     if getattr(module, "queue", None) is not None:
         rows["queue"] = f"{len(module.queue.rows):,}, that is {len(module.queue.rows) / batch:.3g} steps"
     if module.chance_loss is not None:

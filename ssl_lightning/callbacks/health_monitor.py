@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from ssl_lightning.callbacks.knn_probe import plain_features
+from ssl_lightning.callbacks.features import in_eval_mode, plain_features
 from ssl_lightning.distributed import gather
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.quality import alignment, alpha_req, feature_std, rankme, uniformity
@@ -58,11 +58,8 @@ class HealthMonitor(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look, if there was no validation."""
-        modes = [(module, module.training) for module in pl_module.modules()]
-        pl_module.eval()
-        self._look(trainer, pl_module)
-        for module, mode in modes:
-            module.training = mode
+        with in_eval_mode(pl_module):
+            self._look(trainer, pl_module)
 
     def _look(self, trainer: L.Trainer, pl_module: Any) -> None:
         views, self._views = self._views, []
@@ -84,7 +81,7 @@ class HealthMonitor(L.Callback):
         """Features ``(N, D)`` of the images that are looked at, those of all processes."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         loader = data.plain_dataloader(self.num_images) if hasattr(data, "plain_dataloader") else []
-        return plain_features(trainer, pl_module, loader)[0]
+        return plain_features(trainer, pl_module, loader).features
 
     def _of_features(self, features: Tensor) -> dict[str, float]:
         if len(features) < 2:

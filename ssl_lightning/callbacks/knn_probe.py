@@ -1,6 +1,5 @@
 """k-nearest-neighbour accuracy of the features while the method trains."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -9,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from ssl_lightning.callbacks.features import no_features, no_numbers, plain_features
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation import knn_predict
@@ -48,7 +48,7 @@ class KNNProbe(L.Callback):
         epoch = trainer.current_epoch + 1
         due = trainer.state.fn != TrainerFn.FITTING or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
         self._wanted = self.num_classes is not None and not trainer.sanity_checking and due
-        self._features, self._labels = [_no_features(pl_module)], [_no_numbers(pl_module)]
+        self._features, self._labels = [no_features(pl_module)], [no_numbers(pl_module)]
 
     def on_validation_batch_end(
         self,
@@ -87,32 +87,4 @@ class KNNProbe(L.Callback):
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
         loader = trainer.datamodule.train_labelled_dataloader(self.max_samples)  # type: ignore[attr-defined]
-        return plain_features(trainer, pl_module, loader)
-
-
-def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Features ``(N, D)`` and labels ``(N,)`` of plain images, the same on every process, in the order of the data.
-
-    Args:
-        trainer: Says device and precision.
-        pl_module: Maps images to features; in eval mode.
-        loader: Batches of plain images, each image once over all processes.
-    """
-    features, labels, indices = [_no_features(pl_module)], [_no_numbers(pl_module)], [_no_numbers(pl_module)]
-    for batch in loader:
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        with trainer.precision_plugin.val_step_context():
-            features.append(pl_module(batch.images).float())
-        labels.append(batch.labels)
-        indices.append(batch.indices)
-    order = gather_uneven(torch.cat(indices)).argsort()
-    return gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order]
-
-
-def _no_features(pl_module: L.LightningModule) -> Tensor:
-    """What a process without images gathers."""
-    return torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)  # type: ignore[arg-type]
-
-
-def _no_numbers(pl_module: L.LightningModule) -> Tensor:
-    return torch.empty(0, dtype=torch.long, device=pl_module.device)
+        return plain_features(trainer, pl_module, loader)[:2]

@@ -1,11 +1,9 @@
 """A picture of the views, where people look."""
 
-from pathlib import Path
-
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ssl_lightning.pictures import show
 
 
 class ViewGrid(L.Callback):
@@ -26,13 +24,4 @@ class ViewGrid(L.Callback):
         preview = getattr(getattr(trainer, "datamodule", None), "preview", None)
         if preview is None or trainer.global_step > 0 or not trainer.loggers:
             return
-        sheet = preview(num_rows=self.num_images, num_images=self.num_images).sheet
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("views", np.asarray(sheet), 0, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image("views", [sheet])
-        folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
-        for folder in folders[:1]:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            sheet.save(Path(folder, "views.png"))
+        show(trainer, "views", preview(num_rows=self.num_images, num_images=self.num_images).sheet, "views.png")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -14,8 +13,8 @@ from torch import Tensor
 from ssl_lightning.data.base import Loader, SSLDataModule
 from ssl_lightning.data.datasets import RawViews, StreamedViews, ViewDataset
 from ssl_lightning.data.views import ViewSpec
+from ssl_lightning.pictures import CELL, fitted, framed, picture_of, pixels_of, sheet
 
-_CELL, _GAP, _HEADER = 144, 4, 14  # pixels
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990")
 
 
@@ -56,7 +55,7 @@ def preview(data: SSLDataModule, num_rows: int = 8, num_images: int = 256) -> Pr
     assert isinstance(dataset, ViewDataset | StreamedViews)
     batches, originals = _batches(loader, num_images), _originals(dataset)
     kinds = [spec for spec in specs for _ in range(spec.count)]
-    rows: list[tuple[Image.Image, list[NDArray[np.uint8]]]] = []  # original and views
+    rows: list[list[Image.Image]] = []
     blank: list[bool] = []
     overlaps: list[float] = []
     seconds = 0.0
@@ -71,13 +70,13 @@ def preview(data: SSLDataModule, num_rows: int = 8, num_images: int = 256) -> Pr
         heights, widths = np.array([image.shape[1:] for image in images]).T
         boxes = [part.reshape(-1, len(images), 4) for part in dataset.maker.draw(0, indices, heights, widths)[0]]
         for image, crops, *views in zip(images, np.concatenate(boxes, axis=0).swapaxes(0, 1), *made.views, strict=True):
-            pixels = [_pixels(view, spec) for view, spec in zip(views, kinds, strict=True)]
-            blank += [bool(one.std() < 0.02 * 255) for one in pixels]
+            pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, kinds, strict=True)]
+            blank += [bool(one.double().std() < 0.02 * 255) for one in pixels]
             overlaps += _overlaps(crops, kinds)
             if len(rows) < num_rows:
-                rows.append((_outlined(image, crops), pixels))
+                rows.append([_outlined(image, crops), *_framed(pixels, kinds)])
     return Preview(
-        sheet=_sheet(rows, kinds),
+        sheet=sheet(rows, ["original", *(str(number + 1) for number in range(len(kinds)))]),
         blank=float(np.mean(blank)),
         overlap=float(np.mean(overlaps)) if overlaps else None,
         disjoint=float(np.mean(np.array(overlaps) == 0)) if overlaps else None,
@@ -103,12 +102,6 @@ def _originals(dataset: ViewDataset | StreamedViews) -> Callable[[int], Tensor]:
     return lambda _: next(stream)[0].decode(0)
 
 
-def _pixels(view: Tensor, spec: ViewSpec) -> NDArray[np.uint8]:
-    """``(S, S, C)`` of a view ``(C, S, S)`` as it was before it was normalised."""
-    mean, std = torch.tensor(spec.mean).view(-1, 1, 1), torch.tensor(spec.std).view(-1, 1, 1)
-    return ((view * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 def _overlaps(crops: NDArray[np.int64], kinds: Sequence[ViewSpec]) -> list[float]:
     """Intersection over union of each full-size crop with each crop after it."""
     tops, lefts, heights, widths = crops.T
@@ -124,17 +117,10 @@ def _overlaps(crops: NDArray[np.int64], kinds: Sequence[ViewSpec]) -> list[float
     return found
 
 
-def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An image of any number of channels: three as colours, else the first as gray."""
-    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
-
-
 def _outlined(image: Tensor, crops: NDArray[np.int64]) -> Image.Image:
     """The original, fitted into a cell, with the outlines of its crops."""
-    height, width = image.shape[1:]
-    scale = _CELL / max(height, width)
-    picture = _picture(image.permute(1, 2, 0).numpy())
-    picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))))
+    scale = CELL / max(image.shape[1:])
+    picture = fitted(picture_of(image))
     draw = ImageDraw.Draw(picture)
     for view, crop in enumerate(crops):
         top, left, bottom, right = (crop * scale)[[0, 1]].tolist() + ((crop[:2] + crop[2:]) * scale - 1).tolist()
@@ -142,18 +128,10 @@ def _outlined(image: Tensor, crops: NDArray[np.int64]) -> Image.Image:
     return picture
 
 
-def _sheet(rows: list[tuple[Image.Image, list[NDArray[np.uint8]]]], kinds: Sequence[ViewSpec]) -> Image.Image:
-    """Originals in the first column, views in the others, framed in the colour of their outlines."""
-    sides = [max(_CELL * spec.size // max(one.size for one in kinds), 16) for spec in kinds]
-    lefts = np.cumsum([_GAP, _CELL + _GAP, *(side + 2 * _GAP for side in sides)]).tolist()
-    sheet = Image.new("RGB", (lefts[-1], _HEADER + len(rows) * (_CELL + 2 * _GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for left, title in zip(lefts, ["original", *map(str, range(1, len(kinds) + 1))], strict=False):
-        draw.text((left, 1), title, fill="black")
-    for row, (original, views) in enumerate(rows):
-        top = _HEADER + row * (_CELL + 2 * _GAP)
-        sheet.paste(original, (lefts[0], top))
-        for left, side, pixels, color in zip(lefts[1:], sides, views, itertools.cycle(_COLORS), strict=False):
-            draw.rectangle((left, top, left + side + 3, top + side + 3), fill=color)
-            sheet.paste(_picture(pixels).resize((side, side)), (left + 2, top + 2))
-    return sheet
+def _framed(views: Sequence[Tensor], kinds: Sequence[ViewSpec]) -> list[Image.Image]:
+    """The views in their relative sizes, framed in the colour of their outlines."""
+    largest, cells = max(spec.size for spec in kinds), []
+    for pixels, spec, color in zip(views, kinds, itertools.cycle(_COLORS), strict=False):
+        side = max(CELL * spec.size // largest, 16)
+        cells.append(framed(picture_of(pixels).resize((side, side)), color))
+    return cells

@@ -132,6 +132,22 @@ class SSLModule(L.LightningModule):
     def update_teacher(self) -> None:
         """Move what follows the weights (teacher, queue, centre); called once after each optimizer step."""
 
+    def teacher_momentum(self, progress: float) -> float | None:
+        """Share of the teacher that stays at a step; None without a teacher.
+
+        Args:
+            progress: Share of the training done, in [0, 1].
+        """
+        return None
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """What the method makes of images, to be drawn beside them: by title, ``(B, 3, S, S)`` normalised alike.
+
+        Args:
+            images: ``(B, 3, S, S)``, in eval mode and without gradient.
+        """
+        return {}
+
     def _take_pending(self) -> list[Tensor]:
         """What the batches of the step left for ``update_teacher``: keys, embeddings, mean logits."""
         pending, self._pending = self._pending, []
@@ -300,6 +316,8 @@ class SSLModule(L.LightningModule):
             loss = self.training_loss(views)
         self._pending_losses.append(_to_host(reduced(loss.detach().float())))
         self.log("train/loss", loss.detach(), batch_size=len(views[0]))  # prog_bar=True would wait for every step
+        if (momentum := self.teacher_momentum(self.progress)) is not None:
+            self.log("train/teacher_momentum", momentum, batch_size=len(views[0]))
         return {"loss": loss, "features": torch.cat(features) if features else None}
 
     @contextmanager

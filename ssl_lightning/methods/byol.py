@@ -61,8 +61,12 @@ class BYOL(SSLModule):
             targets = [self.teacher_projector(self.teacher_backbone(view)) for view in views]
         return losses.byol(predictions[0], targets[1]) + losses.byol(predictions[1], targets[0])
 
+    def teacher_momentum(self, progress: float) -> float:
+        """Rises to 1 along a cosine."""
+        return cosine(self.momentum, 1.0, progress)
+
     def update_teacher(self) -> None:
         """Move the teacher (eq. 1), with the momentum of the step just taken."""
-        momentum = cosine(self.momentum, 1.0, self.progress)
+        momentum = self.teacher_momentum(self.progress)
         ema.follow(self.teacher_backbone, self.backbone, momentum)
         ema.follow(self.teacher_projector, self.projector, momentum)

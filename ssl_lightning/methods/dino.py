@@ -117,9 +117,13 @@ class DINO(SSLModule):
         share = self.current_epoch / (epochs - 1)
         return self.warmup_teacher_temperature + share * (self.teacher_temperature - self.warmup_teacher_temperature)
 
+    def teacher_momentum(self, progress: float) -> float:
+        """Rises to 1 along a cosine."""
+        return cosine(self.momentum, 1.0, progress)
+
     def update_teacher(self) -> None:
         """Move the teacher with the momentum of the step just taken, and the centre by the teacher's mean logits."""
-        momentum = cosine(self.momentum, 1.0, self.progress)
+        momentum = self.teacher_momentum(self.progress)
         ema.follow(self.teacher_backbone, self.backbone, momentum)
         ema.follow(self.teacher_projector, self.projector, momentum)
         if means := self._take_pending():

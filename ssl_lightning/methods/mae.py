@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_lightning import losses
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
+from ssl_lightning.heads import patchify, unpatchify
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
@@ -174,6 +175,20 @@ class MAE(SSLModule):
                 outputs["features"] = self(batch[0][0])
             self.backbone.train()
         return outputs
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """The visible patches, and beside them the predictions of the others.
+
+        Where targets are normalised, so are the predictions: they get mean and deviation of the patch they stand for.
+        """
+        predictions, mask = self.reconstruct(images, self._noise(images))
+        patches = patchify(images, self.patch_size)
+        if self.normalize_pixels:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            predictions = predictions * (variance + 1e-6).sqrt() + mean
+        hidden = mask[..., None].bool()
+        both = {"visible": patches.masked_fill(hidden, 0.0), "predicted": torch.where(hidden, predictions, patches)}
+        return {name: unpatchify(one.to(images.dtype), self.patch_size, images.shape) for name, one in both.items()}
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Error of the masked patches without drop path."""

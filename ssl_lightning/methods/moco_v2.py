@@ -84,6 +84,10 @@ class MoCoV2(SSLModule):
         keys = gather(F.normalize(keys.to(self.queue.rows.dtype), dim=1))
         return keys[order.argsort()] if shuffle else keys
 
+    def teacher_momentum(self, progress: float) -> float:
+        """The same all the time."""
+        return self.momentum
+
     def update_teacher(self) -> None:
         """Move the key encoder, and let the keys of the step enter the queue.
 

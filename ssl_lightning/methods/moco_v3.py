@@ -91,9 +91,13 @@ class MoCoV3(SSLModule):
         loss12 = losses.moco_v3(q1, k2, self.temperature, self.chunk_size)
         return loss12 + losses.moco_v3(q2, k1, self.temperature, self.chunk_size)
 
+    def teacher_momentum(self, progress: float) -> float:
+        """Rises to 1 along a cosine."""
+        return cosine(self.momentum, 1.0, progress)
+
     def update_teacher(self) -> None:
         """Move the teacher with the momentum of the next step: the released code moves it as that step starts."""
-        momentum = cosine(self.momentum, 1.0, self.progress_of(self.global_step + 1))
+        momentum = self.teacher_momentum(self.progress_of(self.global_step + 1))
         ema.follow(self.teacher_backbone, self.backbone, momentum)
         ema.follow(self.teacher_projector, self.projector, momentum)
 

@@ -1,0 +1,70 @@
+"""Features of plain images while a method trains: what probes, monitors and pictures look at."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning.distributed import gather_uneven
+
+
+class PlainFeatures(NamedTuple):
+    """Features of plain images, the same on every process, in the order of the data."""
+
+    features: Tensor
+    """``(N, D)``."""
+    labels: Tensor
+    """``(N,)``; -1 is unknown."""
+    indices: Tensor
+    """``(N,)`` in the data set."""
+
+
+def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Iterable[Any]) -> PlainFeatures:
+    """Features of plain images over all processes.
+
+    Args:
+        trainer: Says device and precision.
+        pl_module: Maps images to features; in eval mode.
+        loader: Batches of plain images, each image once over all processes.
+    """
+    features, labels, indices = [no_features(pl_module)], [no_numbers(pl_module)], [no_numbers(pl_module)]
+    for batch in loader:
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with trainer.precision_plugin.val_step_context():
+            features.append(pl_module(batch.images).float())
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+    every = gather_uneven(torch.cat(indices))
+    order = every.argsort()
+    return PlainFeatures(
+        gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order], every[order]
+    )
+
+
+def no_features(pl_module: L.LightningModule) -> Tensor:
+    """What a process without images gathers."""
+    return torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)  # type: ignore[arg-type]
+
+
+def no_numbers(pl_module: L.LightningModule) -> Tensor:
+    """Labels or indices of no images."""
+    return torch.empty(0, dtype=torch.long, device=pl_module.device)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Bring a module to eval mode, and every part of it back to the mode that it was in.
+
+    Args:
+        module: The method.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

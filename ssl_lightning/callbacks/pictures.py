@@ -1,0 +1,209 @@
+"""Pictures of what a method has learnt, while it learns."""
+
+import io
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, plain_features
+from ssl_lightning.errors import UserError
+from ssl_lightning.pictures import fitted, framed, heat, picture_of, pixels_of, sheet, show
+
+_NEIGHBOURS = 7
+_SAME, _OTHER = "#3cb44b", "#e6194b"  # class
+
+
+class Pictures(L.Callback):
+    """Draws what is learnt, into TensorBoard or Weights & Biases, and ``pictures/<name>/<epoch>.png`` of the run.
+
+    ``neighbours``: the training images that are nearest to some of them by cosine similarity, framed by whether the
+    class is the same. ``map``: features in two dimensions, coloured by class. ``attention``: what each head of a ViT's
+    class token looks at in the last block. ``reconstructions``: what a method that predicts pixels makes of images.
+    ``schedules``: learning rate, weight decay and momentum of the teacher over the whole training, and where it is. The
+    images are always the same, as evaluation prepares them; a stream has none to look at again.
+
+    Args:
+        every_n_epochs: Draw after every that many epochs, and after the last.
+        num_images: Images per picture.
+        num_compared: Training images among which neighbours are looked for and which the map shows, evenly spread;
+            None is a 32nd of them, from 64 to 2,048.
+        projection: How the map comes about: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
+            (``pip install "ssl_lightning[umap]"``).
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 10,
+        num_images: int = 8,
+        num_compared: int | None = None,
+        projection: Literal["pca", "tsne", "umap"] = "pca",
+    ) -> None:
+        if every_n_epochs < 1 or num_images < 1 or (num_compared is not None and num_compared < 3):
+            raise UserError(
+                f"Pictures: every_n_epochs={every_n_epochs} and num_images={num_images} must be at least 1, "
+                f"num_compared={num_compared} at least 3."
+            )
+        self.every_n_epochs, self.num_images, self.num_compared = every_n_epochs, num_images, num_compared
+        self.projection = projection
+        if projection == "umap":
+            _umap()  # say now what is missing
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, if it is time; all processes take part, the first draws."""
+        epoch = trainer.current_epoch + 1
+        if not trainer.loggers or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with in_eval_mode(pl_module), torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # the same masks every time
+            pictures = self._of_images(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+            pictures |= self._of_features(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+        if trainer.is_global_zero:
+            if (schedules := _schedules(trainer, pl_module)) is not None:
+                pictures["schedules"] = schedules
+            for name, picture in pictures.items():
+                show(trainer, name, picture, f"pictures/{name}/{epoch:04d}.png")
+
+    def _of_images(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
+        """Pictures that show each image on its own."""
+        batch = next(iter(data.plain_dataloader(self.num_images * trainer.world_size)), None)
+        if batch is None:
+            return {}
+        images = trainer.strategy.batch_to_device(batch, dataloader_idx=0).images[: self.num_images]
+        mean, std = data.image_transform["mean"], data.image_transform["std"]
+        vit: Any = getattr(pl_module, "evaluated_backbone", None)
+        attends = getattr(vit, "cls_token", None) is not None and hasattr(vit, "class_attention")
+        with trainer.precision_plugin.val_step_context():
+            made = pl_module.pictures(images) if hasattr(pl_module, "pictures") else {}
+            attention = (
+                vit.class_attention(images).double().cpu().numpy() if attends else []
+            )  # (B, heads, rows, columns)
+        columns = {
+            name: [_cell(one, mean, std) for one in column] for name, column in {"image": images, **made}.items()
+        }
+        pictures = {}
+        if made:
+            pictures["reconstructions"] = sheet(list(zip(*columns.values(), strict=True)), list(columns))
+        if attends:
+            rows = [[one, *map(heat, heads)] for one, heads in zip(columns["image"], attention, strict=True)]
+            pictures["attention"] = sheet(
+                rows, ["image", *(f"head {number + 1}" for number in range(len(rows[0]) - 1))]
+            )
+        return pictures
+
+    def _of_features(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
+        """Pictures that compare images."""
+        found = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
+        if not trainer.is_global_zero or len(found.features) < 3:
+            return {}
+        return {
+            "neighbours": _neighbours(found, data.train_images.read, self.num_images),
+            "map": _map(found, self.projection),
+        }
+
+
+def _neighbours(found: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:
+    """Some images in the first column, those with the nearest features beside them."""
+    features = F.normalize(found.features.double(), dim=1)
+    queries = torch.linspace(0, len(features) - 1, min(count, len(features)), device=features.device).long()
+    similar = features[queries] @ features.T  # (count, N)
+    similar[torch.arange(len(queries)), queries] = -2.0  # an image is not its own neighbour
+    nearest = similar.topk(min(_NEIGHBOURS, len(features) - 1)).indices
+    rows = []
+    for query, others in zip(queries.tolist(), nearest.tolist(), strict=True):
+        row = []
+        for one in (query, *others):
+            labels = found.labels[query], found.labels[one]
+            color = "white" if min(labels) < 0 else _SAME if labels[0] == labels[1] else _OTHER
+            row.append(framed(fitted(picture_of(read(int(found.indices[one])))), "white" if one == query else color))
+        rows.append(row)
+    return sheet(rows, ["image", *(f"nearest {number + 1}" for number in range(nearest.shape[1]))])
+
+
+def _map(found: PlainFeatures, projection: str) -> Image.Image:
+    """The features as points, coloured by class."""
+    labels = found.labels.cpu().numpy()
+    points, axes = _projected(found.features.double().cpu().numpy(), projection)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    panel = figure.subplots()
+    classes = np.unique(labels[labels >= 0])
+    if 1 < len(classes) <= 20:
+        for number, label in enumerate(classes):
+            x, y = points[labels == label].T
+            panel.scatter(
+                x, y, s=6, color=colormaps["tab10" if len(classes) <= 10 else "tab20"](number), label=str(label)
+            )
+        panel.legend(title="class", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    else:
+        panel.scatter(points[:, 0], points[:, 1], s=6, c=labels if len(classes) > 1 else None)
+    panel.set(xlabel=axes[0], ylabel=axes[1], title=f"features of {len(points):,} training images")
+    return _drawn(figure)
+
+
+def _cell(image: Tensor, mean: Any, std: Any) -> Image.Image:
+    return fitted(picture_of(pixels_of(image, mean, std)))
+
+
+def _projected(features: NDArray[np.float64], how: str) -> tuple[NDArray[np.float64], tuple[str, str]]:
+    """Points ``(N, 2)`` of features ``(N, D)``, and what the axes are."""
+    if how == "umap":
+        return _umap().UMAP(random_state=0).fit_transform(features), ("UMAP 1", "UMAP 2")
+    if how == "tsne":
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        return TSNE(perplexity=perplexity, random_state=0).fit_transform(features), ("t-SNE 1", "t-SNE 2")
+    from sklearn.decomposition import PCA
+
+    pca = PCA(2, random_state=0)
+    points = pca.fit_transform(features)
+    first, second = (
+        f"principal component {n + 1} ({share:.0%})" for n, share in enumerate(pca.explained_variance_ratio_)
+    )
+    return points, (first, second)
+
+
+def _umap() -> Any:
+    try:
+        import umap
+    except ImportError as error:
+        raise UserError(
+            'the projection umap needs umap-learn: pip install "ssl_lightning[umap]", or set pictures.projection to '
+            "tsne or pca."
+        ) from error
+    return umap
+
+
+def _schedules(trainer: L.Trainer, pl_module: Any) -> Image.Image | None:
+    """Learning rate, weight decay and teacher momentum of the whole training; None where it has no plan."""
+    total, optim = trainer.estimated_stepping_batches, getattr(pl_module, "optim", None)
+    if optim is None or not 0 < total < float("inf") or not trainer.lr_scheduler_configs:
+        return None
+    scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+    steps = np.unique(np.linspace(0, total, 201).astype(int))
+    curves = {"learning rate": [scheduler.base_lrs[0] * scheduler.lr_lambdas[0](int(step)) for step in steps]}
+    curves["weight decay"] = [optim.weight_decay_at(step / total) for step in steps]
+    if pl_module.teacher_momentum(0.0) is not None:
+        curves["momentum of the teacher"] = [pl_module.teacher_momentum(step / total) for step in steps]
+    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    for panel, (name, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        panel.plot(steps, values)
+        panel.axvline(trainer.global_step, color="gray", linestyle=":")
+        panel.set(title=name, xlabel="step")
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    return Image.open(file).convert("RGB")

@@ -38,6 +38,7 @@ from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.optim import LARC, LARS, Optim
 from ssl_lightning.strategies import FSDP2Strategy
@@ -85,6 +86,7 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimSiam",
     "SwAV",
     "Throughput",
     "TorchvisionData",

@@ -5,7 +5,20 @@ from typing import Any
 
 import lightning as L
 
-from ssl_lightning import BYOL, DINO, MAE, DigitsData, MoCoV2, MoCoV3, Optim, SimCLR, SSLModule, SwAV, ViewSpec
+from ssl_lightning import (
+    BYOL,
+    DINO,
+    MAE,
+    DigitsData,
+    MoCoV2,
+    MoCoV3,
+    Optim,
+    SimCLR,
+    SimSiam,
+    SSLModule,
+    SwAV,
+    ViewSpec,
+)
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
@@ -21,6 +34,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
+    SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
 }
 """Arguments that make each method small; the others are small with a small backbone."""

@@ -16,6 +16,7 @@ from ssl_lightning import (
     BYOL,
     DINO,
     MAE,
+    BarlowTwins,
     HealthMonitor,
     LossFloorAlarm,
     MoCoV2,
@@ -26,6 +27,7 @@ from ssl_lightning import (
     SSLModule,
     SwAV,
     UserError,
+    VICReg,
     ViewSpec,
 )
 from ssl_lightning.distributed import world_size
@@ -33,7 +35,7 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -50,6 +52,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
+    BarlowTwins: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
+    VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }

@@ -32,6 +32,7 @@ from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
+from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
@@ -39,7 +40,9 @@ from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
+from ssl_lightning.methods.vicreg import VICReg
 from ssl_lightning.optim import LARC, LARS, Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
@@ -52,6 +55,7 @@ __all__ = [
     "LARS",
     "MAE",
     "ArrayData",
+    "BarlowTwins",
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
@@ -87,10 +91,12 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimSiam",
     "SwAV",
     "Throughput",
     "TorchvisionData",
     "UserError",
+    "VICReg",
     "VOCDetectionData",
     "VOCSegmentationData",
     "ViewGrid",

@@ -151,6 +151,10 @@ class Optim:
             the cosine.
         step_factor: See ``milestones``.
         per_epoch: Whether the cosine changes once per epoch (MoCo v2), not per optimizer step.
+        norm_and_bias_lr_scale: Learning rate of tensors of fewer than two dimensions (biases, norms), as a share of
+            that of the others (Barlow Twins).
+        constant_lr: Parts of the method whose learning rate stays at the peak, without warm-up and schedule, e.g.
+            ``[predictor]`` (SimSiam).
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
     """
 
@@ -168,6 +172,8 @@ class Optim:
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
     per_epoch: bool = False
+    norm_and_bias_lr_scale: float = 1.0
+    constant_lr: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
     def peak_lr(self, global_batch: int) -> float:
@@ -219,21 +225,33 @@ class Optim:
         return cosine(self.weight_decay, end, progress)
 
     def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
-        """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
+        """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
             module: The method.
             global_batch: Images per optimizer step over all processes and accumulated batches.
 
         Raises:
-            UserError: The name is unknown or the optimizer refuses an argument.
+            UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names no part.
         """
-        params = [p for p in module.parameters() if p.requires_grad]
-        decayed = [p for p in params if p.ndim > 1 or self.decay_norm_and_bias]
-        undecayed = [p for p in params if p.ndim <= 1 and not self.decay_norm_and_bias]
+        parts = [name for name, _ in module.named_children()]
+        if unknown := set(self.constant_lr) - set(parts):
+            raise UserError(f"optim.constant_lr: no part {', '.join(unknown)}; there are {', '.join(parts)}.")
+        params: dict[tuple[bool, float, bool], list[Tensor]] = {}
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                lr_scale = 1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale
+                scheduled = name.partition(".")[0] not in self.constant_lr
+                params.setdefault((p.ndim > 1 or self.decay_norm_and_bias, lr_scale, scheduled), []).append(p)
         groups = [
-            {"params": decayed, "weight_decay": self.weight_decay, "decayed": True},
-            {"params": undecayed, "weight_decay": 0.0, "decayed": False},
+            {
+                "params": params[decayed, lr_scale, scheduled],
+                "weight_decay": self.weight_decay if decayed else 0.0,
+                "decayed": decayed,
+                "lr_scale": lr_scale,
+                "scheduled": scheduled,
+            }
+            for decayed, lr_scale, scheduled in sorted(params, reverse=True)
         ]
         return self.build(groups, global_batch)
 
@@ -241,7 +259,8 @@ class Optim:
         """Build the optimizer over groups of parameters.
 
         Args:
-            groups: ``params`` and ``weight_decay`` of each, and ``lr_scale`` where it has a share of the learning rate.
+            groups: ``params`` and ``weight_decay`` of each, ``lr_scale`` where it has a share of the learning rate, and
+                ``scheduled``, which is False where the learning rate is constant.
             global_batch: As for ``create``.
 
         Raises:
@@ -304,11 +323,16 @@ class Optim:
         def factor(step: int) -> float:
             return self.lr_factor(step, int(total_steps), steps_per_epoch)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        factors = [factor if group.get("scheduled", True) else _unchanged for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters
+
+
+def _unchanged(_step: int) -> float:
+    return 1.0
 
 
 def _optimizer_class(name: str) -> Any:

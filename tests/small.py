@@ -5,7 +5,22 @@ from typing import Any
 
 import lightning as L
 
-from ssl_lightning import BYOL, DINO, MAE, DigitsData, MoCoV2, MoCoV3, Optim, SimCLR, SSLModule, SwAV, ViewSpec
+from ssl_lightning import (
+    BYOL,
+    DINO,
+    MAE,
+    BarlowTwins,
+    DigitsData,
+    MoCoV2,
+    MoCoV3,
+    Optim,
+    SimCLR,
+    SimSiam,
+    SSLModule,
+    SwAV,
+    VICReg,
+    ViewSpec,
+)
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
@@ -16,12 +31,15 @@ VIT: dict[str, Any] = {
     "backbone_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3},
 }
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
+    BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
+    SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
+    VICReg: {"hidden_dim": 32, "projector_dim": 32},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 

@@ -258,7 +258,18 @@ def test_every_method_has_its_recipes() -> None:
         folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONFIGS.iterdir() if folder.is_dir()
     }
     names.pop("overlays")
-    assert set(names) == {"simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae"}
+    assert set(names) == {
+        "simclr",
+        "moco_v2",
+        "moco_v3",
+        "byol",
+        "swav",
+        "dino",
+        "mae",
+        "simsiam",
+        "barlow_twins",
+        "vicreg",
+    }
     for method, recipes in names.items():
         for wanted in ("quickstart", "cifar10_cpu", "cifar10_", "imagenet100_", "imagenet_"):
             found = [name for name in recipes if name.startswith(wanted) and (name != "cifar10_cpu" or wanted == name)]

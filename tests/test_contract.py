@@ -152,7 +152,7 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
         loss = running.callback_metrics["train/loss"]
         assert loss.dtype == torch.float32
         losses.append(float(loss))
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02, abs=0.01)
 
 
 @every_method

@@ -16,15 +16,18 @@ from ssl_lightning import (
     BYOL,
     DINO,
     MAE,
+    BarlowTwins,
     HealthMonitor,
     LossFloorAlarm,
     MoCoV2,
     MoCoV3,
     Optim,
     SimCLR,
+    SimSiam,
     SSLModule,
     SwAV,
     UserError,
+    VICReg,
     ViewSpec,
 )
 from ssl_lightning.distributed import world_size
@@ -32,7 +35,7 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -40,6 +43,7 @@ OWN = {
     MoCoV3: {"teacher_agreement"},
     BYOL: {"teacher_agreement"},
     MAE: {"masked_patch_error"},
+    SimSiam: {"projection_std"},
 }
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
@@ -48,9 +52,12 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
+    BarlowTwins: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
+    VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
+    SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
-"""A setting with which each method learns nothing; BYOL's predictor is taken away as well."""
+"""A setting with which each method learns nothing; predictors, and SimSiam's last BatchNorm, are taken away as well."""
 
 RIGHT: dict[str, Any] = {
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 32, 32)},
@@ -120,8 +127,10 @@ def test_checkpoints_and_early_stopping_go_by_health(tmp_path: Path) -> None:
 def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any) -> tuple[LossFloorAlarm, L.Trainer]:
     right = {} if method is MAE else {**RIGHT, **({"temperature": 0.2} if method is MoCoV3 else {})}
     module, data = module_and_data(method, **(WRONG[method] if wrong else right))
-    if wrong and method is BYOL:
+    if wrong and method in (BYOL, SimSiam):
         module.predictor = nn.Identity()
+    if wrong and method is SimSiam:
+        module.projector[-1] = nn.Identity()
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=6, logger=logger)
@@ -137,7 +146,7 @@ def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[S
     assert len(told) == 1
     assert method.remedies in told[0]
     assert alarm.raised
-    assert running.current_epoch < 6 or method in (SwAV, BYOL), "it stops if asked"
+    assert running.current_epoch < 6 or method in (SwAV, BYOL, SimSiam), "it stops if asked"
     assert "health/alarm" in metrics(tmp_path)
 
 

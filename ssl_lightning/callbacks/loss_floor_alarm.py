@@ -64,7 +64,7 @@ class LossFloorAlarm(L.Callback):
 
     def _is_at(self, floor: float) -> bool:
         assert self._smooth is not None
-        return abs(self._smooth - floor) <= self.tolerance * (floor or 4)
+        return abs(self._smooth - floor) <= self.tolerance * (abs(floor) or 4)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Look at what HealthMonitor found in this epoch."""

@@ -6,9 +6,11 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 
 from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
+from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
 __all__ = [
+    "barlow_twins",
     "byol",
     "dino",
     "entropy",
@@ -20,4 +22,5 @@ __all__ = [
     "share_in_use",
     "sinkhorn",
     "swav",
+    "vicreg",
 ]

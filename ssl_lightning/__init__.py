@@ -37,6 +37,7 @@ from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
+from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.optim import LARC, LARS, Optim
@@ -79,6 +80,7 @@ __all__ = [
     "ObjectDetector",
     "Optim",
     "ProgressBar",
+    "RotNet",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",

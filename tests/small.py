@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+import ssl_lightning
 from ssl_lightning import (
     BYOL,
     DINO,
@@ -21,6 +22,13 @@ from ssl_lightning import (
     VICReg,
     ViewSpec,
 )
+
+METHODS: list[type[SSLModule]] = [
+    value
+    for value in vars(ssl_lightning).values()
+    if isinstance(value, type) and issubclass(value, SSLModule) and value is not SSLModule
+]
+"""All of the package."""
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import ssl_lightning
 from ssl_lightning import (
-    MAE,
     FakeData,
     LastCheckpoint,
     LinearProbe,
@@ -27,13 +26,7 @@ from ssl_lightning import (
     check,
 )
 from tests.processes import run_processes
-from tests.small import VIT, VIT_ONLY, small, trainer
-
-METHODS = [
-    value
-    for value in vars(ssl_lightning).values()
-    if isinstance(value, type) and issubclass(value, SSLModule) and value is not SSLModule
-]
+from tests.small import METHODS, VIT, VIT_ONLY, small, trainer
 
 CNN_AND_VIT = [
     pytest.param(method, net, id=f"{method.__name__}-{'vit' if net else 'cnn'}")
@@ -305,7 +298,11 @@ def test_two_processes_train_as_one(
             for method in METHODS
             if method.global_views == 2
         ),
-        (MAE, [ViewSpec(size=32, count=2)], "MAE needs 1 view of full size, and no others"),
+        *(
+            (method, [ViewSpec(size=32, count=2)], f"{method.__name__} needs 1 view of full size, and no others")
+            for method in METHODS
+            if method.global_views == 1
+        ),
         (MoCoV2, [ViewSpec(size=32, count=2), ViewSpec(size=16)], "needs 2 views of full size, and no others"),
         (SwAV, [ViewSpec(size=16), ViewSpec(size=32, count=2)], "smaller ones may follow; data.views gives 16 px, 32"),
     ],

@@ -22,6 +22,7 @@ from ssl_lightning import (
     MoCoV2,
     MoCoV3,
     Optim,
+    RotNet,
     SimCLR,
     SimSiam,
     SSLModule,
@@ -33,9 +34,8 @@ from ssl_lightning import (
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
-from tests.small import VIT, digits, simclr, small, trainer
+from tests.small import METHODS, VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -44,17 +44,20 @@ OWN = {
     BYOL: {"teacher_agreement"},
     MAE: {"masked_patch_error"},
     SimSiam: {"projection_std"},
+    RotNet: {"pretext_accuracy"},
 }
+DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
     MoCoV2: {"temperature": 100.0},
     MoCoV3: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
-    MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
+    MAE: {"optim": DECAYED},
     BarlowTwins: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
+    RotNet: {"optim": DECAYED},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
 """A setting with which each method learns nothing; predictors, and SimSiam's last BatchNorm, are taken away as well."""
@@ -66,10 +69,12 @@ RIGHT: dict[str, Any] = {
 
 
 def module_and_data(method: type[SSLModule], **kwargs: Any) -> tuple[Any, Any]:
-    size, count = (32, 1) if method is MAE else (16, 2)
-    view = ViewSpec(size=size, count=count, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)
+    size = 32 if method in VIT_ONLY else 16
+    view = ViewSpec(
+        size=size, count=method.global_views or 2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4
+    )
     torch.manual_seed(0)
-    return small(method, VIT if method is MAE else {}, kwargs), digits(views=[view], image_size=size, batch_size=64)
+    return small(method, kwargs), digits(views=[view], image_size=size, batch_size=64)
 
 
 def metrics(folder: Path) -> str:
@@ -86,7 +91,7 @@ def test_health_is_logged_and_changes_no_weight(method: type[SSLModule], tmp_pat
         running.fit(module, data)
         weights.append(module.state_dict())
     found = {name.removeprefix("health/") for name in running.callback_metrics if name.startswith("health/")}
-    views = set() if method is MAE else {"alignment"}
+    views = {"alignment"} if method.global_views != 1 else set()
     assert found - {"alpha_req"} == {"rankme", "feature_std", "uniformity"} | views | OWN.get(method, set())
     assert all(torch.isfinite(running.callback_metrics[f"health/{name}"]) for name in found)
     for name, value in weights[0].items():
@@ -125,7 +130,7 @@ def test_checkpoints_and_early_stopping_go_by_health(tmp_path: Path) -> None:
 
 
 def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any) -> tuple[LossFloorAlarm, L.Trainer]:
-    right = {} if method is MAE else {**RIGHT, **({"temperature": 0.2} if method is MoCoV3 else {})}
+    right = {} if method in VIT_ONLY else {**RIGHT, **({"temperature": 0.2} if method is MoCoV3 else {})}
     module, data = module_and_data(method, **(WRONG[method] if wrong else right))
     if wrong and method in (BYOL, SimSiam):
         module.predictor = nn.Identity()

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import ssl_lightning
-from ssl_lightning import MAE, KNNProbe, LinearProbe, ProgressBar, SSLModule, Throughput, UserError
+from ssl_lightning import KNNProbe, LinearProbe, ProgressBar, SSLModule, Throughput, UserError
 from ssl_lightning.benchmark import OperationCounter, step
 from tests.small import BACKBONE, small, trainer
 
@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_device(method: type[SSLModule], tmp_path: Any) ->
     count = CountSteps()
     callbacks = [count, LinearProbe(), KNNProbe(), Throughput(every_n_steps=1), ProgressBar()]
     quiet = trainer(tmp_path, callbacks=callbacks, enable_progress_bar=True)
-    quiet.fit(small(method), datamodule=Ready(1 if method is MAE else 2))
+    quiet.fit(small(method), datamodule=Ready(method.global_views or 2))
     assert len(count.counters) == 4
     for counter in count.counters:
         assert counter.counts.total() > 100

@@ -143,6 +143,9 @@ _MOCO_V2 = ViewSpec(
     blur=0.5,
 )
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
+_ROTNET = ViewSpec(interpolation="bilinear")
+# The released code scales the shorter side to 256 px and crops 255: a square of nearly that side at a random place.
+_JIGSAW = ViewSpec(size=255, scale=(0.6, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", grayscale=0.66)
 # Inputs stay in [0, 1].
 _SIMCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -168,6 +171,8 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     # The released code swaps keep and apply of the blur; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
+    "rotnet": (_ROTNET,),
+    "jigsaw": (_JIGSAW,),
     "simmim": (ViewSpec(size=192, scale=(0.67, 1.0), interpolation="bilinear"),),
     "ijepa": (ViewSpec(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0),),
     "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4),),
@@ -198,6 +203,10 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "swav": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
     "mae": (_cifar(ViewSpec()),),
+    # The released code crops 32 px out of the image with a border of 4 px; here are crops of 28 px and more.
+    "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),
+    # Of lemniscate's cifar.py, its deviations included.
+    "npid": (replace(_NPID, size=32, grayscale_first=False, flip=0.0, mean=CIFAR_MEAN, std=(0.2023, 0.1994, 0.2010)),),
 }
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
 

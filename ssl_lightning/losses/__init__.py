@@ -4,14 +4,17 @@ What a paper stops the gradient at (keys, targets, assignments, the teacher) is 
 lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
 """
 
+from ssl_lightning.losses.classification import accuracy, cross_entropy
 from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
 __all__ = [
+    "accuracy",
     "barlow_twins",
     "byol",
+    "cross_entropy",
     "dino",
     "entropy",
     "info_nce",

@@ -44,6 +44,7 @@ class BarlowTwins(SSLModule):
         super().__init__(optim=optim, **kwargs)
         self.lambd = lambd
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projector_dim])
+        self._dimensions = projector_dim
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Distance of the cross-correlation of the projections from the identity (eq. 1).
@@ -56,4 +57,4 @@ class BarlowTwins(SSLModule):
     @property
     def chance_loss(self) -> float:
         """The number of dimensions D: nothing correlates, as with constant projections."""
-        return float(self.projector[-1].out_features)
+        return float(self._dimensions)

@@ -66,6 +66,10 @@ class SSLModule(L.LightningModule):
     collapsed_loss: float | None = None
     """The loss of outputs that are all the same, where it is known and not the chance loss."""
 
+    probe_every: int | None = None
+    """Steps between those whose views, whole and in eval mode, have features for the probes: for a method that trains
+    on parts of them. None takes the features of the training forward."""
+
     # What the code permits
 
     shardable: bool = True
@@ -309,7 +313,7 @@ class SSLModule(L.LightningModule):
 
         Args:
             batch: ``(views, labels, ...)``; the labels are not looked at.
-            batch_idx: Unused.
+            batch_idx: Number of the batch.
         """
         views, self.image_indices = batch[0], getattr(batch, "indices", None)
         with self._seeded(batch_idx, len(views[0])), self._recording(len(views[0])) as features:
@@ -318,7 +322,17 @@ class SSLModule(L.LightningModule):
         self.log("train/loss", loss.detach(), batch_size=len(views[0]))  # prog_bar=True would wait for every step
         if (momentum := self.teacher_momentum(self.progress)) is not None:
             self.log("train/teacher_momentum", momentum, batch_size=len(views[0]))
+        if self.probe_every is not None:
+            features = [self._whole_features(views[0])] if batch_idx % self.probe_every == 0 else []
         return {"loss": loss, "features": torch.cat(features) if features else None}
+
+    @torch.no_grad()
+    def _whole_features(self, images: Tensor) -> Tensor:
+        """Features of whole images in eval mode."""
+        self.evaluated_backbone.eval()
+        features = self(images)
+        self.evaluated_backbone.train()
+        return features
 
     @contextmanager
     def _seeded(self, batch_idx: int, batch_size: int) -> Iterator[None]:

@@ -161,21 +161,6 @@ class MAE(SSLModule):
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + positions.to(tokens.dtype)
         return self.decoder_predictor(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Loss of a batch; at every n-th step with the features of whole views for the probes.
-
-        Args:
-            batch: ``(views, labels, ...)``; the labels are not looked at.
-            batch_idx: Number of the batch.
-        """
-        outputs = super().training_step(batch, batch_idx)
-        if batch_idx % self.probe_every == 0:
-            self.backbone.eval()
-            with torch.no_grad():
-                outputs["features"] = self(batch[0][0])
-            self.backbone.train()
-        return outputs
-
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """The visible patches, and beside them the predictions of the others.
 

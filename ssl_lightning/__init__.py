@@ -38,6 +38,7 @@ from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
+from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
@@ -53,6 +54,7 @@ __all__ = [
     "LARC",
     "LARS",
     "MAE",
+    "NNCLR",
     "ArrayData",
     "BarlowTwins",
     "BestCheckpoint",

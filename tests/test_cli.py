@@ -269,6 +269,7 @@ def test_every_method_has_its_recipes() -> None:
         "simsiam",
         "barlow_twins",
         "vicreg",
+        "nnclr",
     }
     for method, recipes in names.items():
         for wanted in ("quickstart", "cifar10_cpu", "cifar10_", "imagenet100_", "imagenet_"):

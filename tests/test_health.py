@@ -16,6 +16,7 @@ from ssl_lightning import (
     BYOL,
     DINO,
     MAE,
+    NNCLR,
     BarlowTwins,
     HealthMonitor,
     LossFloorAlarm,
@@ -35,7 +36,7 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg, NNCLR]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -43,12 +44,14 @@ OWN = {
     MoCoV3: {"teacher_agreement"},
     BYOL: {"teacher_agreement"},
     MAE: {"masked_patch_error"},
+    NNCLR: {"queue_age", "neighbours_in_use"},
     SimSiam: {"projection_std"},
 }
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
     MoCoV2: {"temperature": 100.0},
     MoCoV3: {"temperature": 100.0},
+    NNCLR: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},

@@ -5,7 +5,7 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 """
 
 from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
-from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
+from ssl_lightning.losses.contrastive import info_nce, moco_v3, nnclr, nt_xent
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
@@ -18,6 +18,7 @@ __all__ = [
     "mae",
     "moco_v3",
     "negative_cosine",
+    "nnclr",
     "nt_xent",
     "share_in_use",
     "sinkhorn",

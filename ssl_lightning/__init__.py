@@ -34,6 +34,7 @@ from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
@@ -62,6 +63,7 @@ __all__ = [
     "CIFAR100Data",
     "COCODetectionData",
     "DatasetImages",
+    "DeepClusterV2",
     "DigitsData",
     "EmbeddingWriter",
     "Evaluation",

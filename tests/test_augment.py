@@ -269,6 +269,7 @@ def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
 
 def test_presets_for_small_images() -> None:
     assert PRESETS["ibot"] == PRESETS["dino"]
+    assert PRESETS["deepcluster_v2"] == PRESETS["swav"]
     (simclr,) = preset("simclr", 32)
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
     first, second = preset("byol", 32)

@@ -270,6 +270,7 @@ def test_every_method_has_its_recipes() -> None:
         "barlow_twins",
         "vicreg",
         "nnclr",
+        "deepcluster_v2",
     }
     for method, recipes in names.items():
         for wanted in ("quickstart", "cifar10_cpu", "cifar10_", "imagenet100_", "imagenet_"):

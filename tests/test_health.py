@@ -18,6 +18,7 @@ from ssl_lightning import (
     MAE,
     NNCLR,
     BarlowTwins,
+    DeepClusterV2,
     HealthMonitor,
     LossFloorAlarm,
     MoCoV2,
@@ -36,8 +37,9 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg, NNCLR]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, SimSiam, BarlowTwins, VICReg, NNCLR, DeepClusterV2]
 OWN = {
+    DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
@@ -52,6 +54,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV2: {"temperature": 100.0},
     MoCoV3: {"temperature": 100.0},
     NNCLR: {"temperature": 100.0},
+    DeepClusterV2: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},

@@ -42,7 +42,7 @@ class BarlowTwins(SSLModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(optim=optim, **kwargs)
-        self.lambd = lambd
+        self.lambd, self.projector_dim = lambd, projector_dim
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projector_dim])
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
@@ -56,4 +56,4 @@ class BarlowTwins(SSLModule):
     @property
     def chance_loss(self) -> float:
         """The number of dimensions D: nothing correlates, as with constant projections."""
-        return float(self.projector[-1].out_features)
+        return float(self.projector_dim)

@@ -35,10 +35,12 @@ from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
+from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.simsiam import SimSiam
@@ -55,6 +57,7 @@ __all__ = [
     "LARC",
     "LARS",
     "MAE",
+    "NNCLR",
     "ArrayData",
     "BarlowTwins",
     "BestCheckpoint",
@@ -62,6 +65,7 @@ __all__ = [
     "CIFAR100Data",
     "COCODetectionData",
     "DatasetImages",
+    "DeepClusterV2",
     "DigitsData",
     "EmbeddingWriter",
     "Evaluation",

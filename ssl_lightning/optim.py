@@ -323,7 +323,8 @@ class Optim:
         def factor(step: int) -> float:
             return self.lr_factor(step, int(total_steps), steps_per_epoch)
 
-        factors: list[Any] = [factor if group.get("scheduled", True) else _unchanged for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        factors: list[Callable[[int], float]] = [factor if g.get("scheduled", True) else _unchanged for g in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

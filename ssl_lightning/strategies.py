@@ -44,7 +44,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if not getattr(module, "shardable", True):
-            raise UserError(f"{type(module).__name__} sets weights in its forward pass; set trainer.strategy to ddp.")
+            raise UserError(
+                f"{type(module).__name__} sets or uses weights beside its step; set trainer.strategy to ddp."
+            )
         if self.precision_plugin.precision not in ("32-true", "bf16-mixed"):
             raise UserError("fsdp2 trains in 32-true and bf16-mixed; set trainer.precision to one of them.")
         loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop

@@ -225,6 +225,7 @@ def test_single_draw_clamps_the_crop_to_the_image() -> None:
 STRONG, SOFT, EVEN = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1), (0.4, 0.4, 0.4, 0.1)
 PAPERS = {
     "simclr": [(224, 2, 0.08, 1.0, "bicubic", STRONG, 0.5, 0.0)],
+    "nnclr": [(224, 2, 0.08, 1.0, "bicubic", STRONG, 0.5, 0.0)],
     "moco_v2": [(224, 2, 0.2, 1.0, "bilinear", EVEN, 0.5, 0.0)],
     "simsiam": [(224, 2, 0.2, 1.0, "bilinear", EVEN, 0.5, 0.0)],
     "moco_v3": [(224, 1, 0.2, 1.0, "bilinear", SOFT, 1.0, 0.0), (224, 1, 0.2, 1.0, "bilinear", SOFT, 0.1, 0.2)],
@@ -269,6 +270,7 @@ def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
 
 def test_presets_for_small_images() -> None:
     assert PRESETS["ibot"] == PRESETS["dino"]
+    assert PRESETS["deepcluster_v2"] == PRESETS["swav"]
     (simclr,) = preset("simclr", 32)
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
     first, second = preset("byol", 32)

@@ -67,7 +67,9 @@ class Watch(L.Callback):
             {
                 name: value.clone()
                 for name, value in pl_module.state_dict().items()
-                if name.startswith(("teacher_", "queue", "center")) and "running" not in name and "num_b" not in name
+                if name.startswith(("teacher_", "queue", "center", "memory"))
+                and "running" not in name
+                and "num_b" not in name
             }
         )
 
@@ -84,7 +86,7 @@ def test_a_step_gives_a_finite_loss_and_every_parameter_a_gradient(
 
 
 @every_method
-def test_teacher_queue_and_centre_move_once_per_optimizer_step(method: type[SSLModule], tmp_path: Path) -> None:
+def test_teacher_queue_memory_and_centre_move_once_per_optimizer_step(method: type[SSLModule], tmp_path: Path) -> None:
     watch = Watch()
     running = trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=2)
     queue: dict[str, Any] = {"queue_length": 32, "queue_start_epoch": 0} if method is SwAV else {}

@@ -16,7 +16,9 @@ from ssl_lightning import (
     BYOL,
     DINO,
     MAE,
+    NNCLR,
     BarlowTwins,
+    DeepClusterV2,
     HealthMonitor,
     LossFloorAlarm,
     MoCoV2,
@@ -37,12 +39,14 @@ from tests.processes import run_processes
 from tests.small import METHODS, VIT_ONLY, digits, simclr, small, trainer
 
 OWN = {
+    DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
     MoCoV3: {"teacher_agreement"},
     BYOL: {"teacher_agreement"},
     MAE: {"masked_patch_error"},
+    NNCLR: {"queue_age", "neighbours_in_use"},
     SimSiam: {"projection_std"},
     RotNet: {"pretext_accuracy"},
 }
@@ -51,6 +55,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
     MoCoV2: {"temperature": 100.0},
     MoCoV3: {"temperature": 100.0},
+    NNCLR: {"temperature": 100.0},
+    DeepClusterV2: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": DECAYED},

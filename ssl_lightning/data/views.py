@@ -165,7 +165,9 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_BYOL, replace(_second(_BYOL), solarize_threshold=127.5)),
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
+    "nnclr": (_SIMCLR,),
     "swav": (_SWAV, replace(_SWAV, size=96, count=6, scale=(0.05, 0.14))),
+    "deepcluster_v2": (_SWAV, replace(_SWAV, size=96, count=6, scale=(0.05, 0.14))),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
     "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
     # The released code swaps keep and apply of the blur; these are the probabilities that result.
@@ -199,8 +201,10 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "moco_v3_vit": (_CIFAR_FIRST, _CIFAR_SECOND),
     "byol": (_CIFAR_FIRST, _CIFAR_SECOND),
     "barlow_twins": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "nnclr": (_CIFAR_FIRST, _CIFAR_SECOND),
     "vicreg": (replace(_CIFAR_FIRST, count=2, scale=(0.2, 1.0), solarize=0.1),),
     "swav": (_cifar(_SWAV),),
+    "deepcluster_v2": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
     "mae": (_cifar(ViewSpec()),),
     # The released code crops 32 px out of the image with a border of 4 px; here are crops of 28 px and more.

@@ -5,8 +5,8 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 """
 
 from ssl_lightning.losses.classification import accuracy, cross_entropy
-from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
-from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
+from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, share_in_use, sinkhorn, swav
+from ssl_lightning.losses.contrastive import info_nce, moco_v3, nnclr, nt_xent
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
@@ -15,12 +15,14 @@ __all__ = [
     "barlow_twins",
     "byol",
     "cross_entropy",
+    "deepcluster_v2",
     "dino",
     "entropy",
     "info_nce",
     "mae",
     "moco_v3",
     "negative_cosine",
+    "nnclr",
     "nt_xent",
     "share_in_use",
     "sinkhorn",

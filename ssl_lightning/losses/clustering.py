@@ -65,6 +65,21 @@ def dino(
     return _cross_views(F.log_softmax(student / student_temperature, dim=-1), targets)
 
 
+@full_precision
+def deepcluster_v2(scores: Tensor, clusters: Tensor, temperature: float) -> Tensor:
+    """Predict the image's cluster in each set from every crop.
+
+    Source: Caron et al. 2020, SwAV, appendix on DeepCluster-v2 and its released code.
+
+    Args:
+        scores: ``(H, V, B, K)`` cosine similarities of all crops to the prototypes of H sets.
+        clusters: ``(H, B)`` index of the image's prototype in each set.
+        temperature: Divides the scores.
+    """
+    targets = clusters[:, None].expand(scores.shape[:-1])  # (H, V, B)
+    return F.cross_entropy((scores / temperature).flatten(0, 2), targets.flatten())
+
+
 def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy over all pairs of a target and another view.
 

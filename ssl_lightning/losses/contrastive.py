@@ -109,3 +109,20 @@ def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None
         return F.cross_entropy(queries @ keys.T / temperature, target, reduction="sum")  # of (C, N)
 
     return 2 * temperature * _mean_in_blocks(cross_entropy, chunk, queries, target, keys)
+
+
+@full_precision
+def nnclr(neighbours: Tensor, predictions: Tensor, temperature: float) -> Tensor:
+    """Each neighbour of one view finds its image's prediction of the other view in the global batch: one direction.
+
+    Predictions come from all processes, with the exact gradient. Source: Dwibedi et al. 2021, NNCLR, eq. 4 and
+    algorithm 1.
+
+    Args:
+        neighbours: ``(B, D)`` nearest neighbours of one view, any scale.
+        predictions: ``(B, D)`` of the other view, any scale; row i belongs to neighbour i.
+        temperature: Divides the cosine similarities.
+    """
+    neighbours, predictions = F.normalize(neighbours.detach(), dim=1), gather(F.normalize(predictions, dim=1))
+    target = torch.arange(len(neighbours), device=neighbours.device) + rank() * len(neighbours)
+    return F.cross_entropy(neighbours @ predictions.T / temperature, target)

@@ -42,9 +42,8 @@ class BarlowTwins(SSLModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(optim=optim, **kwargs)
-        self.lambd = lambd
+        self.lambd, self.projector_dim = lambd, projector_dim
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projector_dim])
-        self._dimensions = projector_dim
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Distance of the cross-correlation of the projections from the identity (eq. 1).
@@ -57,4 +56,4 @@ class BarlowTwins(SSLModule):
     @property
     def chance_loss(self) -> float:
         """The number of dimensions D: nothing correlates, as with constant projections."""
-        return float(self._dimensions)
+        return float(self.projector_dim)

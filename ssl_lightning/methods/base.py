@@ -73,7 +73,7 @@ class SSLModule(L.LightningModule):
     # What the code permits
 
     shardable: bool = True
-    """Whether ``fsdp2`` can train it: False for a method that changes weights in ``training_loss``."""
+    """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
     def __init__(
         self,

@@ -1,0 +1,76 @@
+"""Memory of the embedding of each image, and clusters of it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ROWS_AT_A_TIME = 16384
+
+
+class Memory(nn.Module):
+    """The newest embedding of each image of a data set; the same on every process, saved with the method.
+
+    It begins without images: ``resize`` tells how many there are.
+
+    Args:
+        shape: Shape of the embedding of an image.
+
+    Attributes:
+        rows: ``(M, *shape)``; zero where an image was not seen yet.
+    """
+
+    rows: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0, *shape))
+
+    def resize(self, images: int) -> None:
+        """Forget all, and make room.
+
+        Args:
+            images: Images of the data set.
+        """
+        self.rows = self.rows.new_zeros(images, *self.rows.shape[1:])
+
+    def write(self, indices: Tensor, rows: Tensor) -> None:
+        """Replace the embeddings of some images.
+
+        Args:
+            indices: ``(N,)`` of the images in the data set.
+            rows: ``(N, *shape)``, the same on every process.
+        """
+        self.rows[indices] = rows
+
+    @property
+    def known(self) -> Tensor:
+        """The rows of the images that were seen: ``(M', *shape)``."""
+        return self.rows[self.rows.flatten(1).any(1)]
+
+
+@torch.no_grad()
+def spherical_kmeans(rows: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Centroids of unit norm, by cosine similarity.
+
+    They begin as random rows, the same several times if there are too few; one that has no rows stays where it is. The
+    same rows give the same bits, on a GPU too: sums are products of matrices, not scattered.
+
+    Args:
+        rows: ``(M, D)`` of unit norm.
+        clusters: Number of centroids K.
+        iterations: Assignments and new centroids.
+        generator: On the CPU, draws the first centroids.
+
+    Returns:
+        ``(K, D)``.
+    """
+    first = torch.randperm(len(rows), generator=generator)[torch.arange(clusters) % len(rows)]
+    centroids = rows[first.to(rows.device)]  # (K, D)
+    for _ in range(iterations):
+        sums = torch.zeros_like(centroids)
+        for part in rows.split(_ROWS_AT_A_TIME):
+            members = F.one_hot((part @ centroids.T).argmax(1), clusters).to(part.dtype)  # (part, K)
+            sums += members.T @ part
+        empty = ~sums.any(1, keepdim=True)
+        centroids = torch.where(empty, centroids, F.normalize(sums, dim=1))
+    return centroids

@@ -1,0 +1,182 @@
+"""DeepCluster v2."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning import losses
+from ssl_lightning.distributed import gather
+from ssl_lightning.errors import UserError
+from ssl_lightning.heads import mlp
+from ssl_lightning.memory import Memory, spherical_kmeans
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+
+
+class DeepClusterV2(SSLModule):
+    """DeepCluster v2: predict the cluster of an image, clusters being those of all images at the start of the epoch.
+
+    Caron et al. 2020, SwAV, appendix on DeepCluster-v2, https://arxiv.org/abs/2006.09882, and its released code. A
+    memory holds the embeddings of the two global crops of each image as they were last; at the start of each epoch
+    spherical k-means makes several sets of prototypes of it, in turn from the first and from the second crops. No
+    gradient moves them. All crops predict. One pass over the images fills the memory before training. BatchNorm is
+    global.
+
+    The memory is the same on every process: 1 kB per image with the defaults. It needs data modules that number their
+    images, as those of this package do, but for streams. An image that the memory does not hold yet, as the last
+    incomplete batch is left out, is assigned by its embedding at hand.
+
+    Args:
+        temperature: Divides the scores of the prediction.
+        num_prototypes: Number of clusters K of a set.
+        prototype_sets: How many times the images are clustered.
+        kmeans_iterations: Iterations of k-means.
+        hidden_dim: Width of the projector's hidden layer.
+        projector_dim: Width of the embeddings.
+        optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
+    """
+
+    views = "deepcluster_v2"
+    remedies = "fewer prototypes than a tenth of the images, a lower learning rate, a temperature near 0.1"
+    global_views = 2
+    local_views = True
+    batch_norm = "global"
+    zero_init_residual = False
+    shardable = False  # the memory is filled before the first step
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        num_prototypes: int = 3000,
+        prototype_sets: int = 3,
+        kmeans_iterations: int = 10,
+        hidden_dim: int = 2048,
+        projector_dim: int = 128,
+        optim: Optim = Optim(
+            "larc",
+            base_lr=0.3,
+            weight_decay=1e-6,
+            decay_norm_and_bias=True,
+            warmup_start_factor=0.0625,
+            warmup_inclusive=True,
+            end_lr_factor=0.001,
+        ),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optim=optim, **kwargs)
+        self.temperature, self.kmeans_iterations = temperature, kmeans_iterations
+        self.projector = mlp([self.embed_dim, hidden_dim, projector_dim], bias=True, last_bias=True)
+        prototypes = F.normalize(torch.randn(prototype_sets, num_prototypes, projector_dim), dim=2)
+        self.register_buffer("prototypes", prototypes)
+        self.memory = Memory(2, projector_dim)
+        # DistributedDataParallel would send them with every forward pass
+        self._ddp_params_and_buffers_to_ignore = ["prototypes", "memory.rows"]
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Cross entropy of all crops with the image's cluster, mean over the sets of prototypes."""
+        embeddings = self._embeddings(views)  # (V, B, projector_dim)
+        scores = torch.einsum("vbd,hkd->hvbk", embeddings, self.prototypes.to(embeddings.dtype))
+        of_global_crops = embeddings.detach()[:2].transpose(0, 1).to(self.memory.rows.dtype)  # (B, 2, projector_dim)
+        loss = losses.deepcluster_v2(scores, self._clusters(of_global_crops), self.temperature)
+        if self.image_indices is not None:
+            self._pending += [self.image_indices, of_global_crops]
+        return loss
+
+    def _embeddings(self, views: Sequence[Tensor]) -> Tensor:
+        from ssl_lightning.backbones import multi_crop
+
+        embeddings = F.normalize(self.projector(multi_crop(self.backbone, views)), dim=1)
+        return embeddings.unflatten(0, (len(views), -1))
+
+    @torch.no_grad()
+    def _clusters(self, embeddings: Tensor) -> Tensor:
+        """The clusters ``(H, B)`` of the images in each set: those of the epoch's start, as each comes once an epoch.
+
+        Args:
+            embeddings: ``(B, 2, projector_dim)``, for images that the memory does not hold.
+        """
+        if self.image_indices is not None:
+            remembered = self.memory.rows[self.image_indices]
+            embeddings = torch.where(remembered.any(2, keepdim=True), remembered, embeddings)
+        elif self._trainer is not None:
+            raise UserError("DeepClusterV2 remembers images by their number; train on a data module of this package.")
+        crops = torch.stack([embeddings[:, number % 2] for number in range(len(self.prototypes))])  # (H, B, ...)
+        with torch.autocast(crops.device.type, enabled=False):
+            return (crops @ self.prototypes.transpose(1, 2)).argmax(2)
+
+    def update_teacher(self) -> None:
+        """Let the embeddings of the step enter the memory."""
+        pending = self._take_pending()
+        for indices, embeddings in zip(pending[::2], pending[1::2], strict=True):
+            self.memory.write(gather(indices), gather(embeddings))
+
+    def on_train_start(self) -> None:
+        """Fill the memory, unless a checkpoint has done so."""
+        super().on_train_start()
+        images = getattr(self.trainer.datamodule, "train_images", None)  # type: ignore[attr-defined]
+        if images is None:  # refused at the first batch
+            return
+        if len(self.memory.rows) == 0:
+            self.memory.resize(len(images))
+            self._fill()
+        if len(self.memory.rows) != len(images):
+            remembered = len(self.memory.rows)
+            raise UserError(f"the memory is of {remembered} images, the data has {len(images)}; go on with the same.")
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Embed the global crops of the first epoch."""
+        trainer: Any = self.trainer
+        for number, batch in enumerate(islice(trainer.train_dataloader, trainer.num_training_batches)):
+            if getattr(batch, "indices", None) is None:  # refused at the first batch
+                return
+            batch = trainer.strategy.batch_to_device(batch)
+            with self._seeded(number, len(batch[0][0])), trainer.precision_plugin.train_step_context():
+                embeddings = self._embeddings(batch[0][:2])  # (2, B, projector_dim)
+            rows = embeddings.transpose(0, 1).to(self.memory.rows.dtype)
+            self.memory.write(gather(batch.indices), gather(rows.contiguous()))
+
+    @torch.no_grad()
+    def on_train_epoch_start(self) -> None:
+        """Make the prototypes of the epoch; not where a checkpoint within one is resumed."""
+        known = self.memory.known
+        if len(known) == 0:
+            return
+        with self._seeded(0, 0):  # the same on every process
+            for number, centroids in enumerate(self.prototypes):
+                rows = known[:, number % 2]
+                found = spherical_kmeans(rows, len(centroids), self.kmeans_iterations, self.generator)
+                self.prototypes[number] = found
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the memory of the checkpoint."""
+        if (rows := checkpoint["state_dict"].get("memory.rows")) is not None:
+            self.memory.resize(len(rows))
+        super().on_load_checkpoint(checkpoint)
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """The images must be numbered, and more than the prototypes."""
+        super().check(sizes, global_batch)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        images, clusters = getattr(data, "train_images", None), self.prototypes.shape[1]
+        if images is None and data is not None:
+            raise UserError("DeepClusterV2 remembers every image; train on images that are not a stream.")
+        if images is not None and len(images) < clusters:
+            raise UserError(f"{len(images)} images have no {clusters} clusters; set model.num_prototypes lower.")
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Share of the first set's prototypes that are nearest to a view."""
+        embeddings = self._embeddings(views[:2]).flatten(0, 1)
+        return {"prototypes_in_use": losses.share_in_use(embeddings.to(self.prototypes.dtype) @ self.prototypes[0].T)}
+
+    @property
+    def chance_loss(self) -> float:
+        """The entropy ln K: every cluster is as likely."""
+        return math.log(self.prototypes.shape[1])

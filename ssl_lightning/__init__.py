@@ -34,6 +34,7 @@ from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BYOL",
     "DINO",
+    "IBOT",
     "LARC",
     "LARS",
     "MAE",

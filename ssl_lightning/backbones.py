@@ -102,6 +102,32 @@ def is_vit(name: str) -> bool:
     return timm.is_model(name) and is_model_in_modules(name, ["vision_transformer"])
 
 
+def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> "AnySizeViT":
+    """The backbone, which must be a ViT whose patch tokens a method can read.
+
+    Args:
+        method: Name of the method, for the message.
+        name: Name of the backbone, for the message.
+        backbone: What ``create_backbone`` built.
+        class_token: Whether its features are the class token, or the mean of its patches without any other token.
+
+    Raises:
+        UserError: It is not.
+    """
+    wanted = "token" if class_token else "avg"
+    if (
+        isinstance(backbone, AnySizeViT)
+        and (backbone.cls_token is not None) == class_token
+        and (backbone.global_pool, type(backbone.fc_norm)) == (wanted, nn.Identity)
+    ):
+        return backbone
+    tokens = "a class token that is its features" if class_token else "no class token and the mean of patches"
+    raise UserError(
+        f"{method} reads the patch tokens of a ViT with {tokens}, which backbone={name!r} is not; set model.backbone "
+        "to a ViT of timm, e.g. vit_base_patch16_224."
+    )
+
+
 class AnySizeViT(VisionTransformer):
     """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.
 

@@ -28,7 +28,7 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     rows, columns = grid
     while (left := count - int(mask.sum())) > 0:
         for _ in range(10):
-            area = random.uniform(smallest, min(left, largest))
+            area = random.uniform(*sorted((smallest, min(left, largest))))
             aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))  # height / width
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:
@@ -41,3 +41,16 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
         else:
             break
     return torch.from_numpy(mask)
+
+
+def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the masked patches are, and what divides each in a mean over the patches of an image, then over images.
+
+    Args:
+        mask: ``(B, N)`` bool, true where masked; on the CPU, as the device would have to be waited for.
+
+    Returns:
+        Indices ``(M,)`` among all ``B * N`` patches, and ``(M,)`` of masked patches of its image * B.
+    """
+    counts = (mask.sum(1, keepdim=True) * len(mask)).expand_as(mask)  # (B, N)
+    return mask.flatten().nonzero().squeeze(1), counts[mask]

@@ -129,6 +129,19 @@ class LARC(LARS):
         return decayed
 
 
+def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
+    """Clip the gradient of each parameter on its own, not that of all together (DINO's released code).
+
+    Args:
+        parameters: Those without a gradient are left alone.
+        largest: Largest norm of a gradient; 0 for no clipping.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if largest > 0 and gradients:
+        factors = (largest / (norms(gradients) + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(shards(gradients), list(factors.unbind()))
+
+
 @dataclass(frozen=True)
 class Optim:
     """Optimizer and learning-rate schedule of a recipe.

@@ -15,6 +15,7 @@ from torch import nn
 from ssl_lightning import (
     BYOL,
     DINO,
+    IBOT,
     MAE,
     HealthMonitor,
     LossFloorAlarm,
@@ -30,11 +31,12 @@ from ssl_lightning import (
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
-from tests.small import VIT, digits, simclr, small, trainer
+from tests.small import VIT, VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, IBOT, MAE]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
+    IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
     MoCoV3: {"teacher_agreement"},
@@ -47,6 +49,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV3: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
+    IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
@@ -59,10 +62,12 @@ RIGHT: dict[str, Any] = {
 
 
 def module_and_data(method: type[SSLModule], **kwargs: Any) -> tuple[Any, Any]:
-    size, count = (32, 1) if method is MAE else (16, 2)
+    size, count = 32 if method in VIT_ONLY else 16, method.global_views or 2
     view = ViewSpec(size=size, count=count, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)
     torch.manual_seed(0)
-    return small(method, VIT if method is MAE else {}, kwargs), digits(views=[view], image_size=size, batch_size=64)
+    return small(method, VIT if method in VIT_ONLY else {}, kwargs), digits(
+        views=[view], image_size=size, batch_size=64
+    )
 
 
 def metrics(folder: Path) -> str:
@@ -79,7 +84,7 @@ def test_health_is_logged_and_changes_no_weight(method: type[SSLModule], tmp_pat
         running.fit(module, data)
         weights.append(module.state_dict())
     found = {name.removeprefix("health/") for name in running.callback_metrics if name.startswith("health/")}
-    views = set() if method is MAE else {"alignment"}
+    views = set() if method.global_views == 1 else {"alignment"}
     assert found - {"alpha_req"} == {"rankme", "feature_std", "uniformity"} | views | OWN.get(method, set())
     assert all(torch.isfinite(running.callback_metrics[f"health/{name}"]) for name in found)
     for name, value in weights[0].items():
@@ -118,7 +123,7 @@ def test_checkpoints_and_early_stopping_go_by_health(tmp_path: Path) -> None:
 
 
 def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any) -> tuple[LossFloorAlarm, L.Trainer]:
-    right = {} if method is MAE else {**RIGHT, **({"temperature": 0.2} if method is MoCoV3 else {})}
+    right = {} if method in VIT_ONLY else {**RIGHT, **({"temperature": 0.2} if method is MoCoV3 else {})}
     module, data = module_and_data(method, **(WRONG[method] if wrong else right))
     if wrong and method is BYOL:
         module.predictor = nn.Identity()

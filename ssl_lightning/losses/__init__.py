@@ -4,7 +4,7 @@ What a paper stops the gradient at (keys, targets, assignments, the teacher) is 
 lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
 """
 
-from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
+from ssl_lightning.losses.clustering import dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
@@ -12,6 +12,7 @@ __all__ = [
     "byol",
     "dino",
     "entropy",
+    "ibot",
     "info_nce",
     "mae",
     "moco_v3",

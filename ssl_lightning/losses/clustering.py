@@ -65,6 +65,23 @@ def dino(
     return _cross_views(F.log_softmax(student / student_temperature, dim=-1), targets)
 
 
+@full_precision
+def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    """Predict the teacher's distribution on masked patches: mean over the masked patches of an image, then over images.
+
+    Source: Zhou et al. 2022, iBOT, eq. 2 and its released code.
+
+    Args:
+        student: ``(M, K)`` logits of the masked patches of all images.
+        assignments: ``(M, K)``, the teacher's distributions on the same patches.
+        counts: ``(M,)``, what each patch is divided by: masked patches of its image * images. Images without masked
+            patches count as images.
+        temperature: Divides the student's logits.
+    """
+    errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
+    return (errors / counts).sum()
+
+
 def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy over all pairs of a target and another view.
 

@@ -34,6 +34,7 @@ from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.dinov2 import DINOv2
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
@@ -57,6 +58,7 @@ __all__ = [
     "CIFAR10Data",
     "CIFAR100Data",
     "COCODetectionData",
+    "DINOv2",
     "DatasetImages",
     "DigitsData",
     "EmbeddingWriter",

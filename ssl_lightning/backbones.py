@@ -215,6 +215,36 @@ class AnySizeViT(VisionTransformer):
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
 
 
+def even_drop_path(vit: VisionTransformer, rate: float) -> None:
+    """Give all blocks of a ViT the same stochastic depth, rather than one that rises with the depth (DINOv2).
+
+    Args:
+        vit: A ViT of timm.
+        rate: Rate of each block.
+    """
+    for block in vit.blocks if rate > 0 else ():
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+
+
+def layer_scale(name: str, blocks: int, decay: float) -> float:
+    """Share of the learning rate of a parameter of a ViT: that of each block is ``decay`` times that of the next.
+
+    Embeddings come before the first block; norm, registers and whatever is no part of the ViT have the full rate, as in
+    DINOv2's released code.
+
+    Args:
+        name: Of the parameter in the ViT.
+        blocks: Number of blocks.
+        decay: Share of the rate of the layer above.
+    """
+    layer = blocks + 1
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    return decay ** (blocks + 1 - layer)
+
+
 @functools.lru_cache(maxsize=16)
 def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: torch.device | None = None) -> Tensor:
     """Fixed two-dimensional sine and cosine positions, zero for the class token.

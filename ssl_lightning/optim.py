@@ -142,6 +142,28 @@ def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
         torch._foreach_mul_(shards(gradients), list(factors.unbind()))
 
 
+def clip_together(parameters: Iterable[Tensor], largest: float) -> None:
+    """Clip the gradient of several parameters by the norm of all together.
+
+    Args:
+        parameters: Those without a gradient are left alone.
+        largest: Largest norm; 0 for no clipping.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if largest > 0 and gradients:
+        torch._foreach_mul_(shards(gradients), (largest / (norms(gradients).norm() + 1e-6)).clamp(max=1))
+
+
+def steps_per_epoch(trainer: L.Trainer) -> float:
+    """Optimizer steps of an epoch, once the loader is there; infinite if it has no length.
+
+    Args:
+        trainer: Of the training.
+    """
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if batches < float("inf") else float("inf")
+
+
 @dataclass(frozen=True)
 class Optim:
     """Optimizer and learning-rate schedule of a recipe.
@@ -222,24 +244,36 @@ class Optim:
                 if group["decayed"]:
                     group["weight_decay"] = cosine(self.weight_decay, self.end_weight_decay, progress)
 
-    def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
+    def create(
+        self, module: nn.Module, global_batch: int, lr_scale: Callable[[str], float] | None = None
+    ) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, decayed and undecayed ones in two groups.
 
         Args:
             module: The method.
             global_batch: Images per optimizer step over all processes and accumulated batches.
+            lr_scale: Share of the learning rate of a parameter, by its name; None gives all the whole.
 
         Raises:
             UserError: The name is unknown or the optimizer refuses an argument.
         """
-        params = [p for p in module.parameters() if p.requires_grad]
-        decayed = [p for p in params if p.ndim > 1 or self.decay_norm_and_bias]
-        undecayed = [p for p in params if p.ndim <= 1 and not self.decay_norm_and_bias]
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay, "decayed": True},
-            {"params": undecayed, "weight_decay": 0.0, "decayed": False},
-        ]
-        return self.build(groups, global_batch)
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                scale = 1.0 if lr_scale is None else lr_scale(name)
+                groups.setdefault((scale, p.ndim > 1 or self.decay_norm_and_bias), []).append(p)
+        return self.build(
+            [
+                {
+                    "params": params,
+                    "weight_decay": self.weight_decay if decayed else 0.0,
+                    "decayed": decayed,
+                    "lr_scale": scale,
+                }
+                for (scale, decayed), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+            ],
+            global_batch,
+        )
 
     def build(self, groups: list[dict[str, Any]], global_batch: int) -> torch.optim.Optimizer:
         """Build the optimizer over groups of parameters.
@@ -295,18 +329,17 @@ class Optim:
             raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}
-        if trainer.num_training_batches < float("inf"):
-            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        elif self.warmup_epochs > 0 or self.per_epoch:
-            raise UserError(
-                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
-                "to 0 and model.optim.per_epoch to false."
-            )
-        else:
-            steps_per_epoch = total_steps
+        steps = steps_per_epoch(trainer)
+        if steps == float("inf"):
+            if self.warmup_epochs > 0 or self.per_epoch:
+                raise UserError(
+                    "the loader has no length to count epochs by; set model.optim.warmup_epochs "
+                    "to 0 and model.optim.per_epoch to false."
+                )
+            steps = total_steps
 
         def factor(step: int) -> float:
-            return self.lr_factor(step, int(total_steps), steps_per_epoch)
+            return self.lr_factor(step, int(total_steps), steps)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

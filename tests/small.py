@@ -5,7 +5,21 @@ from typing import Any
 
 import lightning as L
 
-from ssl_lightning import BYOL, DINO, IBOT, MAE, DigitsData, MoCoV2, MoCoV3, Optim, SimCLR, SSLModule, SwAV, ViewSpec
+from ssl_lightning import (
+    BYOL,
+    DINO,
+    IBOT,
+    MAE,
+    DigitsData,
+    DINOv2,
+    MoCoV2,
+    MoCoV3,
+    Optim,
+    SimCLR,
+    SSLModule,
+    SwAV,
+    ViewSpec,
+)
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
@@ -18,6 +32,7 @@ VIT: dict[str, Any] = {
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BYOL: {"hidden_dim": 32},
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
@@ -26,7 +41,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {IBOT, MAE}
+VIT_ONLY: set[type[SSLModule]] = {IBOT, MAE, DINOv2}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

@@ -17,6 +17,7 @@ from ssl_lightning import (
     DINO,
     IBOT,
     MAE,
+    DINOv2,
     HealthMonitor,
     LossFloorAlarm,
     MoCoV2,
@@ -33,10 +34,11 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, IBOT, MAE]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, IBOT, DINOv2, MAE]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
+    DINOv2: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
     MoCoV3: {"teacher_agreement"},
@@ -49,6 +51,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV3: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
+    DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},

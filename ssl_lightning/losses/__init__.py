@@ -7,6 +7,7 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 from ssl_lightning.losses.clustering import dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
+from ssl_lightning.losses.regularizers import koleo
 
 __all__ = [
     "byol",
@@ -14,6 +15,7 @@ __all__ = [
     "entropy",
     "ibot",
     "info_nce",
+    "koleo",
     "mae",
     "moco_v3",
     "negative_cosine",

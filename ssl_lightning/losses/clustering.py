@@ -10,7 +10,7 @@ from ssl_lightning.losses.precision import full_precision
 
 @full_precision
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = False) -> Tensor:
     """Assign the global batch to prototypes, all of them about equally often (Sinkhorn-Knopp).
 
     Source: Caron et al. 2020, SwAV, section 3.1 and its released code.
@@ -19,12 +19,17 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         scores: ``(B, K)``, this process's rows.
         epsilon: Smoothness: scores are divided by it.
         iterations: Normalisations over prototypes and rows.
+        uneven: Whether processes may have different numbers of rows, or none.
 
     Returns:
         ``(B, K)``; each row sums to 1.
     """
-    assignments = torch.exp((scores - reduced(scores.max(), "max")) / epsilon)
-    rows, prototypes = len(scores) * world_size(), scores.shape[1]
+    largest = scores.max() if len(scores) else scores.new_tensor(float("-inf"))
+    assignments = torch.exp((scores - reduced(largest, "max")) / epsilon)
+    rows: int | Tensor = len(scores) * world_size()
+    if uneven:
+        rows = reduced(torch.tensor(len(scores), device=scores.device))
+    prototypes = scores.shape[1]
     assignments /= reduced(assignments.sum())
     for _ in range(iterations):
         assignments /= reduced(assignments.sum(0)) * prototypes

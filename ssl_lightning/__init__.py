@@ -36,6 +36,8 @@ from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
 from ssl_lightning.methods.ibot import IBOT
+from ssl_lightning.methods.ijepa import IJEPA
+from ssl_lightning.methods.lejepa import LeJEPA
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
@@ -50,6 +52,7 @@ __all__ = [
     "BYOL",
     "DINO",
     "IBOT",
+    "IJEPA",
     "LARC",
     "LARS",
     "MAE",
@@ -75,6 +78,7 @@ __all__ = [
     "Images",
     "KNNProbe",
     "LastCheckpoint",
+    "LeJEPA",
     "LinearClassifier",
     "LinearProbe",
     "LossFloorAlarm",

@@ -156,15 +156,20 @@ class AnySizeViT(VisionTransformer):
             rows_first: As for ``sincos_positions``.
         """
         self.rows_first = rows_first
-        positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first)
-        self.pos_embed = nn.Parameter(positions.clone(), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            self._fixed_positions(self.patch_embed.grid_size, rows_first).clone(), requires_grad=False
+        )
+
+    def _fixed_positions(self, grid: tuple[int, int], rows_first: bool, device: torch.device | None = None) -> Tensor:
+        positions = sincos_positions(self.embed_dim, grid, rows_first, device)
+        return positions if self.cls_token is not None else positions[:, 1:]
 
     def tell_fixed_positions(self) -> None:
         """See in which order the positions are sine-cosine ones, if they are."""
         found = self.pos_embed.full_tensor() if isinstance(self.pos_embed, DTensor) else self.pos_embed
         self.rows_first = None
         for rows_first in (True, False):
-            fixed = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first, found.device)
+            fixed = self._fixed_positions(self.patch_embed.grid_size, rows_first, found.device)
             if fixed.shape == found.shape and torch.allclose(found.float(), fixed, atol=0.01):  # rounded to bfloat16
                 self.rows_first = rows_first
 
@@ -184,7 +189,7 @@ class AnySizeViT(VisionTransformer):
         if (height, width) == (rows, columns):
             return self.pos_embed
         if self.rows_first is not None:
-            positions = sincos_positions(self.embed_dim, (height, width), self.rows_first, self.pos_embed.device)
+            positions = self._fixed_positions((height, width), self.rows_first, self.pos_embed.device)
             return positions.to(self.pos_embed.dtype)
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         grid = self.pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)

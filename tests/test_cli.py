@@ -253,7 +253,7 @@ def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
     assert len(curve(run, "val/linear_top1")) == 2
 
 
-IMAGENET_ONLY = {"ibot", "dinov2"}
+IMAGENET_ONLY = {"ibot", "dinov2", "ijepa", "lejepa"}
 """Methods for which nobody has published a recipe on smaller data."""
 
 
@@ -262,7 +262,19 @@ def test_every_method_has_its_recipes() -> None:
         folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONFIGS.iterdir() if folder.is_dir()
     }
     names.pop("overlays")
-    assert set(names) == {"simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "ibot", "dinov2", "mae"}
+    assert set(names) == {
+        "simclr",
+        "moco_v2",
+        "moco_v3",
+        "byol",
+        "swav",
+        "dino",
+        "ibot",
+        "dinov2",
+        "ijepa",
+        "lejepa",
+        "mae",
+    }
     for method, recipes in names.items():
         published = ("imagenet_",) if method in IMAGENET_ONLY else ("cifar10_", "imagenet100_", "imagenet_")
         for wanted in ("quickstart", "cifar10_cpu", *published):

@@ -16,9 +16,11 @@ from ssl_lightning import (
     BYOL,
     DINO,
     IBOT,
+    IJEPA,
     MAE,
     DINOv2,
     HealthMonitor,
+    LeJEPA,
     LossFloorAlarm,
     MoCoV2,
     MoCoV3,
@@ -34,10 +36,12 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT, VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, IBOT, DINOv2, MAE]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, IBOT, DINOv2, IJEPA, LeJEPA, MAE]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
+    IJEPA: {"teacher_agreement", "masked_patch_error"},
+    LeJEPA: {"prediction_error", "sigreg"},
     DINOv2: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
@@ -51,6 +55,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV3: {"temperature": 100.0},
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
+    IJEPA: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
+    LeJEPA: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)},

@@ -6,21 +6,24 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 
 from ssl_lightning.losses.clustering import dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
-from ssl_lightning.losses.regression import byol, mae, negative_cosine
-from ssl_lightning.losses.regularizers import koleo
+from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
+from ssl_lightning.losses.regularizers import koleo, sigreg
 
 __all__ = [
     "byol",
     "dino",
     "entropy",
     "ibot",
+    "ijepa",
     "info_nce",
     "koleo",
+    "lejepa",
     "mae",
     "moco_v3",
     "negative_cosine",
     "nt_xent",
     "share_in_use",
+    "sigreg",
     "sinkhorn",
     "swav",
 ]

@@ -37,6 +37,10 @@ from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.ibot import IBOT
+from ssl_lightning.methods.ijepa import IJEPA
+from ssl_lightning.methods.lejepa import LeJEPA
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
@@ -54,6 +58,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BYOL",
     "DINO",
+    "IBOT",
+    "IJEPA",
     "LARC",
     "LARS",
     "MAE",
@@ -64,6 +70,7 @@ __all__ = [
     "CIFAR10Data",
     "CIFAR100Data",
     "COCODetectionData",
+    "DINOv2",
     "DatasetImages",
     "DeepClusterV2",
     "DigitsData",
@@ -81,6 +88,7 @@ __all__ = [
     "Images",
     "KNNProbe",
     "LastCheckpoint",
+    "LeJEPA",
     "LinearClassifier",
     "LinearProbe",
     "LossFloorAlarm",

@@ -102,6 +102,32 @@ def is_vit(name: str) -> bool:
     return timm.is_model(name) and is_model_in_modules(name, ["vision_transformer"])
 
 
+def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> "AnySizeViT":
+    """The backbone, which must be a ViT whose patch tokens a method can read.
+
+    Args:
+        method: Name of the method, for the message.
+        name: Name of the backbone, for the message.
+        backbone: What ``create_backbone`` built.
+        class_token: Whether its features are the class token, or the mean of its patches without any other token.
+
+    Raises:
+        UserError: It is not.
+    """
+    wanted = "token" if class_token else "avg"
+    if (
+        isinstance(backbone, AnySizeViT)
+        and (backbone.cls_token is not None) == class_token
+        and (backbone.global_pool, type(backbone.fc_norm)) == (wanted, nn.Identity)
+    ):
+        return backbone
+    tokens = "a class token that is its features" if class_token else "no class token and the mean of patches"
+    raise UserError(
+        f"{method} reads the patch tokens of a ViT with {tokens}, which backbone={name!r} is not; set model.backbone "
+        "to a ViT of timm, e.g. vit_base_patch16_224."
+    )
+
+
 class AnySizeViT(VisionTransformer):
     """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.
 
@@ -130,15 +156,20 @@ class AnySizeViT(VisionTransformer):
             rows_first: As for ``sincos_positions``.
         """
         self.rows_first = rows_first
-        positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first)
-        self.pos_embed = nn.Parameter(positions.clone(), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            self._fixed_positions(self.patch_embed.grid_size, rows_first).clone(), requires_grad=False
+        )
+
+    def _fixed_positions(self, grid: tuple[int, int], rows_first: bool, device: torch.device | None = None) -> Tensor:
+        positions = sincos_positions(self.embed_dim, grid, rows_first, device)
+        return positions if self.cls_token is not None else positions[:, 1:]
 
     def tell_fixed_positions(self) -> None:
         """See in which order the positions are sine-cosine ones, if they are."""
         found = self.pos_embed.full_tensor() if isinstance(self.pos_embed, DTensor) else self.pos_embed
         self.rows_first = None
         for rows_first in (True, False):
-            fixed = sincos_positions(self.embed_dim, self.patch_embed.grid_size, rows_first, found.device)
+            fixed = self._fixed_positions(self.patch_embed.grid_size, rows_first, found.device)
             if fixed.shape == found.shape and torch.allclose(found.float(), fixed, atol=0.01):  # rounded to bfloat16
                 self.rows_first = rows_first
 
@@ -158,7 +189,7 @@ class AnySizeViT(VisionTransformer):
         if (height, width) == (rows, columns):
             return self.pos_embed
         if self.rows_first is not None:
-            positions = sincos_positions(self.embed_dim, (height, width), self.rows_first, self.pos_embed.device)
+            positions = self._fixed_positions((height, width), self.rows_first, self.pos_embed.device)
             return positions.to(self.pos_embed.dtype)
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         grid = self.pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
@@ -205,6 +236,36 @@ class AnySizeViT(VisionTransformer):
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
+
+
+def even_drop_path(vit: VisionTransformer, rate: float) -> None:
+    """Give all blocks of a ViT the same stochastic depth, rather than one that rises with the depth (DINOv2).
+
+    Args:
+        vit: A ViT of timm.
+        rate: Rate of each block.
+    """
+    for block in vit.blocks if rate > 0 else ():
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+
+
+def layer_scale(name: str, blocks: int, decay: float) -> float:
+    """Share of the learning rate of a parameter of a ViT: that of each block is ``decay`` times that of the next.
+
+    Embeddings come before the first block; norm, registers and whatever is no part of the ViT have the full rate, as in
+    DINOv2's released code.
+
+    Args:
+        name: Of the parameter in the ViT.
+        blocks: Number of blocks.
+        decay: Share of the rate of the layer above.
+    """
+    layer = blocks + 1
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    return decay ** (blocks + 1 - layer)
 
 
 @functools.lru_cache(maxsize=16)

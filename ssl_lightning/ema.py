@@ -1,11 +1,12 @@
 """Teachers: copies of a student that follow it as an exponential moving average."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ssl_lightning.distributed import shards
+from ssl_lightning.distributed import reduced, shards, world_size
 
 
 def teacher_of(student: nn.Module) -> nn.Module:
@@ -35,3 +36,16 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     weights = shards(teacher.parameters())
     torch._foreach_lerp_(weights, shards(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def follow_mean(center: Tensor, means: Sequence[Tensor], momentum: float) -> None:
+    """Move a centre towards the mean over all processes and accumulated batches.
+
+    Args:
+        center: ``(K,)``; moved in place.
+        means: ``(K,)`` of each batch of this process; none leaves the centre where it is.
+        momentum: Share of the centre that stays.
+    """
+    if means:
+        center.lerp_(reduced(torch.stack(list(means)).mean(0)) / world_size(), 1 - momentum)

@@ -63,9 +63,48 @@ class DINOHead(nn.Module):
         self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(B, K)`` of features ``(B, embed_dim)``."""
-        prototypes = F.normalize(self.prototypes, dim=1) * self.prototype_norms  # (K, bottleneck_dim)
-        return F.linear(F.normalize(self.mlp(features), dim=1), prototypes)
+        """Logits ``(..., K)`` of features ``(..., embed_dim)``."""
+        return self._logits(features, self.prototypes, self.prototype_norms)
+
+    def drop_prototype_gradients(self) -> None:
+        """Let the next step leave the prototypes as they are, weight decay included."""
+        for name, parameter in self.named_parameters():
+            if "prototype" in name:
+                parameter.grad = None
+
+    def _logits(self, features: Tensor, prototypes: Tensor, prototype_norms: Tensor) -> Tensor:
+        prototypes = F.normalize(prototypes, dim=1) * prototype_norms  # (K, bottleneck_dim)
+        return F.linear(F.normalize(self.mlp(features), dim=-1), prototypes)
+
+
+class IBOTHead(DINOHead):
+    """DINO's head with further prototypes for patches.
+
+    Zhou et al. 2022, iBOT, section 3.2: the head that is not shared; only the last layer differs.
+
+    Args:
+        embed_dim: Width of the features.
+        hidden_dim: Width of the two hidden layers.
+        bottleneck_dim: Width of the bottleneck.
+        num_prototypes: Number of outputs K, for the class token and for patches.
+        norm_last_layer: Whether the norms of the prototypes stay 1, or are learnt.
+    """
+
+    def __init__(
+        self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last_layer: bool
+    ) -> None:
+        super().__init__(embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
+        self.patch_prototypes = nn.Parameter(torch.empty_like(self.prototypes))
+        nn.init.kaiming_uniform_(self.patch_prototypes, a=math.sqrt(5))
+        self.patch_prototype_norms = nn.Parameter(
+            torch.ones_like(self.prototype_norms), requires_grad=not norm_last_layer
+        )
+
+    def forward(self, features: Tensor, patches: bool = False) -> Tensor:
+        """Logits ``(..., K)`` of features ``(..., embed_dim)`` of class tokens, or of patches."""
+        if not patches:
+            return super().forward(features)
+        return self._logits(features, self.patch_prototypes, self.patch_prototype_norms)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -28,7 +28,7 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     rows, columns = grid
     while (left := count - int(mask.sum())) > 0:
         for _ in range(10):
-            area = random.uniform(smallest, min(left, largest))
+            area = random.uniform(*sorted((smallest, min(left, largest))))
             aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))  # height / width
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:
@@ -41,3 +41,87 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
         else:
             break
     return torch.from_numpy(mask)
+
+
+def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the masked patches are, and what divides each in a mean over the patches of an image, then over images.
+
+    Args:
+        mask: ``(B, N)`` bool, true where masked; on the CPU, as the device would have to be waited for.
+
+    Returns:
+        Indices ``(M,)`` among all ``B * N`` patches, and ``(M,)`` of masked patches of its image * B.
+    """
+    counts = (mask.sum(1, keepdim=True) * len(mask)).expand_as(mask)  # (B, N)
+    return mask.flatten().nonzero().squeeze(1), counts[mask]
+
+
+def multi_block(
+    images: int,
+    grid: tuple[int, int],
+    targets: int,
+    target_scale: tuple[float, float],
+    target_aspect: tuple[float, float],
+    context_scale: tuple[float, float],
+    min_context: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Blocks of patches to predict, and one block to predict them from that leaves them out.
+
+    Assran et al. 2023, I-JEPA, section 3 and its released code: all images share the sizes of the blocks, one random
+    number setting area and aspect; no block reaches both the first and the last place it could have, as the code draws
+    corners below an exclusive bound; all are cut to the shortest by leaving out their last patches. Where a context
+    stays too small after 20 draws, the last target is allowed to overlap it, then the one before.
+
+    Args:
+        images: Number of images.
+        grid: Rows and columns of patches.
+        targets: Blocks to predict for each image.
+        target_scale: Smallest and largest share of patches in such a block.
+        target_aspect: Smallest and largest height / width of such a block.
+        context_scale: Smallest and largest share of patches in the block to predict from, a square.
+        min_context: Contexts with no more patches than this are drawn again.
+        seed: Of the random numbers.
+
+    Returns:
+        Indices ``(images, C)`` of the context and ``(images, targets, P)`` of the patches to predict, ascending.
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    target_size = _block_size(grid, target_scale, target_aspect, random.random())
+    context_size = _block_size(grid, context_scale, (1.0, 1.0), random.random())
+    blocks = _blocks(grid, target_size, (images, targets), random)
+    contexts = np.zeros((images, *grid), dtype=bool)
+    small = np.arange(images)
+    for avoided in range(targets, -1, -1):
+        for _ in range(20):
+            covered = blocks[small, :avoided].any(1)
+            contexts[small] = _blocks(grid, context_size, (len(small),), random) & ~covered
+            small = small[contexts[small].sum((1, 2)) <= min_context]
+    return _indices(contexts.reshape(images, -1)), _indices(blocks.reshape(images, targets, -1))
+
+
+def _block_size(
+    grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], share: float
+) -> tuple[int, int]:
+    """Height and width of a block, smaller than the grid; ``share`` places area and aspect in their ranges."""
+    area = int(grid[0] * grid[1] * (scale[0] + share * (scale[1] - scale[0])))
+    ratio = aspect[0] + share * (aspect[1] - aspect[0])
+    sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return max(1, min(sides[0], grid[0] - 1)), max(1, min(sides[1], grid[1] - 1))
+
+
+def _blocks(
+    grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], random: np.random.Generator
+) -> np.ndarray:
+    """Masks ``(*shape, rows, columns)``, true inside a block."""
+    inside = []
+    for side, length in zip(grid, size, strict=True):
+        start = random.integers(side - length, size=(*shape, 1))
+        inside.append((np.arange(side) >= start) & (np.arange(side) < start + length))
+    return inside[0][..., :, None] & inside[1][..., None, :]
+
+
+def _indices(masks: np.ndarray) -> Tensor:
+    """Indices of the first true entries along the last axis, as many as the mask with the fewest has."""
+    order = np.argsort(~masks, axis=-1, kind="stable")
+    return torch.from_numpy(order[..., : masks.sum(-1).min()])

@@ -129,6 +129,41 @@ class LARC(LARS):
         return decayed
 
 
+def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
+    """Clip the gradient of each parameter on its own, not that of all together (DINO's released code).
+
+    Args:
+        parameters: Those without a gradient are left alone.
+        largest: Largest norm of a gradient; 0 for no clipping.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if largest > 0 and gradients:
+        factors = (largest / (norms(gradients) + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(shards(gradients), list(factors.unbind()))
+
+
+def clip_together(parameters: Iterable[Tensor], largest: float) -> None:
+    """Clip the gradient of several parameters by the norm of all together.
+
+    Args:
+        parameters: Those without a gradient are left alone.
+        largest: Largest norm; 0 for no clipping.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if largest > 0 and gradients:
+        torch._foreach_mul_(shards(gradients), (largest / (norms(gradients).norm() + 1e-6)).clamp(max=1))
+
+
+def steps_per_epoch(trainer: L.Trainer) -> float:
+    """Optimizer steps of an epoch, once the loader is there; infinite if it has no length.
+
+    Args:
+        trainer: Of the training.
+    """
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if batches < float("inf") else float("inf")
+
+
 @dataclass(frozen=True)
 class Optim:
     """Optimizer and learning-rate schedule of a recipe.
@@ -224,12 +259,15 @@ class Optim:
         end = self.weight_decay if self.end_weight_decay is None else self.end_weight_decay
         return cosine(self.weight_decay, end, progress)
 
-    def create(self, module: nn.Module, global_batch: int) -> torch.optim.Optimizer:
+    def create(
+        self, module: nn.Module, global_batch: int, lr_scale: Callable[[str], float] | None = None
+    ) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
             module: The method.
             global_batch: Images per optimizer step over all processes and accumulated batches.
+            lr_scale: Share of the learning rate of a parameter, by its name; None gives all the whole.
 
         Raises:
             UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names no part.
@@ -237,23 +275,25 @@ class Optim:
         parts = [name for name, _ in module.named_children()]
         if unknown := set(self.constant_lr) - set(parts):
             raise UserError(f"optim.constant_lr: no part {', '.join(unknown)}; there are {', '.join(parts)}.")
-        params: dict[tuple[bool, float, bool], list[Tensor]] = {}
+        groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
-                lr_scale = 1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale
+                scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
-                params.setdefault((p.ndim > 1 or self.decay_norm_and_bias, lr_scale, scheduled), []).append(p)
-        groups = [
-            {
-                "params": params[decayed, lr_scale, scheduled],
-                "weight_decay": self.weight_decay if decayed else 0.0,
-                "decayed": decayed,
-                "lr_scale": lr_scale,
-                "scheduled": scheduled,
-            }
-            for decayed, lr_scale, scheduled in sorted(params, reverse=True)
-        ]
-        return self.build(groups, global_batch)
+                groups.setdefault((p.ndim > 1 or self.decay_norm_and_bias, scale, scheduled), []).append(p)
+        return self.build(
+            [
+                {
+                    "params": groups[decayed, scale, scheduled],
+                    "weight_decay": self.weight_decay if decayed else 0.0,
+                    "decayed": decayed,
+                    "lr_scale": scale,
+                    "scheduled": scheduled,
+                }
+                for decayed, scale, scheduled in sorted(groups, reverse=True)
+            ],
+            global_batch,
+        )
 
     def build(self, groups: list[dict[str, Any]], global_batch: int) -> torch.optim.Optimizer:
         """Build the optimizer over groups of parameters.
@@ -310,18 +350,17 @@ class Optim:
             raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}
-        if trainer.num_training_batches < float("inf"):
-            steps_per_epoch = float(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        elif self.warmup_epochs > 0 or self.per_epoch:
-            raise UserError(
-                "the loader has no length to count epochs by; set model.optim.warmup_epochs "
-                "to 0 and model.optim.per_epoch to false."
-            )
-        else:
-            steps_per_epoch = total_steps
+        steps = steps_per_epoch(trainer)
+        if steps == float("inf"):
+            if self.warmup_epochs > 0 or self.per_epoch:
+                raise UserError(
+                    "the loader has no length to count epochs by; set model.optim.warmup_epochs "
+                    "to 0 and model.optim.per_epoch to false."
+                )
+            steps = total_steps
 
         def factor(step: int) -> float:
-            return self.lr_factor(step, int(total_steps), steps_per_epoch)
+            return self.lr_factor(step, int(total_steps), steps)
 
         groups = optimizer.param_groups
         factors: list[Callable[[int], float]] = [factor if g.get("scheduled", True) else _unchanged for g in groups]

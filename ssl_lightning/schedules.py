@@ -13,3 +13,15 @@ def cosine(start: float, end: float, progress: float) -> float:
     """
     progress = min(max(progress, 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmed_up(start: float, end: float, step: int, steps: float) -> float:
+    """A straight line from ``start`` at step 0 to ``end`` at the last step of the warm-up, then ``end``.
+
+    Args:
+        start: Value at step 0.
+        end: Value after the warm-up.
+        step: Steps (or epochs) done.
+        steps: Steps of the warm-up, the first and the last included.
+    """
+    return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)

@@ -9,11 +9,15 @@ import ssl_lightning
 from ssl_lightning import (
     BYOL,
     DINO,
+    IBOT,
+    IJEPA,
     MAE,
     NNCLR,
     BarlowTwins,
     DeepClusterV2,
     DigitsData,
+    DINOv2,
+    LeJEPA,
     MoCoV2,
     MoCoV3,
     Optim,
@@ -45,6 +49,10 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BYOL: {"hidden_dim": 32},
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     DeepClusterV2: {"num_prototypes": 16, "prototype_sets": 3, "hidden_dim": 32, "projector_dim": 16},
+    DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    IJEPA: {**VIT, "predictor_dim": 24, "predictor_depth": 1, "min_context": 1},
+    LeJEPA: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
@@ -55,7 +63,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {MAE}
+VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

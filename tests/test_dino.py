@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import DINO, FakeData, Optim, ViewSpec, ema
 from ssl_lightning.heads import DINOHead
+from ssl_lightning.optim import clip_each
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.small import VIT, small, trainer
@@ -75,7 +76,7 @@ def test_each_gradient_is_clipped_on_its_own() -> None:
     one, other = method.projector.mlp[0].bias, method.projector.mlp[2].bias
     one.grad = F.normalize(torch.ones_like(one), dim=0) * 6  # type: ignore[arg-type]
     other.grad = F.normalize(torch.ones_like(other), dim=0)  # type: ignore[arg-type]
-    method._clip_each()
+    clip_each(method.parameters(), method.clip_gradient)
     assert [p.grad.norm().item() for p in (one, other)] == pytest.approx([3, 1], abs=1e-5)  # type: ignore[union-attr]
 
 
@@ -174,7 +175,7 @@ def test_whole_steps_equal_a_plain_restatement(kind: str) -> None:
         loss_of,
         adamw(1e-2, 0.1),
         random_views(3, *sizes),
-        clip=method._clip_each,
+        clip=lambda: clip_each(method.parameters(), method.clip_gradient),
         gradients_of=clipped,
         after=lambda weights: moved(weights, 0.9),
     )

@@ -15,11 +15,15 @@ from torch import nn
 from ssl_lightning import (
     BYOL,
     DINO,
+    IBOT,
+    IJEPA,
     MAE,
     NNCLR,
     BarlowTwins,
     DeepClusterV2,
+    DINOv2,
     HealthMonitor,
+    LeJEPA,
     LossFloorAlarm,
     MoCoV2,
     MoCoV3,
@@ -41,6 +45,10 @@ from tests.small import METHODS, VIT_ONLY, digits, simclr, small, trainer
 OWN = {
     DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
+    IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
+    IJEPA: {"teacher_agreement", "masked_patch_error"},
+    LeJEPA: {"prediction_error", "sigreg"},
+    DINOv2: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
     MoCoV3: {"teacher_agreement"},
@@ -64,6 +72,10 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
     RotNet: {"optim": DECAYED},
+    IJEPA: {"optim": DECAYED},
+    LeJEPA: {"optim": DECAYED},
+    DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
+    IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
 """A setting with which each method learns nothing; predictors, and SimSiam's last BatchNorm, are taken away as well."""

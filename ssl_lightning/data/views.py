@@ -117,6 +117,7 @@ _DINO = replace(_BARLOW, scale=(0.4, 1.0))
 _DINO_LOCAL = replace(_BARLOW, size=96, count=8, scale=(0.05, 0.4), blur=0.5)
 _DINOV2 = replace(_BARLOW, scale=(0.32, 1.0), blur_kernel=9)
 _DINOV2_LOCAL = replace(_DINO_LOCAL, scale=(0.05, 0.32), blur_kernel=9)
+_LEJEPA = replace(_BARLOW, count=2, scale=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
 _SWAV = ViewSpec(
     count=2,
     scale=(0.14, 1.0),
@@ -172,6 +173,8 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
     # The released code swaps keep and apply of the blur; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
+    # The released code's local crops have 98 px, for patches of 14.
+    "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),

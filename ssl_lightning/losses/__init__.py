@@ -5,10 +5,11 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 """
 
 from ssl_lightning.losses.classification import accuracy, cross_entropy
-from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, share_in_use, sinkhorn, swav
+from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nnclr, nt_xent
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
-from ssl_lightning.losses.regression import byol, mae, negative_cosine
+from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
+from ssl_lightning.losses.regularizers import koleo, sigreg
 
 __all__ = [
     "accuracy",
@@ -18,13 +19,18 @@ __all__ = [
     "deepcluster_v2",
     "dino",
     "entropy",
+    "ibot",
+    "ijepa",
     "info_nce",
+    "koleo",
+    "lejepa",
     "mae",
     "moco_v3",
     "negative_cosine",
     "nnclr",
     "nt_xent",
     "share_in_use",
+    "sigreg",
     "sinkhorn",
     "swav",
     "vicreg",

@@ -10,7 +10,7 @@ from ssl_lightning.losses.precision import full_precision
 
 @full_precision
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = False) -> Tensor:
     """Assign the global batch to prototypes, all of them about equally often (Sinkhorn-Knopp).
 
     Source: Caron et al. 2020, SwAV, section 3.1 and its released code.
@@ -19,12 +19,17 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         scores: ``(B, K)``, this process's rows.
         epsilon: Smoothness: scores are divided by it.
         iterations: Normalisations over prototypes and rows.
+        uneven: Whether processes may have different numbers of rows, or none.
 
     Returns:
         ``(B, K)``; each row sums to 1.
     """
-    assignments = torch.exp((scores - reduced(scores.max(), "max")) / epsilon)
-    rows, prototypes = len(scores) * world_size(), scores.shape[1]
+    largest = scores.max() if len(scores) else scores.new_tensor(float("-inf"))
+    assignments = torch.exp((scores - reduced(largest, "max")) / epsilon)
+    rows: int | Tensor = len(scores) * world_size()
+    if uneven:
+        rows = reduced(torch.tensor(len(scores), device=scores.device))
+    prototypes = scores.shape[1]
     assignments /= reduced(assignments.sum())
     for _ in range(iterations):
         assignments /= reduced(assignments.sum(0)) * prototypes
@@ -78,6 +83,23 @@ def deepcluster_v2(scores: Tensor, clusters: Tensor, temperature: float) -> Tens
     """
     targets = clusters[:, None].expand(scores.shape[:-1])  # (H, V, B)
     return F.cross_entropy((scores / temperature).flatten(0, 2), targets.flatten())
+
+
+@full_precision
+def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    """Predict the teacher's distribution on masked patches: mean over the masked patches of an image, then over images.
+
+    Source: Zhou et al. 2022, iBOT, eq. 2 and its released code.
+
+    Args:
+        student: ``(M, K)`` logits of the masked patches of all images.
+        assignments: ``(M, K)``, the teacher's distributions on the same patches.
+        counts: ``(M,)``, what each patch is divided by: masked patches of its image * images. Images without masked
+            patches count as images.
+        temperature: Divides the student's logits.
+    """
+    errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
+    return (errors / counts).sum()
 
 
 def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:

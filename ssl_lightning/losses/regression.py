@@ -35,6 +35,32 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 @full_precision
+def ijepa(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Smooth L1 distance, mean over all entries: half the square below 1, then linear.
+
+    Source: Assran et al. 2023, I-JEPA, whose released code has it in place of the paper's squared distance.
+
+    Args:
+        predictions: Any shape.
+        targets: The same shape, of the teacher.
+    """
+    return F.smooth_l1_loss(predictions, targets.detach())
+
+
+@full_precision
+def lejepa(embeddings: Tensor, global_views: int) -> Tensor:
+    """Mean squared distance of all views from the centre of the global ones, gradients flowing through both.
+
+    Source: Balestriero & LeCun 2025, LeJEPA, algorithm 2.
+
+    Args:
+        embeddings: ``(V, B, D)``, global views first.
+        global_views: Number of global views.
+    """
+    return (embeddings - embeddings[:global_views].mean(0)).square().mean()
+
+
+@full_precision
 def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, normalize: bool) -> Tensor:
     """Mean squared error of the pixels of masked patches.
 

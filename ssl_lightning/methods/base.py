@@ -101,6 +101,8 @@ class SSLModule(L.LightningModule):
             backbones.checkpoint_blocks(self.backbone)
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
         self._pending: list[Tensor] = []
+        self._recorded: list[Tensor] = []
+        self._to_record = 0
         self._seed: int | None = None
         self._loaded_seed: int | None = None
         self._drop_paths: list[Any] = []
@@ -387,17 +389,22 @@ class SSLModule(L.LightningModule):
         Args:
             images: How many it takes; they may come in several passes.
         """
-        features: list[Tensor] = []
-
-        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if sum(map(len, features)) < images:
-                features.append(output.detach())
-
-        hook = self.evaluated_backbone.register_forward_hook(record)
+        features, self._to_record = self._recorded, images
+        hook = self.evaluated_backbone.register_forward_hook(lambda _module, _inputs, output: self.record(output))
         try:
             yield features
         finally:
             hook.remove()
+            self._recorded, self._to_record = [], 0
+
+    def record(self, features: Tensor) -> None:
+        """Hand features of the training images to the probes: for methods that call parts of the evaluated backbone.
+
+        Args:
+            features: ``(B, embed_dim)``; more than the images of the batch, as of further views, are left out.
+        """
+        if sum(map(len, self._recorded)) < self._to_record:
+            self._recorded.append(features.detach())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss that is not finite on any process, before it reaches the weights of all.

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.distributed import norms, reduced, shards, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
-from ssl_lightning.optim import Optim
-from ssl_lightning.schedules import cosine
+from ssl_lightning.optim import Optim, clip_each
+from ssl_lightning.schedules import cosine, warmed_up
 
 
 class DINO(SSLModule):
@@ -111,11 +110,12 @@ class DINO(SSLModule):
     @property
     def current_teacher_temperature(self) -> float:
         """Teacher temperature of this epoch."""
-        epochs = self.warmup_teacher_temperature_epochs
-        if self.current_epoch >= epochs - 1:
-            return self.teacher_temperature
-        share = self.current_epoch / (epochs - 1)
-        return self.warmup_teacher_temperature + share * (self.teacher_temperature - self.warmup_teacher_temperature)
+        return warmed_up(
+            self.warmup_teacher_temperature,
+            self.teacher_temperature,
+            self.current_epoch,
+            self.warmup_teacher_temperature_epochs,
+        )
 
     def teacher_momentum(self, progress: float) -> float:
         """Rises to 1 along a cosine."""
@@ -126,9 +126,7 @@ class DINO(SSLModule):
         momentum = self.teacher_momentum(self.progress)
         ema.follow(self.teacher_backbone, self.backbone, momentum)
         ema.follow(self.teacher_projector, self.projector, momentum)
-        if means := self._take_pending():
-            mean = reduced(torch.stack(means).mean(0)) / world_size()
-            self.center.lerp_(mean, 1 - self.center_momentum)
+        ema.follow_mean(self.center, self._take_pending(), self.center_momentum)
 
     def configure_gradient_clipping(
         self,
@@ -138,15 +136,9 @@ class DINO(SSLModule):
     ) -> None:
         """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self._clip_each()
+        clip_each(self.parameters(), self.clip_gradient)
         if self.current_epoch < self.freeze_last_layer:
-            self.projector.prototypes.grad = self.projector.prototype_norms.grad = None
-
-    def _clip_each(self) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if self.clip_gradient > 0 and gradients:
-            factors = (self.clip_gradient / (norms(gradients) + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(shards(gradients), list(factors.unbind()))
+            self.projector.drop_prototype_gradients()
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Entropy of the teacher's assignments, at most ln K, and the share of prototypes that are first of a view."""

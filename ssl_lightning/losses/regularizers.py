@@ -1,0 +1,48 @@
+"""Losses that spread features, or keep them as they were."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.distributed import summed, world_size
+from ssl_lightning.losses.precision import full_precision
+
+
+@full_precision
+def koleo(features: Tensor) -> Tensor:
+    """Push each unit vector away from its nearest neighbour (Kozachenko-Leonenko estimate of the entropy, negated).
+
+    Source: Sablayrolles et al. 2019, Spreading vectors for similarity search, as DINOv2's released code has it.
+
+    Args:
+        features: ``(B, D)``, any scale; of one view of each image.
+    """
+    features = F.normalize(features, eps=1e-8, dim=1)
+    with torch.no_grad():
+        nearest = (features @ features.T).fill_diagonal_(-1).argmax(1)  # (B,)
+    distances = F.pairwise_distance(features, features[nearest], eps=1e-8)  # (B,)
+    return -(distances + 1e-8).log().mean()
+
+
+@full_precision
+def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float = 5.0) -> Tensor:
+    """Distance of the embeddings' distribution from an isotropic Gaussian, by their projections on random directions.
+
+    The Epps-Pulley test of each projection: the squared difference of its characteristic function from that of N(0, 1),
+    weighted by exp(-t^2 / 2), integrated by trapezoids, times the number of embeddings; mean over the directions. Over
+    all processes, with the exact gradient. Source: Balestriero & LeCun 2025, LeJEPA, section 4.
+
+    Args:
+        embeddings: ``(B, D)`` of one view, this process's rows.
+        directions: ``(D, S)``, any scale, the same on all processes.
+        knots: Points of the integral, an odd number.
+        limit: The integral goes from minus this to this.
+    """
+    t = torch.linspace(0, limit, knots // 2 + 1, dtype=embeddings.dtype, device=embeddings.device)
+    gaussian = torch.exp(-t.square() / 2)  # (T,)
+    weights = torch.full_like(t, 2 * limit / (knots // 2))  # the other half is the same
+    weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
+    angles = (embeddings @ F.normalize(directions.to(embeddings.dtype), dim=0))[:, :, None] * t  # (B, S, T)
+    means = summed(torch.stack([angles.cos(), angles.sin()]).mean(1)) / world_size()  # (2, S, T)
+    errors = (means[0] - gaussian).square() + means[1].square()  # (S, T)
+    return (errors @ (weights * gaussian)).mean() * len(embeddings) * world_size()

@@ -1,0 +1,97 @@
+"""LeJEPA."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_lightning import losses
+from ssl_lightning.distributed import world_size
+from ssl_lightning.heads import mlp
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+
+
+class LeJEPA(SSLModule):
+    """LeJEPA: all views predict the mean of the global ones, and embeddings become an isotropic Gaussian.
+
+    Balestriero & LeCun 2025, LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics,
+    https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. For ResNets
+    the authors decay less: ``optim.weight_decay`` 5e-4.
+
+    Args:
+        sigreg_weight: Weight of the regulariser; prediction has the rest of 1.
+        num_slices: Random directions that the regulariser looks along, new ones at each step.
+        hidden_dim: Width of the projector's two hidden layers.
+        projection_dim: Width of the embeddings.
+        drop_path: Stochastic depth of a ViT: rate of the last block, rising linearly from 0.
+        backbone: Name of a timm or torchvision model.
+        backbone_kwargs: Arguments of the backbone's builder.
+        optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
+    """
+
+    views = "lejepa"
+    remedies = "a larger sigreg_weight (0.02 to 0.1), a larger batch, a lower learning rate"
+    global_views = 2
+    local_views = True
+    batch_norm = "global"
+
+    def __init__(
+        self,
+        sigreg_weight: float = 0.05,
+        num_slices: int = 1024,
+        hidden_dim: int = 2048,
+        projection_dim: int = 128,
+        drop_path: float = 0.1,
+        backbone: str = "vit_small_patch16_224",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim(
+            "adamw",
+            base_lr=5e-4,
+            lr_scaling="none",
+            weight_decay=0.05,
+            warmup_epochs=1,
+            warmup_start_factor=0.01,
+            end_lr_factor=0.001,
+        ),
+        **kwargs: Any,
+    ) -> None:
+        from ssl_lightning.backbones import is_vit
+
+        if is_vit(backbone):
+            backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
+        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
+        self.sigreg_weight, self.num_slices = sigreg_weight, num_slices
+        self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projection_dim], bias=True, last_bias=True)
+        self._images: int | None = None
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Squared distance from the centre of the global views, and SIGReg of each view (algorithm 2)."""
+        prediction, regularizer = self._parts(views)
+        return (1 - self.sigreg_weight) * prediction + self.sigreg_weight * regularizer
+
+    def _parts(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        from ssl_lightning.backbones import multi_crop
+
+        self._images = len(views[0]) * world_size()
+        embeddings = self.projector(multi_crop(self.backbone, views)).unflatten(0, (len(views), -1))  # (V, B, D)
+        directions = torch.randn(embeddings.shape[2], self.num_slices, generator=self.generator)
+        directions = self.random_to_device(directions)
+        regularizer = torch.stack([losses.sigreg(of_view, directions) for of_view in embeddings]).mean()
+        return losses.lejepa(embeddings, 2), regularizer
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Both parts of the loss."""
+        prediction, regularizer = self._parts(views)
+        return {"prediction_error": prediction, "sigreg": regularizer}
+
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss of embeddings that are all zero, in proportion to the batch; known once a batch has been seen."""
+        if self._images is None:
+            return None
+        statistic = math.sqrt(2 * math.pi) * (1 - math.sqrt(2) + 1 / math.sqrt(3))
+        return self.sigreg_weight * statistic * self._images

@@ -13,6 +13,7 @@ from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
@@ -79,6 +80,7 @@ __all__ = [
     "ObjectDetector",
     "Optim",
     "ProgressBar",
+    "RunRecord",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",

@@ -30,6 +30,7 @@ from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.check import check
 from ssl_lightning.checkpoints import AtomicCheckpointIO, export
@@ -40,22 +41,27 @@ from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.plan import plan
 
 CALLBACKS: dict[str, type[Callback]] = {
+    "run_record": RunRecord,
+    "throughput": Throughput,
     "linear_probe": LinearProbe,
     "knn_probe": KNNProbe,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
     "preemption": Preemption,
     "fail_together": FailTogether,
-    "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
     "health_monitor": HealthMonitor,
     "loss_floor_alarm": LossFloorAlarm,
     "embedding_writer": EmbeddingWriter,
 }
-"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone."""
+"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone.
+
+Throughput comes before the probes, so that their work does not count as the method's.
+"""
 
 _OF_TRAINING = {
+    "run_record",
     "best_checkpoint",
     "last_checkpoint",
     "preemption",
@@ -247,7 +253,7 @@ class SSLCLI(LightningCLI):
             callbacks.insert(0, _SameFolder(own))
             rank_zero_info(f"Logs and checkpoints: {folder / version}")
         if config["logger"]:
-            callbacks.append(LearningRateMonitor("step"))
+            callbacks.append(LearningRateMonitor("step", log_weight_decay=True))
         config["plugins"] = self._plugins(config)
         return self._instantiate_trainer(config, callbacks)
 

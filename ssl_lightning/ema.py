@@ -26,7 +26,8 @@ def teacher_of(student: nn.Module) -> nn.Module:
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the parameters of a teacher: momentum * teacher + (1 - momentum) * student, in one call for all tensors.
 
-    Buffers are left alone: a teacher's BatchNorm keeps the statistics of its own batches.
+    Buffers are left alone: a teacher's BatchNorm keeps the statistics of its own batches. The teacher remembers the
+    momentum as ``last_momentum``, for who logs it.
 
     Args:
         teacher: Module to move.
@@ -35,3 +36,4 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     weights = shards(teacher.parameters())
     torch._foreach_lerp_(weights, shards(student.parameters()), 1 - momentum)
+    teacher.last_momentum = momentum  # type: ignore[assignment]

@@ -1,11 +1,11 @@
 """A picture of the views, where people look."""
 
-from pathlib import Path
-
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ssl_lightning.loggers import run_folder
 
 
 class ViewGrid(L.Callback):
@@ -32,7 +32,6 @@ class ViewGrid(L.Callback):
                 logger.experiment.add_image("views", np.asarray(sheet), 0, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
                 logger.log_image("views", [sheet])
-        folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
-        for folder in folders[:1]:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            sheet.save(Path(folder, "views.png"))
+        if (folder := run_folder(trainer)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(folder / "views.png")

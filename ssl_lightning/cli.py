@@ -431,13 +431,37 @@ def _export(words: Sequence[str]) -> None:
     print(f"{output}\n{output.with_suffix('.md')}")
 
 
+def _report(words: Sequence[str]) -> None:
+    """Run ``report``, which makes a page of a run."""
+    from ssl_lightning.report import report, watch
+
+    parser = SSLArgumentParser(prog="ssl-lightning report", description="Make a page of a run: one file, no network.")
+    parser.add_argument("run", type=str, help="Folder of a run, or that above its versions for the newest.")
+    parser.add_argument("--output", type=str, default="report.html", help="The page to write.")
+    parser.add_argument(
+        "--watch", action="store_true", help="Serve the page to this machine instead, renewed as the run goes on."
+    )
+    parser.add_argument("--port", type=int, default=0, help="Port to serve it at; 0 is a free one.")
+    options = parser.parse_args(list(words))
+    if options.watch:
+        watch(options.run, options.port)
+    else:
+        print(report(options.run, options.output))
+
+
 def _underscored(word: str) -> str:
     """``--image-size=32`` as ``--image_size=32``."""
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else word
 
 
-_COMMANDS = {"benchmark": _benchmark, "compare": _compare, "evaluate": _evaluate, "export": _export}
+_COMMANDS = {
+    "benchmark": _benchmark,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+}
 """Commands that are not about training."""
 
 

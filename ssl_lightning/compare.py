@@ -47,10 +47,10 @@ class Run:
         found: dict[str, list[tuple[float, float]]] = {}
         for key in _CURVES:
             scale = 1 if key == "train/loss" else 100
-            logged = [point for point in self.metrics.get(key, []) if point.epoch is not None]
-            last = {point.epoch + 1: scale * point.value for point in logged if point.epoch is not None}
+            points = self.metrics.get(key, [])
+            last = {float(epoch + 1): scale * value for _, epoch, value in points if epoch is not None}
             if last:
-                found[key] = [(float(epoch), value) for epoch, value in last.items()]
+                found[key] = [*last.items()]
         return found
 
     @property

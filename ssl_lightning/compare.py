@@ -43,7 +43,7 @@ class Run:
 
     @property
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """The last value of each epoch of what runs are compared by; epochs count from 1, accuracies are in per cent."""
+        """What runs are compared by: the last value of each epoch, counted from 1; accuracies in per cent."""
         found: dict[str, list[tuple[float, float]]] = {}
         for key in _CURVES:
             scale = 1 if key == "train/loss" else 100

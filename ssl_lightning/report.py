@@ -230,11 +230,11 @@ def _summary(record: _Record) -> list[tuple[str, str, str]]:
     ]
     if (loss := record.last("train/loss")) is not None:
         facts.append(("loss", f"{loss:.4g}", "" if record.chance_loss is None else f"chance {record.chance_loss:.4g}"))
-    for key, name in _PROBES.items():
+    for key, name in [*_PROBES.items()][:2]:
         if points := record.run.metrics.get(key):
             best = max(points, key=lambda point: point.value)
             after = "" if best.epoch is None else f" after epoch {best.epoch + 1}"
-            remark = "" if best is points[-1] else f"best {100 * best.value:.1f} %{after}"
+            remark = "" if best.value == points[-1].value else f"best {100 * best.value:.1f} %{after}"
             facts.append((name, f"{100 * points[-1].value:.1f} %", remark))
     if record.seconds is not None:
         facts.append(("time", _duration(record.seconds), f"in {len(record.starts)} starts" * (len(record.starts) > 1)))
@@ -293,7 +293,7 @@ class _Chart:
         """What Plotly draws; a wrong name in it is an error here."""
         base = {"xaxis": {"title": {"text": "step"}}, "showlegend": len(self.traces) > 1}
         layout = {**base, **self.layout, "template": "none"}
-        return graph_objects.Figure(self.traces, layout).to_plotly_json()  # type: ignore[no-any-return]
+        return graph_objects.Figure(self.traces, layout).to_plotly_json()
 
 
 def _sections(record: _Record) -> dict[str, list[_Chart]]:
@@ -382,7 +382,7 @@ def _add_chance(chart: _Chart, chance: float) -> None:
 
 def _plain(name: str) -> str:
     """A name that Plotly takes for no markup."""
-    return name.replace("<", "‹").replace("%{", "{")
+    return name.replace("<", "&lt;").replace("%{", "{")
 
 
 def _thinned(points: list[Point]) -> list[Point]:
@@ -451,19 +451,18 @@ def _time_split(found: dict[str, list[Point]]) -> list[_Chart]:
 
 def _pictures(folder: Path) -> list[dict[str, Any]]:
     """Pictures by name, the oldest first, as data URIs; one that is being written is left out."""
-    found = [{"name": "views", "shots": [("when training started", folder / "views.png")]}]
+    series: dict[str, list[tuple[str, Path]]] = {"views": [("when training started", folder / "views.png")]}
     for place in sorted(path for path in (folder / "pictures").glob("*") if path.is_dir()):
         files = sorted((file for file in place.glob("*.png") if file.stem.isdigit()), key=lambda file: int(file.stem))
-        last = len(files) - 1
-        chosen = sorted({round(number * last / (_PICTURES - 1)) for number in range(_PICTURES)}) if files else []
-        if len(files) <= _PICTURES:
-            chosen = [*range(len(files))]
-        shots = [(f"epoch {int(files[number].stem)}", files[number]) for number in chosen]
-        found.append({"name": place.name.replace("_", " "), "shots": shots, "all": len(files)})
-    for picture in found:
-        pairs: Any = picture["shots"]
-        picture["shots"] = [(label, uri) for label, file in pairs if (uri := _data_uri(file))]
-    return [picture for picture in found if picture["shots"]]
+        series[place.name.replace("_", " ")] = [(f"epoch {int(file.stem)}", file) for file in files]
+    found: list[dict[str, Any]] = []
+    for name, files in series.items():
+        last, most = len(files) - 1, min(len(files), _PICTURES) - 1
+        chosen = [files[number * last // max(1, most)] for number in range(most + 1)]
+        shots = [(label, uri) for label, file in chosen if (uri := _data_uri(file))]
+        if shots:
+            found.append({"name": name, "shots": shots, "all": len(files)})
+    return found
 
 
 def _data_uri(file: Path) -> str | None:
@@ -541,8 +540,8 @@ def _handler(folder: Path) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         """Answers with the page, with what of it changes, or with the stamp."""
 
-        def do_GET(self) -> None:  # noqa: N802 # the name that http.server looks for
-            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+        def do_GET(self) -> None:
+            host = self.headers.get("Host", "").partition(":")[0]
             if host not in ("127.0.0.1", "localhost"):  # another site's name that leads here
                 self._answer(403, "this page is for this machine alone")
             elif self.path == "/stamp":

@@ -20,9 +20,9 @@ class Throughput(L.Callback):
     is spent in waiting for batches; ``train/hours_left``, by the time of all epochs so far, validation included; on a
     GPU ``train/memory_gb``, the most it has held.
 
-    ``time/loader``, ``time/augment`` (with the transfer), ``time/forward``, ``time/backward`` and ``time/optimizer`` (with
-    the teacher) are shares of the time of this process; what they leave is that of other callbacks and of logging. On a
-    GPU they are shares of the GPU's time, those of the steps before, as reading the newest would make it wait:
+    ``time/loader``, ``time/augment`` (with the transfer), ``time/forward``, ``time/backward`` and ``time/optimizer``
+    (with the teacher) are shares of the time of this process; what they leave is that of other callbacks and logging.
+    On a GPU they are shares of the GPU's time, those of the steps before, as reading the newest would make it wait:
     ``time/loader`` is then how long it had nothing to do because of the loader.
 
     Args:
@@ -47,9 +47,10 @@ class Throughput(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the steps."""
-        self._watched = hasattr(trainer.train_dataloader, "mark")  # another loader's work ends with its step's start
+        loader: Any = trainer.train_dataloader
+        self._watched = hasattr(loader, "mark")  # what another loader does ends where its step starts
         if self._watched:
-            trainer.train_dataloader.mark = self._split.mark
+            loader.mark = self._split.mark
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:

@@ -14,6 +14,7 @@ from ssl_lightning.callbacks.linear_probe import LinearProbe
 from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
@@ -99,6 +100,7 @@ __all__ = [
     "Pictures",
     "ProgressBar",
     "RotNet",
+    "RunRecord",
     "SSLDataModule",
     "SSLModule",
     "STL10Data",

@@ -31,6 +31,7 @@ from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_job
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.check import check
 from ssl_lightning.checkpoints import AtomicCheckpointIO, export
@@ -41,13 +42,14 @@ from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.plan import plan
 
 CALLBACKS: dict[str, type[Callback]] = {
+    "run_record": RunRecord,
+    "throughput": Throughput,
     "linear_probe": LinearProbe,
     "knn_probe": KNNProbe,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
     "preemption": Preemption,
     "fail_together": FailTogether,
-    "throughput": Throughput,
     "progress_bar": ProgressBar,
     "view_grid": ViewGrid,
     "pictures": Pictures,
@@ -55,9 +57,13 @@ CALLBACKS: dict[str, type[Callback]] = {
     "loss_floor_alarm": LossFloorAlarm,
     "embedding_writer": EmbeddingWriter,
 }
-"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone."""
+"""Callbacks of every run, each with its options on the command line; the last is for ``predict`` alone.
+
+Throughput comes before the probes, so that their work does not count as the method's.
+"""
 
 _OF_TRAINING = {
+    "run_record",
     "best_checkpoint",
     "last_checkpoint",
     "preemption",
@@ -428,13 +434,37 @@ def _export(words: Sequence[str]) -> None:
     print(f"{output}\n{output.with_suffix('.md')}")
 
 
+def _report(words: Sequence[str]) -> None:
+    """Run ``report``, which makes a page of a run."""
+    from ssl_lightning.report import report, watch
+
+    parser = SSLArgumentParser(prog="ssl-lightning report", description="Make a page of a run: one file, no network.")
+    parser.add_argument("run", type=str, help="Folder of a run, or that above its versions for the newest.")
+    parser.add_argument("--output", type=str, default="report.html", help="The page to write.")
+    parser.add_argument(
+        "--watch", action="store_true", help="Serve the page to this machine instead, renewed as the run goes on."
+    )
+    parser.add_argument("--port", type=int, default=0, help="Port to serve it at; 0 is a free one.")
+    options = parser.parse_args(list(words))
+    if options.watch:
+        watch(options.run, options.port)
+    else:
+        print(report(options.run, options.output))
+
+
 def _underscored(word: str) -> str:
     """``--image-size=32`` as ``--image_size=32``."""
     option, equals, value = word.partition("=")
     return f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else word
 
 
-_COMMANDS = {"benchmark": _benchmark, "compare": _compare, "evaluate": _evaluate, "export": _export}
+_COMMANDS = {
+    "benchmark": _benchmark,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+}
 """Commands that are not about training."""
 
 

@@ -3,9 +3,10 @@
 import csv
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,15 +16,42 @@ from ssl_lightning.evaluation.results import Results, table
 _CURVES = {"train/loss": "loss", "val/knn_top1": "kNN top-1, %", "val/linear_top1": "linear top-1, %"}
 
 
+class Point(NamedTuple):
+    """A logged value.
+
+    Args:
+        step: Optimizer steps done before the batch at hand.
+        epoch: Epochs done; None where it was not logged.
+        value: The value.
+    """
+
+    step: int
+    epoch: int | None
+    value: float
+
+
 @dataclass
-class _Run:
+class Run:
     """A run of ``fit`` or an evaluation on its own, and what was evaluated of it."""
 
     name: str
-    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    metrics: dict[str, list[Point]] = field(default_factory=dict)
+    """All that was logged, by its name."""
     config: dict[str, Any] = field(default_factory=dict)
     results: list[tuple[str, Results]] = field(default_factory=list)
     """Evaluations with the names of their folders."""
+
+    @property
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """What runs are compared by: the last value of each epoch, counted from 1; accuracies in per cent."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for key in _CURVES:
+            scale = 1 if key == "train/loss" else 100
+            points = self.metrics.get(key, [])
+            last = {float(epoch + 1): scale * value for _, epoch, value in points if epoch is not None}
+            if last:
+                found[key] = [*last.items()]
+        return found
 
     @property
     def row(self) -> dict[str, Any]:
@@ -57,7 +85,7 @@ class Comparison:
         runs: The runs.
     """
 
-    runs: list[_Run]
+    runs: list[Run]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -122,7 +150,7 @@ def compare(runs: Sequence[str]) -> Comparison:
     """
     folders = [path for run in runs for path in _folders(Path(run))]
     names = _names(list(dict.fromkeys(folders)))
-    return Comparison([_read(folder, name) for folder, name in names.items()])
+    return Comparison([read(folder, name) for folder, name in names.items()])
 
 
 def _folders(root: Path) -> list[Path]:
@@ -148,22 +176,32 @@ def _names(folders: list[Path]) -> dict[Path, str]:
     return {folder: folder.name if name == "." else name for folder, name in zip(folders, names, strict=True)}
 
 
-def _read(folder: Path, name: str) -> _Run:
-    run = _Run(name, results=[(path.parent.name, Results.read(path)) for path in sorted(folder.rglob("results.json"))])
+def read(folder: Path, name: str) -> Run:
+    """Read a run, or an evaluation on its own, as far as it has come.
+
+    Args:
+        folder: Its folder.
+        name: What to call it.
+    """
+    run = Run(name, results=[(path.parent.name, Results.read(path)) for path in sorted(folder.rglob("results.json"))])
     if (config := folder / "config.yaml").is_file():
         run.config = yaml.safe_load(config.read_text()) or {}
     if (metrics := folder / "metrics.csv").is_file():
-        with metrics.open() as file:
-            for line in csv.DictReader(file):
-                for key in _CURVES:
-                    if line.get(key) and line.get("epoch"):
-                        epoch = float(line["epoch"]) + 1
-                        value = float(line[key]) * (1 if key == "train/loss" else 100)
-                        points = run.curves.setdefault(key, [])
-                        if points and points[-1][0] == epoch:  # the last of an epoch
-                            points.pop()
-                        points.append((epoch, value))
+        run.metrics = _metrics(metrics.read_text(errors="replace"))
     return run
+
+
+def _metrics(text: str) -> dict[str, list[Point]]:
+    """What a ``metrics.csv`` holds; its last line may be half written."""
+    metrics: dict[str, list[Point]] = {}
+    for line in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        step, epoch = line.pop("step", None), line.pop("epoch", None)
+        with suppress(TypeError, ValueError):  # a run that begins to log something else rewrites the whole file
+            where = int(float(step or "")), int(float(epoch)) if epoch else None
+            for key, value in line.items():
+                if value:
+                    metrics.setdefault(key, []).append(Point(*where, float(value)))
+    return metrics
 
 
 def _title(found: Results) -> str:

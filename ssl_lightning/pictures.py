@@ -1,7 +1,6 @@
 """Pictures of tensors, and where people look for them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -10,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+
+from ssl_lightning.loggers import run_folder
 
 CELL, _GAP, _HEADER = 144, 4, 14  # pixels
 
@@ -108,8 +109,7 @@ def show(trainer: L.Trainer, name: str, picture: Image.Image, file: str) -> None
             logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
             logger.log_image(name, [picture])
-    folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
-    for folder in folders[:1]:
-        path = Path(folder, file)
+    if (folder := run_folder(trainer)) is not None:
+        path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

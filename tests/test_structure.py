@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "evaluation"},
     "evaluation": {"evaluation"},
 }
-COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check", "compare", "evaluate", "plan"}
+COMMANDS = {"__init__", "__main__", "cli", "benchmark", "check", "compare", "evaluate", "plan", "report"}
 LEAVES = {"checkpoints", "losses"} | {path.stem for path in PACKAGE.glob("*.py")} - COMMANDS
 
 

@@ -24,6 +24,7 @@ from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSize
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
+from ssl_lightning.loggers import run_folder
 
 if TYPE_CHECKING:
     from ssl_lightning.data.preview import Preview
@@ -137,7 +138,8 @@ class SSLDataModule(DataModule):
         if self.train_images is not None or self.train_stream is not None:
             return
         if self.trainer is not None:
-            self._run_folder = Path(self.trainer.strategy.broadcast(str(_run_folder(self.trainer))))
+            folder = run_folder(self.trainer) or self.trainer.default_root_dir
+            self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         self.load()
         train, val = (
             self._prepared(self.train_images, self.train_samples),
@@ -405,6 +407,7 @@ class Loader:
 
     Attributes:
         waited: Seconds that were spent in waiting for batches.
+        mark: Called with ``other`` when a batch is asked for, and with ``loader`` when it is there.
     """
 
     def __init__(
@@ -418,6 +421,7 @@ class Loader:
         self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
         self.dataset, self.position = dataset, position
         self.num_workers, self.waited = num_workers, 0.0
+        self.mark: Callable[[str], None] = _unmarked
         self._loader = DataLoader(
             dataset,
             sampler=None if isinstance(dataset, IterableDataset) else sampler,
@@ -449,11 +453,13 @@ class Loader:
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
+            self.mark("other")
             start = time.perf_counter()
             batch = next(batches, self)
             self.waited += time.perf_counter() - start
             if batch is self:
                 return
+            self.mark("loader")
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -465,11 +471,6 @@ class Loader:
         """Say so if a resumed run sees the data in another order."""
         if changed := {key: value for key, value in self.state_dict().items() if state_dict.get(key, value) != value}:
             rank_zero_warn(f"the order of the data differs from that of the resumed run: {changed}, was {state_dict}")
-
-
-def _run_folder(trainer: L.Trainer) -> Path:
-    folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir is not None]
-    return Path([*folders, trainer.default_root_dir][0])
 
 
 def _fits(images: Images) -> bool:
@@ -487,6 +488,10 @@ def _fits(images: Images) -> bool:
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return indices[np.arange(count) * len(indices) // count]
+
+
+def _unmarked(phase: str) -> None:
+    """For a loader that nobody watches."""
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,0 +1,144 @@
+"""What a run leaves behind for its reader: where it ran, what it warned of, how it ended."""
+
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.loggers import run_folder
+
+_PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "numpy")
+
+
+class RunRecord(L.Callback):
+    """Writes ``environment.json`` and ``warnings.txt`` into the run's folder; the command ``report`` shows them.
+
+    ``environment.json`` is a list with one entry for every start of the run: versions, hardware, processes, the
+    method's chance loss, when it started and ended, and how. ``warnings.txt`` has a line for each warning of this
+    package: time, step and text.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._starts: list[dict[str, Any]] = []
+        self._show: Callable[..., None] | None = None
+
+    @rank_zero_only
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen to warnings from now on."""
+        self._folder = run_folder(trainer) if stage == "fit" else None
+        if self._folder is None or self._show is not None:
+            return
+        package, file = str(Path(__file__).parent.parent), self._folder / "warnings.txt"
+        self._show = show = warnings.showwarning
+
+        def note(message: Warning | str, category: Any, filename: str, *rest: Any, **more: Any) -> None:
+            if filename.startswith(package):
+                with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # no reason to stop a training
+                    lines.write(f"{_now()}\t{trainer.global_step}\t{' '.join(str(message).split())}\n")
+            show(message, category, filename, *rest, **more)
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        warnings.showwarning = note
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write where it runs, after what earlier starts of the run have written."""
+        if self._folder is None:
+            return
+        with suppress(OSError, ValueError):
+            self._starts = json.loads((self._folder / "environment.json").read_text())
+        data = getattr(trainer, "datamodule", None)
+        self._starts.append(
+            {
+                "started": _now(),
+                "step": trainer.global_step,
+                "epochs": trainer.max_epochs,
+                "method": type(pl_module).__name__,
+                "data": getattr(data, "facts", None),
+                "versions": {"python": platform.python_version(), **_versions()},
+                "hardware": _hardware(pl_module.device),
+                "processes": {
+                    "processes": trainer.world_size,
+                    "nodes": trainer.num_nodes,
+                    "strategy": type(trainer.strategy).__name__,
+                    "precision": trainer.precision,
+                    "loading processes": getattr(trainer.train_dataloader, "num_workers", None),
+                },
+            }
+        )
+        self._write()
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
+        """Write the chance loss once it is known: it may depend on the batch."""
+        if self._starts and "chance_loss" not in self._starts[-1]:
+            self._starts[-1]["chance_loss"] = getattr(pl_module, "chance_loss", None)
+            self._write()
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write that it ended, and whether before its last step."""
+        planned = trainer.estimated_stepping_batches
+        self._end("finished" if trainer.global_step >= planned else f"stopped early, at step {trainer.global_step}")
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write what ended it."""
+        said = " ".join(str(exception).split())[:300]
+        self._end(f"stopped by {type(exception).__name__}" + (f": {said}" if said else ""))
+        self._listen_no_more()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen to warnings no more."""
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        if self._show is not None:
+            warnings.showwarning, self._show = self._show, None
+
+    def _end(self, how: str) -> None:
+        if self._folder is not None and self._starts and "end" not in self._starts[-1]:
+            self._starts[-1] |= {"ended": _now(), "end": how}
+            self._write()
+
+    def _write(self) -> None:
+        assert self._folder is not None
+        with suppress(OSError), replacing(self._folder / "environment.json") as file:
+            file.write(json.dumps(self._starts, indent=1).encode())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"machine": platform.node(), "system": platform.platform(), "device": device.type}
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        found |= {"device": about.name, "device memory, GB": round(about.total_memory / 1e9, 1)}
+        found |= {"devices of this machine": torch.cuda.device_count(), "CUDA": torch.version.cuda}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found |= {"processors": cores, "processor": platform.processor() or platform.machine()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory, GB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return found

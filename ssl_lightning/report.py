@@ -453,8 +453,8 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
     """Pictures by name, the oldest first, as data URIs; one that is being written is left out."""
     series: dict[str, list[tuple[str, Path]]] = {"views": [("when training started", folder / "views.png")]}
     for place in sorted(path for path in (folder / "pictures").glob("*") if path.is_dir()):
-        files = sorted((file for file in place.glob("*.png") if file.stem.isdigit()), key=lambda file: int(file.stem))
-        series[place.name.replace("_", " ")] = [(f"epoch {int(file.stem)}", file) for file in files]
+        drawn = sorted((file for file in place.glob("*.png") if file.stem.isdigit()), key=lambda file: int(file.stem))
+        series[place.name.replace("_", " ")] = [(f"epoch {int(file.stem)}", file) for file in drawn]
     found: list[dict[str, Any]] = []
     for name, files in series.items():
         last, most = len(files) - 1, min(len(files), _PICTURES) - 1

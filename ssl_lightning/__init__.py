@@ -34,9 +34,11 @@ from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.jigsaw import Jigsaw
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
+from ssl_lightning.methods.npid import NPID
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.swav import SwAV
@@ -51,6 +53,7 @@ __all__ = [
     "LARC",
     "LARS",
     "MAE",
+    "NPID",
     "ArrayData",
     "BestCheckpoint",
     "CIFAR10Data",
@@ -70,6 +73,7 @@ __all__ = [
     "ImageFolderData",
     "ImageStream",
     "Images",
+    "Jigsaw",
     "KNNProbe",
     "LastCheckpoint",
     "LinearClassifier",

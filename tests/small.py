@@ -4,8 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
-from ssl_lightning import BYOL, DINO, MAE, DigitsData, MoCoV2, MoCoV3, Optim, SimCLR, SSLModule, SwAV, ViewSpec
+from ssl_lightning import (
+    BYOL,
+    DINO,
+    MAE,
+    NPID,
+    DigitsData,
+    Jigsaw,
+    MoCoV2,
+    MoCoV3,
+    Optim,
+    SimCLR,
+    SSLModule,
+    SwAV,
+    ViewSpec,
+)
 
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
@@ -18,9 +33,11 @@ VIT: dict[str, Any] = {
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BYOL: {"hidden_dim": 32},
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
+    NPID: {"nce_k": 32, "projector_dim": 16},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
@@ -39,6 +56,14 @@ def small(method: type[SSLModule], *more: dict[str, Any], **kwargs: Any) -> Any:
     for part in (*more, kwargs):
         arguments |= part
     return method(**arguments)
+
+
+def met(module: Any, images: int) -> Any:
+    """A method that has met a batch of the first images, as within a training: for calls of ``training_loss``."""
+    module.image_indices = torch.arange(images)
+    if isinstance(module, NPID):
+        module.remember(2 * images)
+    return module
 
 
 def simclr(**kwargs: Any) -> SimCLR:

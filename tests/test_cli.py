@@ -258,7 +258,11 @@ def test_every_method_has_its_recipes() -> None:
         folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONFIGS.iterdir() if folder.is_dir()
     }
     names.pop("overlays")
-    published = {"rotnet": {"quickstart", "cifar10_cpu", "cifar10_", "imagenet_"}}
+    published = {
+        "jigsaw": {"quickstart", "cifar10_cpu", "imagenet_"},
+        "npid": {"quickstart", "cifar10_cpu", "cifar10_", "imagenet_"},
+        "rotnet": {"quickstart", "cifar10_cpu", "cifar10_", "imagenet_"},
+    }
     assert set(names) == {"simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae", *published}
     for method, recipes in names.items():
         for wanted in ("quickstart", "cifar10_cpu", "cifar10_", "imagenet100_", "imagenet_"):

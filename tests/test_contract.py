@@ -15,6 +15,7 @@ from torch import Tensor
 import ssl_lightning
 from ssl_lightning import (
     FakeData,
+    Jigsaw,
     LastCheckpoint,
     LinearProbe,
     MoCoV2,
@@ -26,7 +27,7 @@ from ssl_lightning import (
     check,
 )
 from tests.processes import run_processes
-from tests.small import VIT, VIT_ONLY, small, trainer
+from tests.small import VIT, VIT_ONLY, met, small, trainer
 
 METHODS = [
     value
@@ -73,7 +74,9 @@ class Watch(L.Callback):
             {
                 name: value.clone()
                 for name, value in pl_module.state_dict().items()
-                if name.startswith(("teacher_", "queue", "center")) and "running" not in name and "num_b" not in name
+                if name.startswith(("teacher_", "queue", "center", "memory"))
+                and "running" not in name
+                and "num_b" not in name
             }
         )
 
@@ -157,7 +160,7 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
 @every_method
 def test_the_backbone_can_be_compiled(method: type[SSLModule]) -> None:
     torch.manual_seed(0)
-    module = small(method, {"bn_splits": 1} if method is MoCoV2 else {})
+    module = met(small(method, {"bn_splits": 1} if method is MoCoV2 else {}), 4)
     views = list(torch.rand(2, 4, 3, 32, 32))
     losses = []
     for compiled in (False, True):
@@ -222,8 +225,9 @@ def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], t
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18_cifar", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in VIT_ONLY], ids=lambda m: m.__name__)
 def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> None:
-    module = small(method, {"backbone": name, "backbone_kwargs": {}})
-    views = [torch.rand(4, 3, 32, 32) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
+    larger = {"patch_size": 16} if method is Jigsaw else {}
+    module = met(small(method, {"backbone": name, "backbone_kwargs": {}}, larger), 4)
+    views = [torch.rand(4, 3, 48, 48) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
     loss = module.training_loss(views)
     loss.backward()
     assert torch.isfinite(loss)

@@ -16,7 +16,9 @@ from ssl_lightning import (
     BYOL,
     DINO,
     MAE,
+    NPID,
     HealthMonitor,
+    Jigsaw,
     LossFloorAlarm,
     MoCoV2,
     MoCoV3,
@@ -33,7 +35,7 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, RotNet]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, RotNet, Jigsaw, NPID]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -42,6 +44,8 @@ OWN = {
     BYOL: {"teacher_agreement"},
     MAE: {"masked_patch_error"},
     RotNet: {"pretext_accuracy"},
+    Jigsaw: {"pretext_accuracy"},
+    NPID: {"memory_agreement"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -52,6 +56,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": DECAYED},
     RotNet: {"optim": DECAYED},
+    Jigsaw: {"optim": DECAYED},
+    NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
 """A setting with which each method learns nothing; BYOL's predictor is taken away as well."""
@@ -63,7 +69,7 @@ RIGHT: dict[str, Any] = {
 
 
 def module_and_data(method: type[SSLModule], **kwargs: Any) -> tuple[Any, Any]:
-    size = 32 if method in VIT_ONLY else 16
+    size = 32 if method in {*VIT_ONLY, Jigsaw} else 16
     view = ViewSpec(
         size=size, count=method.global_views or 2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4
     )

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import ssl_lightning
 from ssl_lightning import KNNProbe, LinearProbe, ProgressBar, SSLModule, Throughput, UserError
 from ssl_lightning.benchmark import OperationCounter, step
+from ssl_lightning.data.datasets import Views
 from tests.small import BACKBONE, small, trainer
 
 METHODS = [
@@ -92,10 +93,11 @@ class Ready(L.LightningDataModule):
 
     num_classes = 2
     batch_size = 8
+    train_images = range(8)
 
     def __init__(self, views: int) -> None:
         super().__init__()
-        self.batch = ([torch.rand(8, 3, 32, 32) for _ in range(views)], torch.arange(8) % 2)
+        self.batch = Views([torch.rand(8, 3, 32, 32) for _ in range(views)], torch.arange(8) % 2, torch.arange(8))
 
     def train_dataloader(self) -> Any:
         return DataLoader([self.batch] * 5, batch_size=None)  # type: ignore[arg-type]

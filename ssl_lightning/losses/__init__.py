@@ -6,7 +6,15 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 
 from ssl_lightning.losses.classification import accuracy, cross_entropy
 from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
-from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
+from ssl_lightning.losses.contrastive import (
+    info_nce,
+    instance_discrimination,
+    moco_v3,
+    nce,
+    nce_normalizer,
+    nce_of,
+    nt_xent,
+)
 from ssl_lightning.losses.regression import byol, mae, negative_cosine
 
 __all__ = [
@@ -16,8 +24,12 @@ __all__ = [
     "dino",
     "entropy",
     "info_nce",
+    "instance_discrimination",
     "mae",
     "moco_v3",
+    "nce",
+    "nce_normalizer",
+    "nce_of",
     "negative_cosine",
     "nt_xent",
     "share_in_use",

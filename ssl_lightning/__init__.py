@@ -41,11 +41,13 @@ from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
+from ssl_lightning.methods.jigsaw import Jigsaw
 from ssl_lightning.methods.lejepa import LeJEPA
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.nnclr import NNCLR
+from ssl_lightning.methods.npid import NPID
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.simsiam import SimSiam
@@ -65,6 +67,7 @@ __all__ = [
     "LARS",
     "MAE",
     "NNCLR",
+    "NPID",
     "ArrayData",
     "BarlowTwins",
     "BestCheckpoint",
@@ -87,6 +90,7 @@ __all__ = [
     "ImageFolderData",
     "ImageStream",
     "Images",
+    "Jigsaw",
     "KNNProbe",
     "LastCheckpoint",
     "LeJEPA",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 import ssl_lightning
 from ssl_lightning import (
@@ -13,10 +14,12 @@ from ssl_lightning import (
     IJEPA,
     MAE,
     NNCLR,
+    NPID,
     BarlowTwins,
     DeepClusterV2,
     DigitsData,
     DINOv2,
+    Jigsaw,
     LeJEPA,
     MoCoV2,
     MoCoV3,
@@ -58,6 +61,8 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
     NNCLR: {"queue_length": 64, "hidden_dim": 32, "predictor_dim": 32, "projector_dim": 32},
     SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
+    Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
+    NPID: {"nce_k": 32, "projector_dim": 16},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
 }
@@ -77,6 +82,14 @@ def small(method: type[SSLModule], *more: dict[str, Any], **kwargs: Any) -> Any:
     for part in (*more, kwargs):
         arguments |= part
     return method(**arguments)
+
+
+def met(module: Any, images: int) -> Any:
+    """A method that has met a batch of the first images, as within a training: for calls of ``training_loss``."""
+    module.image_indices = torch.arange(images)
+    if isinstance(module, NPID):
+        module.remember(2 * images)
+    return module
 
 
 def simclr(**kwargs: Any) -> SimCLR:

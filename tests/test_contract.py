@@ -16,6 +16,7 @@ from torch import Tensor
 import ssl_lightning
 from ssl_lightning import (
     FakeData,
+    Jigsaw,
     LastCheckpoint,
     LinearProbe,
     MoCoV2,
@@ -27,7 +28,7 @@ from ssl_lightning import (
     check,
 )
 from tests.processes import run_processes
-from tests.small import METHODS, VIT, VIT_ONLY, small, trainer
+from tests.small import METHODS, VIT, VIT_ONLY, met, small, trainer
 
 CNN_AND_VIT = [
     pytest.param(method, net, id=f"{method.__name__}-{'vit' if net else 'cnn'}")
@@ -155,7 +156,7 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
 def test_the_backbone_can_be_compiled(method: type[SSLModule]) -> None:
     torch.manual_seed(0)
     still = {"drop_path": 0.0} if "drop_path" in inspect.signature(method).parameters else {}
-    module = small(method, {"bn_splits": 1} if method is MoCoV2 else {}, still)
+    module = met(small(method, {"bn_splits": 1} if method is MoCoV2 else {}, still), 4)
     views = list(torch.rand(2, 4, 3, 32, 32))
     losses = []
     for compiled in (False, True):
@@ -220,8 +221,9 @@ def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], t
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18_cifar", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in VIT_ONLY], ids=lambda m: m.__name__)
 def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> None:
-    module = small(method, {"backbone": name, "backbone_kwargs": {}})
-    views = [torch.rand(4, 3, 32, 32) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
+    larger = {"patch_size": 16} if method is Jigsaw else {}
+    module = met(small(method, {"backbone": name, "backbone_kwargs": {}}, larger), 4)
+    views = [torch.rand(4, 3, 48, 48) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
     loss = module.training_loss(views)
     loss.backward()
     assert torch.isfinite(loss)

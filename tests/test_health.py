@@ -19,10 +19,12 @@ from ssl_lightning import (
     IJEPA,
     MAE,
     NNCLR,
+    NPID,
     BarlowTwins,
     DeepClusterV2,
     DINOv2,
     HealthMonitor,
+    Jigsaw,
     LeJEPA,
     LossFloorAlarm,
     MoCoV2,
@@ -57,6 +59,8 @@ OWN = {
     NNCLR: {"queue_age", "neighbours_in_use"},
     SimSiam: {"projection_std"},
     RotNet: {"pretext_accuracy"},
+    Jigsaw: {"pretext_accuracy"},
+    NPID: {"memory_agreement"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -76,6 +80,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     LeJEPA: {"optim": DECAYED},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0},
+    Jigsaw: {"optim": DECAYED},
+    NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
 """A setting with which each method learns nothing; predictors, and SimSiam's last BatchNorm, are taken away as well."""
@@ -87,7 +93,7 @@ RIGHT: dict[str, Any] = {
 
 
 def module_and_data(method: type[SSLModule], **kwargs: Any) -> tuple[Any, Any]:
-    size = 32 if method in VIT_ONLY else 16
+    size = 32 if method in {*VIT_ONLY, Jigsaw} else 16
     view = ViewSpec(
         size=size, count=method.global_views or 2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4
     )

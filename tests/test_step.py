@@ -93,10 +93,10 @@ class Ready(L.LightningDataModule):
 
     num_classes = 2
     batch_size = 8
+    train_images = range(8)
 
     def __init__(self, views: int) -> None:
         super().__init__()
-        self.train_images = range(16)
         self.batch = Views([torch.rand(8, 3, 32, 32) for _ in range(views)], torch.arange(8) % 2, torch.arange(8))
 
     def train_dataloader(self) -> Any:

@@ -6,7 +6,16 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 
 from ssl_lightning.losses.classification import accuracy, cross_entropy
 from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, ibot, share_in_use, sinkhorn, swav
-from ssl_lightning.losses.contrastive import info_nce, moco_v3, nnclr, nt_xent
+from ssl_lightning.losses.contrastive import (
+    info_nce,
+    instance_discrimination,
+    moco_v3,
+    nce,
+    nce_normalizer,
+    nce_of,
+    nnclr,
+    nt_xent,
+)
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
 from ssl_lightning.losses.regularizers import koleo, sigreg
@@ -22,10 +31,14 @@ __all__ = [
     "ibot",
     "ijepa",
     "info_nce",
+    "instance_discrimination",
     "koleo",
     "lejepa",
     "mae",
     "moco_v3",
+    "nce",
+    "nce_normalizer",
+    "nce_of",
     "negative_cosine",
     "nnclr",
     "nt_xent",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ssl_lightning.distributed import gather, rank
+from ssl_lightning.distributed import gather, rank, reduced, world_size
 from ssl_lightning.losses.precision import full_precision
 
 
@@ -126,3 +126,70 @@ def nnclr(neighbours: Tensor, predictions: Tensor, temperature: float) -> Tensor
     neighbours, predictions = F.normalize(neighbours.detach(), dim=1), gather(F.normalize(predictions, dim=1))
     target = torch.arange(len(neighbours), device=neighbours.device) + rank() * len(neighbours)
     return F.cross_entropy(neighbours @ predictions.T / temperature, target)
+
+
+@full_precision
+def instance_discrimination(features: Tensor, memory: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """Each feature finds the row of its image among all rows of a memory.
+
+    Source: Wu et al. 2018, NPID, eq. 2.
+
+    Args:
+        features: ``(B, D)`` of unit norm.
+        memory: ``(M, D)``, one row for each image.
+        indices: ``(B,)`` rows of the images.
+        temperature: Divides the cosine similarities.
+    """
+    return F.cross_entropy(features @ memory.detach().T / temperature, indices)
+
+
+@full_precision
+def nce(features: Tensor, memory: Tensor, candidates: Tensor, temperature: float, normalizer: Tensor) -> Tensor:
+    """Each feature tells the row of its image from rows that are noise; the sum over them, mean over features.
+
+    Source: Wu et al. 2018, NPID, eq. 4 to 7, and its released code.
+
+    Args:
+        features: ``(B, D)`` of unit norm.
+        memory: ``(M, D)``, one row for each image.
+        candidates: ``(B, 1 + K)`` rows: that of the image, then K drawn ones.
+        temperature: Divides the cosine similarities.
+        normalizer: Z, a scalar, see ``nce_normalizer``.
+    """
+    return nce_of(_unnormalized(features, memory, candidates, temperature) / normalizer, len(memory))
+
+
+@full_precision
+def nce_of(probabilities: Tensor, images: int) -> Tensor:
+    """Noise-contrastive estimation with uniform noise, mean over rows.
+
+    Args:
+        probabilities: ``(B, 1 + K)``: of the image itself, then of K drawn ones.
+        images: Number of images that the noise is drawn from.
+    """
+    noise = (probabilities.shape[1] - 1) / images  # K / M
+    of_data = probabilities[:, 0] / (probabilities[:, 0] + noise + 1e-7)
+    of_noise = noise / (probabilities[:, 1:] + noise + 1e-7)
+    return -(of_data.log() + of_noise.log().sum(1)).mean()
+
+
+@full_precision
+@torch.no_grad()
+def nce_normalizer(features: Tensor, memory: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    """Estimate of Z, with which the probabilities of all images sum to 1, from a batch of all processes.
+
+    Source: Wu et al. 2018, NPID, eq. 8.
+
+    Args:
+        features: ``(B, D)`` of unit norm.
+        memory: ``(M, D)``.
+        candidates: ``(B, 1 + K)`` rows.
+        temperature: Divides the cosine similarities.
+    """
+    mean = _unnormalized(features, memory, candidates, temperature).mean()
+    return reduced(mean) / world_size() * len(memory)
+
+
+def _unnormalized(features: Tensor, memory: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    rows = memory.detach()[candidates]  # (B, 1 + K, D)
+    return (torch.einsum("bd,bkd->bk", features, rows) / temperature).exp()

@@ -35,6 +35,7 @@ from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
 from ssl_lightning.methods.lejepa import LeJEPA
@@ -69,6 +70,7 @@ __all__ = [
     "FSDP2Strategy",
     "FakeData",
     "FineTune",
+    "GramAnchoring",
     "HealthMonitor",
     "HuggingFaceData",
     "ImageArray",

@@ -7,12 +7,13 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 from ssl_lightning.losses.clustering import dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import info_nce, moco_v3, nt_xent
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
-from ssl_lightning.losses.regularizers import koleo, sigreg
+from ssl_lightning.losses.regularizers import gram, koleo, sigreg
 
 __all__ = [
     "byol",
     "dino",
     "entropy",
+    "gram",
     "ibot",
     "ijepa",
     "info_nce",

@@ -39,6 +39,7 @@ from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
 from ssl_lightning.methods.jigsaw import Jigsaw
@@ -83,6 +84,7 @@ __all__ = [
     "FSDP2Strategy",
     "FakeData",
     "FineTune",
+    "GramAnchoring",
     "HealthMonitor",
     "HuggingFaceData",
     "ImageArray",

@@ -19,6 +19,7 @@ from ssl_lightning import (
     DeepClusterV2,
     DigitsData,
     DINOv2,
+    GramAnchoring,
     Jigsaw,
     LeJEPA,
     MoCoV2,
@@ -53,6 +54,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     DeepClusterV2: {"num_prototypes": 16, "prototype_sets": 3, "hidden_dim": 32, "projector_dim": 16},
     DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    GramAnchoring: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "gram_start": 0.5},
     IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     IJEPA: {**VIT, "predictor_dim": 24, "predictor_depth": 1, "min_context": 1},
     LeJEPA: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
@@ -68,7 +70,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2}
+VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2, GramAnchoring}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

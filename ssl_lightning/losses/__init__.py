@@ -18,7 +18,7 @@ from ssl_lightning.losses.contrastive import (
 )
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
-from ssl_lightning.losses.regularizers import koleo, sigreg
+from ssl_lightning.losses.regularizers import gram, koleo, sigreg
 
 __all__ = [
     "accuracy",
@@ -28,6 +28,7 @@ __all__ = [
     "deepcluster_v2",
     "dino",
     "entropy",
+    "gram",
     "ibot",
     "ijepa",
     "info_nce",

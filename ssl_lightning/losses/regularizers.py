@@ -46,3 +46,17 @@ def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float
     means = summed(torch.stack([angles.cos(), angles.sin()]).mean(1)) / world_size()  # (2, S, T)
     errors = (means[0] - gaussian).square() + means[1].square()  # (S, T)
     return (errors @ (weights * gaussian)).mean() * len(embeddings) * world_size()
+
+
+@full_precision
+def gram(student: Tensor, anchor: Tensor) -> Tensor:
+    """Keep the cosine similarities of all pairs of patches of an image: mean squared difference.
+
+    Source: Siméoni et al. 2025, DINOv3, eq. 2, whose squared Frobenius norm the released code divides by the entries.
+
+    Args:
+        student: ``(B, N, D)`` patch features.
+        anchor: ``(B, N, E)`` of the same patches, from an earlier teacher.
+    """
+    student, anchor = F.normalize(student, dim=-1), F.normalize(anchor.detach(), dim=-1)
+    return (student @ student.mT - anchor @ anchor.mT).square().mean()  # of (B, N, N)

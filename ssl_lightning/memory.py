@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lightning.errors import UserError
+
 _ROWS_AT_A_TIME = 16384
 
 
@@ -32,6 +34,21 @@ class Memory(nn.Module):
             images: Images of the data set.
         """
         self.rows = self.rows.new_zeros(images, *self.rows.shape[1:])
+
+    def check(self, images: int) -> None:
+        """See whether it is of these images.
+
+        Args:
+            images: Images of the data set, or of a checkpoint.
+
+        Raises:
+            UserError: Their number is another.
+        """
+        if len(self.rows) != images:
+            raise UserError(
+                f"the memory is of {len(self.rows):,} images, not of {images:,}; go on with the images that the run "
+                "began with, or begin anew with model.init_from."
+            )
 
     def write(self, indices: Tensor, rows: Tensor) -> None:
         """Replace the embeddings of some images.

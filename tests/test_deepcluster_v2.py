@@ -123,7 +123,7 @@ def test_a_checkpoint_brings_its_memory(tmp_path: Path) -> None:
     again = DeepClusterV2.load_from_checkpoint(tmp_path / "x.ckpt")
     assert torch.equal(again.memory.rows, method.memory.rows)
     assert torch.equal(again.prototypes, method.prototypes)
-    with pytest.raises(UserError, match=r"the memory is of 64 images, the data has 48"):
+    with pytest.raises(UserError, match=r"the memory is of 64 images, not of 48"):
         trainer(tmp_path, max_epochs=2).fit(small(DeepClusterV2), images(num_images=48), ckpt_path=tmp_path / "x.ckpt")
 
 

@@ -24,8 +24,8 @@ def test_head_and_defaults_are_the_papers() -> None:
     )
     method.remember(3000)
     bound = 1 / math.sqrt(128 / 3)
-    assert 0.99 * bound < method.memory.abs().max() <= bound
-    assert method.memory.mean().abs() < 1e-3
+    assert 0.99 * bound < method.memory.rows.abs().max() <= bound
+    assert method.memory.rows.mean().abs() < 1e-3
 
 
 def test_nce_of_the_worked_example() -> None:
@@ -53,30 +53,30 @@ def test_all_images_are_told_apart_by_a_full_softmax() -> None:
     method = met(small(NPID, nce_k=0), 4)
     views = [torch.rand(4, 3, 16, 16)]
     features = unit(method.projector(method.backbone(views[0])))
-    logits = features @ method.memory.T / method.temperature
+    logits = features @ method.memory.rows.T / method.temperature
     expected = -torch.stack([F.log_softmax(row, 0)[index] for index, row in enumerate(logits)]).mean()
     torch.testing.assert_close(method.training_loss(views), expected)
 
 
 def test_the_memory_moves_after_the_scores() -> None:
     method = met(small(NPID, nce_k=0), 4)
-    views, before = [torch.rand(4, 3, 16, 16)], method.memory.clone()
+    views, before = [torch.rand(4, 3, 16, 16)], method.memory.rows.clone()
     losses_of_step = [method.training_loss(views).item() for _ in range(2)]
-    assert torch.equal(method.memory, before)
+    assert torch.equal(method.memory.rows, before)
     assert losses_of_step[0] == pytest.approx(losses_of_step[1], abs=1e-5)
     method.update_teacher()
-    assert not torch.equal(method.memory[:4], before[:4])
-    assert torch.equal(method.memory[4:], before[4:])
+    assert not torch.equal(method.memory.rows[:4], before[:4])
+    assert torch.equal(method.memory.rows[4:], before[4:])
     assert method.training_loss(views).item() < losses_of_step[0]  # now the rows know their images
-    assert not method.memory.requires_grad
+    assert not method.memory.rows.requires_grad
 
 
 def test_a_row_moves_as_in_the_worked_example() -> None:
     method = small(NPID, projector_dim=2)
-    method.memory = torch.tensor([[0.3, 0.4], [1.0, 0.0]])
+    method.memory.rows = torch.tensor([[0.3, 0.4], [1.0, 0.0]])
     method._pending = [torch.tensor([1]), torch.tensor([[0.0, 1.0]]), method.normalizer]
     method.update_teacher()
-    torch.testing.assert_close(method.memory, torch.tensor([[0.3, 0.4], [0.707107, 0.707107]]))
+    torch.testing.assert_close(method.memory.rows, torch.tensor([[0.3, 0.4], [0.707107, 0.707107]]))
 
 
 def test_the_first_batch_settles_the_normaliser() -> None:
@@ -89,7 +89,9 @@ def test_the_first_batch_settles_the_normaliser() -> None:
     method.training_loss(views)
     candidates = torch.cat([torch.arange(4)[:, None], drawn[0]], dim=1)
     features = unit(method.projector(method.backbone(views[0])))
-    scores = torch.stack([(method.memory[rows] @ f / 0.07).exp() for rows, f in zip(candidates, features, strict=True)])
+    scores = torch.stack(
+        [(method.memory.rows[rows] @ f / 0.07).exp() for rows, f in zip(candidates, features, strict=True)]
+    )
     method.update_teacher()
     torch.testing.assert_close(method.normalizer, 8 * scores.mean().detach())
     settled = method.normalizer.clone()
@@ -107,17 +109,17 @@ def test_the_memory_has_a_row_for_each_training_image_and_comes_with_checkpoints
     running = trainer(tmp_path, max_epochs=2)
     method = small(NPID)
     running.fit(method, images)
-    assert method.memory.shape == (24, 16)
-    torch.testing.assert_close(method.memory.norm(dim=1), torch.ones(24))  # each image has been seen
+    assert method.memory.rows.shape == (24, 16)
+    torch.testing.assert_close(method.memory.rows.norm(dim=1), torch.ones(24))  # each image has been seen
     running.save_checkpoint(tmp_path / "x.ckpt")
     again = NPID.load_from_checkpoint(tmp_path / "x.ckpt")
-    assert torch.equal(again.memory, method.memory)
+    assert torch.equal(again.memory.rows, method.memory.rows)
     assert torch.equal(again.normalizer, method.normalizer)
     trainer(tmp_path).validate(small(NPID), images, ckpt_path=tmp_path / "x.ckpt", verbose=False)
     trainer(tmp_path, max_epochs=1).fit(again, FakeData(num_images=24, batch_size=8))
-    with pytest.raises(UserError, match=r"24 rows.*there are training images: 16"):
+    with pytest.raises(UserError, match=r"memory is of 24 images, not of 16"):
         trainer(tmp_path).fit(again, FakeData(num_images=16, batch_size=8))
-    with pytest.raises(UserError, match=r"16 rows.*the checkpoint remembers: 24"):
+    with pytest.raises(UserError, match=r"memory is of 16 images, not of 24"):
         trainer(tmp_path).fit(small(NPID), FakeData(num_images=16, batch_size=8), ckpt_path=tmp_path / "x.ckpt")
 
 
@@ -135,7 +137,7 @@ def test_rows_are_those_of_the_images_whatever_their_order(tmp_path: Any) -> Non
     trainer(tmp_path).fit(method, FakeData(num_images=24, batch_size=8))
     assert sorted(seen) == list(range(24))
     for index, features in seen.items():
-        torch.testing.assert_close(method.memory[index], features)
+        torch.testing.assert_close(method.memory.rows[index], features)
 
 
 def test_a_loader_that_tells_no_indices_is_refused(tmp_path: Any) -> None:
@@ -154,7 +156,7 @@ def _two_processes(rank: int) -> tuple[Tensor, Tensor, float]:
     torch.manual_seed(1)
     loss = float(method.training_loss([images[rows]]))
     method.update_teacher()
-    return method.memory, method.normalizer, loss
+    return method.memory.rows, method.normalizer, loss
 
 
 def test_two_processes_hold_the_memory_of_one() -> None:
@@ -169,7 +171,7 @@ def test_two_processes_hold_the_memory_of_one() -> None:
     torch.manual_seed(1)
     assert (loss + loss1) / 2 == pytest.approx(float(method.training_loss([images])), abs=1e-9)
     method.update_teacher()
-    torch.testing.assert_close(method.memory, memory)
+    torch.testing.assert_close(method.memory.rows, memory)
     torch.testing.assert_close(method.normalizer, normalizer)
 
 
@@ -177,7 +179,7 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
     torch.manual_seed(0)
     optim = Optim("sgd", base_lr=0.03, weight_decay=1e-4, decay_norm_and_bias=True)
     method = met(small(NPID, optim=optim).double(), 4)
-    memory = method.memory.clone()
+    memory = method.memory.rows.clone()
     normalizers: list[Tensor] = []
     drawn: list[Tensor] = []
     draw = method._drawn

@@ -126,9 +126,7 @@ class DeepClusterV2(SSLModule):
         if len(self.memory.rows) == 0:
             self.memory.resize(len(images))
             self._fill()
-        if len(self.memory.rows) != len(images):
-            remembered = len(self.memory.rows)
-            raise UserError(f"the memory is of {remembered} images, the data has {len(images)}; go on with the same.")
+        self.memory.check(len(images))
 
     @torch.no_grad()
     def _fill(self) -> None:

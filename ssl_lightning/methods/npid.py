@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_lightning import losses
 from ssl_lightning.distributed import gather, own_part, world_size
 from ssl_lightning.errors import UserError
+from ssl_lightning.memory import Memory
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
@@ -36,7 +37,6 @@ class NPID(SSLModule):
     remedies = "a temperature near 0.07, more epochs (an image is seen once in each), nce_k of 0 for small data"
     global_views = 1
     zero_init_residual = False
-    memory: Tensor
     normalizer: Tensor
 
     def __init__(
@@ -58,7 +58,7 @@ class NPID(SSLModule):
         super().__init__(optim=optim, **kwargs)
         self.temperature, self.nce_k, self.momentum = temperature, nce_k, momentum
         self.projector = nn.Linear(self.embed_dim, projector_dim)
-        self.register_buffer("memory", torch.empty(0, projector_dim))
+        self.memory = Memory(projector_dim)
         self.register_buffer("normalizer", torch.zeros(()))  # Z; 0 before the first batch
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
@@ -67,18 +67,18 @@ class NPID(SSLModule):
         features = F.normalize(self.projector(self.backbone(views[0])), dim=1)  # (B, projector_dim)
         normalizer = self.normalizer
         if self.nce_k == 0:
-            loss = losses.instance_discrimination(features, self.memory, indices, self.temperature)
+            loss = losses.instance_discrimination(features, self.memory.rows, indices, self.temperature)
         else:
             candidates = torch.cat([indices[:, None], self._drawn(len(indices))], dim=1)  # (B, 1 + nce_k)
-            found = losses.nce_normalizer(features, self.memory, candidates, self.temperature)
+            found = losses.nce_normalizer(features, self.memory.rows, candidates, self.temperature)
             normalizer = torch.where(normalizer == 0, found, normalizer)
-            loss = losses.nce(features, self.memory, candidates, self.temperature, normalizer)
+            loss = losses.nce(features, self.memory.rows, candidates, self.temperature, normalizer)
         self._pending += [gather(indices), gather(features.detach()), normalizer]
         return loss
 
     def _indices(self) -> Tensor:
         """Indices ``(B,)`` of the images of the batch, which are the rows of the memory."""
-        if self.image_indices is None or not len(self.memory):
+        if self.image_indices is None or not len(self.memory.rows):
             raise UserError(
                 "NPID remembers every image by its index in the training set, which this loader does not tell; train "
                 "with a data module of this package whose images have indices, not a stream."
@@ -88,21 +88,22 @@ class NPID(SSLModule):
     def _drawn(self, images: int) -> Tensor:
         """Rows ``(B, nce_k)`` of the memory, any of them as likely; the image's own may be among them."""
         shape = images * world_size(), self.nce_k
-        return self.random_to_device(own_part(torch.randint(len(self.memory), shape, generator=self.generator)))
+        return self.random_to_device(own_part(torch.randint(len(self.memory.rows), shape, generator=self.generator)))
 
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Move the rows of the images that were seen towards their features; Z stays that of the first batch."""
         pending = self._take_pending()
         for indices, features, normalizer in zip(pending[::3], pending[1::3], pending[2::3], strict=True):
-            rows = self.momentum * self.memory[indices] + (1 - self.momentum) * features.to(self.memory.dtype)
-            self.memory[indices] = F.normalize(rows, dim=1)
+            remembered = self.memory.rows[indices]
+            rows = self.momentum * remembered + (1 - self.momentum) * features.to(remembered.dtype)
+            self.memory.write(indices, F.normalize(rows, dim=1))
             self.normalizer.copy_(torch.where(self.normalizer == 0, normalizer, self.normalizer))
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Mean cosine of features and the rows of their images."""
         features = F.normalize(self.projector(self.backbone(views[0])), dim=1)
-        return {"memory_agreement": (features * F.normalize(self.memory[self._indices()], dim=1)).sum(1).mean()}
+        return {"memory_agreement": (features * F.normalize(self.memory.rows[self._indices()], dim=1)).sum(1).mean()}
 
     # The memory is as long as the training set, or as that of the checkpoint
 
@@ -110,9 +111,9 @@ class NPID(SSLModule):
         """Make the memory, where none has been read; a checkpoint to resume is read after this."""
         images = getattr(self.trainer.datamodule, "train_images", None)  # type: ignore[attr-defined]
         if stage == "fit" and images is not None:
-            if not len(self.memory):
+            if not len(self.memory.rows):
                 self.remember(len(images))
-            self._check_memory(len(images), "there are training images")
+            self.memory.check(len(images))
 
     def remember(self, images: int) -> None:
         """Begin a memory, uniform in a cube as in the released code; the same on every process.
@@ -120,9 +121,11 @@ class NPID(SSLModule):
         Args:
             images: Number of rows, one for each training image.
         """
-        bound = 1 / math.sqrt(self.memory.shape[1] / 3)
-        rows = torch.rand(images, self.memory.shape[1], generator=torch.Generator().manual_seed(0))
-        self.memory = (2 * bound * rows - bound).to(self.memory)
+        self.memory.resize(images)
+        width = self.memory.rows.shape[1]
+        bound = 1 / math.sqrt(width / 3)
+        rows = torch.rand(images, width, generator=torch.Generator().manual_seed(0))
+        self.memory.rows.copy_(2 * bound * rows - bound)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the memory be as long as that of the checkpoint.
@@ -130,19 +133,12 @@ class NPID(SSLModule):
         Raises:
             UserError: The training images are others.
         """
-        saved = checkpoint["state_dict"].get("memory")
+        saved = checkpoint["state_dict"].get("memory.rows")
         if saved is not None:
-            if not len(self.memory):
-                self.memory = self.memory.new_empty(saved.shape)
-            self._check_memory(len(saved), "the checkpoint remembers")
+            if not len(self.memory.rows):
+                self.memory.resize(len(saved))
+            self.memory.check(len(saved))
         super().on_load_checkpoint(checkpoint)
-
-    def _check_memory(self, images: int, what: str) -> None:
-        if len(self.memory) != images:
-            raise UserError(
-                f"the memory has {len(self.memory):,} rows, one for each image, but {what}: {images:,}; train with the "
-                "same images, or begin anew with model.init_from."
-            )
 
     @property
     def chance_loss(self) -> float | None:
@@ -152,4 +148,4 @@ class NPID(SSLModule):
         """
         if self.nce_k:
             return (self.nce_k + 1) * math.log(self.nce_k + 1) - self.nce_k * math.log(self.nce_k)
-        return math.log(len(self.memory)) if len(self.memory) else None
+        return math.log(len(self.memory.rows)) if len(self.memory.rows) else None

@@ -233,7 +233,7 @@ def _summary(record: _Record) -> list[tuple[str, str, str]]:
     for key, name in [*_PROBES.items()][:2]:
         if points := record.run.metrics.get(key):
             best = max(points, key=lambda point: point.value)
-            after = "" if best.epoch is None else f" after epoch {best.epoch + 1}"
+            after = "" if best.epoch is None else f", epoch {best.epoch + 1}"
             remark = "" if best.value == points[-1].value else f"best {100 * best.value:.1f} %{after}"
             facts.append((name, f"{100 * points[-1].value:.1f} %", remark))
     if record.seconds is not None:

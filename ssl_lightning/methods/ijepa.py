@@ -80,9 +80,9 @@ class IJEPA(SSLModule):
         self.momentum, self.patch_side = momentum, vit.patch_side
         if not (backbone_kwargs or {}).get("pretrained"):
             vit.apply(_init_weights)
-            inputs = vit.patch_embed.proj.weight[0].numel()  # type: ignore[index,operator]
+            inputs = vit.patch_embed.proj.weight[0].numel()
             if inputs < 14 * 14 * 3:  # patches smaller than the paper's: or positions drown what is in them
-                nn.init.trunc_normal_(vit.patch_embed.proj.weight, std=0.02 * math.sqrt(14 * 14 * 3 / inputs))  # type: ignore[arg-type]
+                nn.init.trunc_normal_(vit.patch_embed.proj.weight, std=0.02 * math.sqrt(14 * 14 * 3 / inputs))
             vit.fix_positions(rows_first=False)
         self.teacher_backbone = ema.teacher_of(self.backbone)
 

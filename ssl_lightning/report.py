@@ -2,11 +2,13 @@
 
 import base64
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -208,7 +210,7 @@ def _onward(points: Sequence[Point]) -> list[Point]:
 
 def _seconds(moment: str) -> float | None:
     with suppress(ValueError):
-        return time.mktime(time.strptime(moment[:19], "%Y-%m-%dT%H:%M:%S"))
+        return datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     return None
 
 
@@ -353,7 +355,7 @@ def _lines(found: dict[str, list[Point]]) -> list[dict[str, Any]]:
             "mode": "lines+markers" if len(points) < 40 else "lines",
             "name": name,
             "x": [point.step for point in points],
-            "y": [point.value for point in points],
+            "y": [point.value if math.isfinite(point.value) else None for point in points],  # JSON has no nan
             "customdata": ["" if point.epoch is None else f", epoch {point.epoch + 1}" for point in points],
             "hovertemplate": f"{_plain(name)} <b>%{{y}}</b><br>step %{{x:,}}%{{customdata}}<extra></extra>",
             "line": {"color": color, "width": 2},
@@ -456,12 +458,12 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
         drawn = sorted((file for file in place.glob("*.png") if file.stem.isdigit()), key=lambda file: int(file.stem))
         series[place.name.replace("_", " ")] = [(f"epoch {int(file.stem)}", file) for file in drawn]
     found: list[dict[str, Any]] = []
-    for name, files in series.items():
-        last, most = len(files) - 1, min(len(files), _PICTURES) - 1
-        chosen = [files[number * last // max(1, most)] for number in range(most + 1)]
-        shots = [(label, uri) for label, file in chosen if (uri := _data_uri(file))]
-        if shots:
-            found.append({"name": name, "shots": shots, "all": len(files)})
+    for name, every in series.items():
+        last, most = len(every) - 1, min(len(every), _PICTURES) - 1
+        chosen = [every[number * last // max(1, most)] for number in range(most + 1)]
+        pairs = [(label, _data_uri(path)) for label, path in chosen]
+        if shots := [(label, uri) for label, uri in pairs if uri is not None]:
+            found.append({"name": name, "shots": shots, "all": len(every)})
     return found
 
 

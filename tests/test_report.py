@@ -246,11 +246,11 @@ def test_a_page_can_be_made_at_every_moment_of_writing(run: Path, tmp_path: Path
 
 
 def test_a_resumed_curve_goes_on_where_it_was_resumed(tmp_path: Path) -> None:
-    rows = ["epoch,step,train/loss", "0,1,5", "0,3,4", "1,5,9", "1,7,8", "1,5,3", "1,7,2"]
+    rows = ["epoch,step,train/loss", "0,1,5", "0,3,4", "1,5,9", "1,7,8", "1,5,nan", "1,7,2"]
     (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
     figures = report(str(tmp_path), str(tmp_path / "page.html")).read_text().partition('id="figures">')[2]
     (trace,) = json.loads(figures.partition("</script>")[0])["plot-0-0"]["data"]
-    assert (trace["x"], trace["y"]) == ([1, 3, 5, 7], [5, 4, 3, 2])
+    assert (trace["x"], trace["y"]) == ([1, 3, 5, 7], [5, 4, None, 2])
 
 
 def test_a_long_run_keeps_its_peaks_in_a_page_of_bounded_size(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.npid import NPID
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.optim import LARC, LARS, Optim
 from ssl_lightning.strategies import FSDP2Strategy
@@ -91,6 +92,7 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimMIM",
     "SwAV",
     "Throughput",
     "TorchvisionData",

@@ -17,6 +17,7 @@ from ssl_lightning import (
     MoCoV3,
     Optim,
     SimCLR,
+    SimMIM,
     SSLModule,
     SwAV,
     ViewSpec,
@@ -38,11 +39,12 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
     NPID: {"nce_k": 32, "projector_dim": 16},
+    SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {MAE}
+VIT_ONLY: set[type[SSLModule]] = {MAE, SimMIM}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

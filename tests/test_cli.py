@@ -262,6 +262,7 @@ def test_every_method_has_its_recipes() -> None:
         "jigsaw": {"quickstart", "cifar10_cpu", "imagenet_"},
         "npid": {"quickstart", "cifar10_cpu", "cifar10_", "imagenet_"},
         "rotnet": {"quickstart", "cifar10_cpu", "cifar10_", "imagenet_"},
+        "simmim": {"quickstart", "cifar10_cpu", "imagenet_"},
     }
     assert set(names) == {"simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae", *published}
     for method, recipes in names.items():

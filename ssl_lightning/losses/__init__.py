@@ -4,7 +4,7 @@ What a paper stops the gradient at (keys, targets, assignments, the teacher) is 
 lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
 """
 
-from ssl_lightning.losses.classification import accuracy, cross_entropy
+from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
 from ssl_lightning.losses.clustering import dino, entropy, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import (
     info_nce,
@@ -15,10 +15,11 @@ from ssl_lightning.losses.contrastive import (
     nce_of,
     nt_xent,
 )
-from ssl_lightning.losses.regression import byol, mae, negative_cosine
+from ssl_lightning.losses.regression import byol, mae, negative_cosine, simmim, vector_quantization
 
 __all__ = [
     "accuracy",
+    "beit",
     "byol",
     "cross_entropy",
     "dino",
@@ -33,6 +34,8 @@ __all__ = [
     "negative_cosine",
     "nt_xent",
     "share_in_use",
+    "simmim",
     "sinkhorn",
     "swav",
+    "vector_quantization",
 ]

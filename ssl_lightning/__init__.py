@@ -51,6 +51,7 @@ from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.npid import NPID
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.methods.vicreg import VICReg
@@ -113,6 +114,7 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimMIM",
     "SimSiam",
     "SwAV",
     "Throughput",

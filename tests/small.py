@@ -26,6 +26,7 @@ from ssl_lightning import (
     MoCoV3,
     Optim,
     SimCLR,
+    SimMIM,
     SimSiam,
     SSLModule,
     SwAV,
@@ -65,12 +66,13 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
     Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
     NPID: {"nce_k": 32, "projector_dim": 16},
+    SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2, GramAnchoring}
+VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

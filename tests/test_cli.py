@@ -255,6 +255,7 @@ def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
 
 PUBLISHED = {
     "jigsaw": {"imagenet_"},
+    "simmim": {"imagenet_"},
     "npid": {"cifar10_", "imagenet_"},
     "rotnet": {"cifar10_", "imagenet_"},
     **{method: {"imagenet_"} for method in ("ibot", "dinov2", "ijepa", "lejepa")},

@@ -32,6 +32,7 @@ from ssl_lightning import (
     Optim,
     RotNet,
     SimCLR,
+    SimMIM,
     SimSiam,
     SSLModule,
     SwAV,
@@ -42,7 +43,7 @@ from ssl_lightning import (
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
-from tests.small import METHODS, VIT_ONLY, digits, simclr, small, trainer
+from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, small, trainer
 
 OWN = {
     DeepClusterV2: {"prototypes_in_use"},
@@ -61,6 +62,7 @@ OWN = {
     RotNet: {"pretext_accuracy"},
     Jigsaw: {"pretext_accuracy"},
     NPID: {"memory_agreement"},
+    SimMIM: {"masked_patch_error"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -80,11 +82,12 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     LeJEPA: {"optim": DECAYED},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
+    SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     Jigsaw: {"optim": DECAYED},
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
-"""A setting with which each method learns nothing; predictors, and SimSiam's last BatchNorm, are taken away as well."""
+"""A setting with which each method learns nothing; predictors and last norms of some are taken away as well."""
 
 RIGHT: dict[str, Any] = {
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 32, 32)},
@@ -174,6 +177,8 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
         module.predictor = nn.Identity()
     if wrong and method is SimSiam:
         module.projector[-1] = nn.Identity()
+    if wrong and method is SimMIM:
+        nn.init.zeros_(module.backbone.norm.weight)
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=6, logger=logger)

@@ -4,7 +4,7 @@ What a paper stops the gradient at (keys, targets, assignments, the teacher) is 
 lightly's: its losses carry state that is not saved (memory bank, centre), and wait on the device for indices.
 """
 
-from ssl_lightning.losses.classification import accuracy, cross_entropy
+from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
 from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, ibot, share_in_use, sinkhorn, swav
 from ssl_lightning.losses.contrastive import (
     info_nce,
@@ -17,12 +17,13 @@ from ssl_lightning.losses.contrastive import (
     nt_xent,
 )
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
-from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine
+from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
 from ssl_lightning.losses.regularizers import gram, koleo, sigreg
 
 __all__ = [
     "accuracy",
     "barlow_twins",
+    "beit",
     "byol",
     "cross_entropy",
     "deepcluster_v2",
@@ -45,7 +46,9 @@ __all__ = [
     "nt_xent",
     "share_in_use",
     "sigreg",
+    "simmim",
     "sinkhorn",
     "swav",
+    "vector_quantization",
     "vicreg",
 ]

@@ -79,3 +79,37 @@ def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm
         targets = (targets - mean) / (variance + 1e-6).sqrt()
     errors = (predictions - targets).square().mean(-1)  # (B, N)
     return (errors * mask).sum() / mask.sum()
+
+
+@full_precision
+def simmim(predictions: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute error of the masked pixels.
+
+    Source: Xie et al. 2022, SimMIM, eq. 1 and its released code.
+
+    Args:
+        predictions: ``(B, 3, S, S)``.
+        images: ``(B, 3, S, S)``.
+        mask: ``(B, S, S)``, true where masked.
+    """
+    errors = (predictions - images).abs() * mask[:, None]
+    return errors.sum() / (mask.to(errors.dtype).sum() + 1e-5) / images.shape[1]
+
+
+@full_precision
+def vector_quantization(
+    reconstructions: Tensor, images: Tensor, codes: Tensor, vectors: Tensor, commitment: float
+) -> Tensor:
+    """Squared error of a reconstruction, of the vectors from the codes, and of the codes from the vectors.
+
+    Source: van den Oord et al. 2017, VQ-VAE, eq. 3.
+
+    Args:
+        reconstructions: ``(B, 3, S, S)``.
+        images: ``(B, 3, S, S)``.
+        codes: ``(B, D, ...)`` of the encoder.
+        vectors: ``(B, D, ...)``, the nearest to them.
+        commitment: Weight of the last.
+    """
+    distances = F.mse_loss(vectors, codes.detach()) + commitment * F.mse_loss(codes, vectors.detach())
+    return F.mse_loss(reconstructions, images) + distances * codes.shape[1]  # summed over D, as in the paper

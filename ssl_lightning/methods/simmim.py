@@ -1,0 +1,134 @@
+"""SimMIM."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_lightning import losses
+from ssl_lightning.distributed import own_part, world_size
+from ssl_lightning.errors import UserError
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+
+
+class SimMIM(SSLModule):
+    """SimMIM: regress the pixels of masked patches with a single linear layer.
+
+    Xie et al. 2022, SimMIM: A Simple Framework for Masked Image Modeling, https://arxiv.org/abs/2111.09886. The
+    encoder is ``backbone``, a ViT of timm, and sees all patches, masked ones as a learnt token. Like the paper's it has
+    no class token, and its features are the mean of the patches; where the paper has a bias for relative positions,
+    timm's plain ViTs embed absolute ones. The paper's learning rate is for batches of 512 images, ours for 256, so
+    ``base_lr`` is half of its.
+
+    The training forward sees masked images, so the linear probe learns from features of whole views at every
+    ``probe_every``-th step, as with MAE.
+
+    Args:
+        mask_ratio: Share of the units that are masked, rounded up to whole ones.
+        mask_unit: Side of the squares that are masked, in pixels: a multiple of the backbone's patch.
+        probe_every: Steps between those with features for the probes.
+        backbone: Name of a ViT of timm.
+        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        optim: Optimizer and learning-rate schedule; the milestone is that of 800 epochs.
+        kwargs: See SSLModule.
+    """
+
+    views = "simmim"
+    remedies = "a lower learning rate or a longer warm-up, mask units of a sixth to an eighth of the view's side"
+    global_views = 1
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.6,
+        mask_unit: int = 32,
+        probe_every: int = 32,
+        backbone: str = "vit_base_patch16_224",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim(
+            "adamw",
+            base_lr=5e-5,
+            weight_decay=0.05,
+            warmup_epochs=10,
+            warmup_start_factor=0.0025,
+            milestones=(700 / 800,),
+        ),
+        **kwargs: Any,
+    ) -> None:
+        from ssl_lightning.backbones import AnySizeViT, is_vit
+
+        remedy = (
+            f"SimMIM masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm, "
+            "e.g. vit_base_patch16_224."
+        )
+        if not is_vit(backbone):
+            raise UserError(remedy)
+        of_patches = {"class_token": False, "global_pool": "avg", "fc_norm": False}  # normalised before they are pooled
+        super().__init__(backbone, {**of_patches, **(backbone_kwargs or {})}, optim, **kwargs)
+        vit = self.backbone
+        if not isinstance(vit, AnySizeViT):
+            raise UserError(remedy)
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
+        if mask_unit % vit.patch_side:
+            raise UserError(
+                f"model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {vit.patch_side} px."
+            )
+        self.mask_ratio, self.mask_unit, self.probe_every = mask_ratio, mask_unit, probe_every
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.embed_dim, vit.patch_side**2 * 3, 1), nn.PixelShuffle(vit.patch_side)
+        )
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The blocks of the encoder."""
+        return [self.backbone.blocks]  # type: ignore[list-item]
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Distance of the masked pixels from the predicted ones (section 3.3)."""
+        images = views[0]
+        units = self._units(images)
+        return losses.simmim(self.reconstruct(images, units), images, _enlarged(units, self.mask_unit))
+
+    def reconstruct(self, images: Tensor, units: Tensor) -> Tensor:
+        """Predict all pixels ``(B, 3, S, S)``.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+            units: ``(B, rows, columns)`` bool, true where a unit is masked.
+        """
+        vit: Any = self.backbone
+        mask = _enlarged(units, self.mask_unit // vit.patch_side)  # (B, rows, columns) of patches
+        tokens = vit.masked_tokens(images, mask.flatten(1), self.mask_token)
+        tokens = tokens[:, vit.num_prefix_tokens :].transpose(1, 2)  # (B, embed_dim, N)
+        return self.decoder(tokens.unflatten(2, mask.shape[1:]))
+
+    def _units(self, images: Tensor) -> Tensor:
+        """Which units to mask, ``(B, rows, columns)`` bool: as many in each image."""
+        rows, columns = (side // self.mask_unit for side in images.shape[2:])
+        noise = torch.rand(len(images) * world_size(), rows * columns, generator=self.generator)
+        masked = noise.argsort(dim=1).argsort(dim=1) < math.ceil(self.mask_ratio * rows * columns)
+        return self.random_to_device(own_part(masked).unflatten(1, (rows, columns)))
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """Views must be a whole number of units."""
+        super().check(sizes, global_batch)
+        if sizes[0] % self.mask_unit:
+            raise UserError(
+                f"units of model.mask_unit={self.mask_unit} px do not divide views of {sizes[0]} px; set one of them."
+            )
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Error of the masked pixels without drop path."""
+        return {"masked_patch_error": self.training_loss(views)}
+
+
+def _enlarged(mask: Tensor, times: int) -> Tensor:
+    """A mask ``(B, rows, columns)`` with each cell as a square of cells."""
+    return mask.repeat_interleave(times, 1, output_size=mask.shape[1] * times).repeat_interleave(
+        times, 2, output_size=mask.shape[2] * times
+    )

@@ -353,7 +353,7 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
         (["--model", "SimCLR", "--data", "DigitsData", "--data.batch_size", "1"], "at least 2"),
         (["--model", "SimCLR", "--data", "DigitsData", "--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--model", "SimCLR", "--data", "DigitsData", "--ckpt_path", "last"], "no last*.ckpt below runs/SimCLR"),
-        (["--model", "SimCLR", "--data", "DigitsData", "--without", "[probes]"], "choose from linear_probe"),
+        (["--model", "SimCLR", "--data", "DigitsData", "--without", "[probes]"], "choose from run_record"),
         (["--model", "SimCLR", "--data", "DigitsData", "--model.optim.name", "adan2"], "unknown optimizer"),
         (["--config", "configs/none.yaml"], "configs/none.yaml"),
         (["--model", "MAE", "--model.backbone", "resnet18", "--data", "DigitsData"], "set model.backbone to a ViT"),

@@ -33,7 +33,8 @@ class IJEPA(SSLModule):
         predictor_depth: Blocks of the predictor; 12 for larger backbones. It has as many heads as the backbone.
         momentum: Share of the teacher that stays at the first step; it rises linearly to 1.
         backbone: Name of a ViT of timm.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``;
+            ``weight_init: jax`` starts wider than the paper, for small patches and widths.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -79,10 +80,8 @@ class IJEPA(SSLModule):
         self.context_scale, self.min_context = context_scale, min_context
         self.momentum, self.patch_side = momentum, vit.patch_side
         if not (backbone_kwargs or {}).get("pretrained"):
-            vit.apply(_init_weights)
-            inputs = vit.patch_embed.proj.weight[0].numel()
-            if inputs < 14 * 14 * 3:  # patches smaller than the paper's: or positions drown what is in them
-                nn.init.trunc_normal_(vit.patch_embed.proj.weight, std=0.02 * math.sqrt(14 * 14 * 3 / inputs))
+            if "weight_init" not in (backbone_kwargs or {}):
+                vit.apply(_init_weights)
             vit.fix_positions(rows_first=False)
         self.teacher_backbone = ema.teacher_of(self.backbone)
 

@@ -32,8 +32,10 @@ from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.methods.beit import BEiT
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.dino import DINO
+from ssl_lightning.methods.image_tokenizer import ImageTokenizer
 from ssl_lightning.methods.jigsaw import Jigsaw
 from ssl_lightning.methods.mae import MAE
 from ssl_lightning.methods.moco_v2 import MoCoV2
@@ -56,6 +58,7 @@ __all__ = [
     "MAE",
     "NPID",
     "ArrayData",
+    "BEiT",
     "BestCheckpoint",
     "CIFAR10Data",
     "CIFAR100Data",
@@ -73,6 +76,7 @@ __all__ = [
     "ImageFiles",
     "ImageFolderData",
     "ImageStream",
+    "ImageTokenizer",
     "Images",
     "Jigsaw",
     "KNNProbe",

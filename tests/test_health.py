@@ -17,6 +17,7 @@ from ssl_lightning import (
     DINO,
     MAE,
     NPID,
+    BEiT,
     HealthMonitor,
     Jigsaw,
     LossFloorAlarm,
@@ -36,7 +37,7 @@ from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
 from tests.small import VIT_ONLY, digits, simclr, small, trainer
 
-METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, RotNet, Jigsaw, NPID, SimMIM]
+METHODS = [SimCLR, MoCoV2, MoCoV3, BYOL, SwAV, DINO, MAE, RotNet, Jigsaw, NPID, SimMIM, BEiT]
 OWN = {
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
@@ -48,6 +49,7 @@ OWN = {
     Jigsaw: {"pretext_accuracy"},
     NPID: {"memory_agreement"},
     SimMIM: {"masked_patch_error"},
+    BEiT: {"pretext_accuracy"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -59,11 +61,12 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     MAE: {"optim": DECAYED},
     RotNet: {"optim": DECAYED},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
+    BEiT: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     Jigsaw: {"optim": DECAYED},
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
-"""A setting with which each method learns nothing; BYOL's predictor is taken away as well, and SimMIM's last norm."""
+"""A setting with which each method learns nothing; BYOL's predictor is taken away as well, SimMIM's last norm and BEiT's head."""
 
 RIGHT: dict[str, Any] = {
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 32, 32)},
@@ -139,6 +142,8 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
         module.predictor = nn.Identity()
     if wrong and method is SimMIM:
         nn.init.zeros_(module.backbone.norm.weight)
+    if wrong and method is BEiT:
+        nn.init.zeros_(module.head.weight)
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=6, logger=logger)

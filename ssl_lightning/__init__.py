@@ -35,6 +35,7 @@ from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.methods.beit import BEiT
 from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
@@ -42,6 +43,7 @@ from ssl_lightning.methods.dinov2 import DINOv2
 from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
+from ssl_lightning.methods.image_tokenizer import ImageTokenizer
 from ssl_lightning.methods.jigsaw import Jigsaw
 from ssl_lightning.methods.lejepa import LeJEPA
 from ssl_lightning.methods.mae import MAE
@@ -71,6 +73,7 @@ __all__ = [
     "NNCLR",
     "NPID",
     "ArrayData",
+    "BEiT",
     "BarlowTwins",
     "BestCheckpoint",
     "CIFAR10Data",
@@ -92,6 +95,7 @@ __all__ = [
     "ImageFiles",
     "ImageFolderData",
     "ImageStream",
+    "ImageTokenizer",
     "Images",
     "Jigsaw",
     "KNNProbe",

@@ -28,7 +28,7 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     rows, columns = grid
     while (left := count - int(mask.sum())) > 0:
         for _ in range(10):
-            area = random.uniform(*sorted((smallest, min(left, largest))))
+            area = smallest + (min(left, largest) - smallest) * random.random()  # less, where less is left
             aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))  # height / width
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:

@@ -1,5 +1,8 @@
 """Small real trainings."""
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ from ssl_lightning import (
     NNCLR,
     NPID,
     BarlowTwins,
+    BEiT,
     DeepClusterV2,
     DigitsData,
     DINOv2,
     GramAnchoring,
+    ImageTokenizer,
     Jigsaw,
     LeJEPA,
     MoCoV2,
@@ -49,9 +54,33 @@ VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
     "backbone_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3},
 }
+TOKENS = {"num_tokens": 32, "token_dim": 8, "decoder_dim": 16}
+
+
+def _tokenizer() -> str:
+    """Checkpoint of an untrained tokenizer, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = ImageTokenizer(**BACKBONE, **TOKENS)
+    file = Path(tempfile.mkdtemp()) / "tokenizer.ckpt"
+    atexit.register(shutil.rmtree, file.parent, ignore_errors=True)
+    told = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": L.__version__}
+    torch.save({"state_dict": module.state_dict(), **told}, file)
+    return str(file)
+
+
+TOKENIZER = _tokenizer()
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
+    BEiT: {
+        "tokenizer": TOKENIZER,
+        "num_tokens": 32,
+        "smallest_block": 2,
+        "probe_every": 2,
+        "backbone": VIT["backbone"],
+        "backbone_kwargs": {**VIT["backbone_kwargs"], "drop_path_rate": 0.0},
+    },
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     DeepClusterV2: {"num_prototypes": 16, "prototype_sets": 3, "hidden_dim": 32, "projector_dim": 16},
     DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
@@ -59,6 +88,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     IJEPA: {**VIT, "predictor_dim": 24, "predictor_depth": 1, "min_context": 1},
     LeJEPA: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
+    ImageTokenizer: {**TOKENS, "probe_every": 2},
     MAE: {**VIT, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "probe_every": 2},
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
@@ -72,7 +102,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
 """Methods that train no CNN."""
 
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)

@@ -224,7 +224,7 @@ def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], t
 def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> None:
     larger = {"patch_size": 16} if method is Jigsaw else {}
     module = met(small(method, {"backbone": name, "backbone_kwargs": {}}, larger), 4)
-    views = [torch.rand(4, 3, 48, 48) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
+    views = [torch.rand(4, 3, 64, 64) for _ in range(2)] + [torch.rand(4, 3, 16, 16)] * method.local_views
     loss = module.training_loss(views)
     loss.backward()
     assert torch.isfinite(loss)

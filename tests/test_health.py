@@ -21,6 +21,7 @@ from ssl_lightning import (
     NNCLR,
     NPID,
     BarlowTwins,
+    BEiT,
     DeepClusterV2,
     DINOv2,
     HealthMonitor,
@@ -63,6 +64,7 @@ OWN = {
     Jigsaw: {"pretext_accuracy"},
     NPID: {"memory_agreement"},
     SimMIM: {"masked_patch_error"},
+    BEiT: {"pretext_accuracy"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -83,6 +85,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
+    BEiT: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     Jigsaw: {"optim": DECAYED},
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
@@ -179,6 +182,8 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
         module.projector[-1] = nn.Identity()
     if wrong and method is SimMIM:
         nn.init.zeros_(module.backbone.norm.weight)
+    if wrong and method is BEiT:
+        nn.init.zeros_(module.head.weight)
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=6, logger=logger)

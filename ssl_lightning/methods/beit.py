@@ -1,0 +1,182 @@
+"""BEiT."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lightning import losses
+from ssl_lightning.errors import UserError
+from ssl_lightning.masks import block_mask
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.methods.image_tokenizer import ImageTokenizer
+from ssl_lightning.optim import Optim
+
+
+class BEiT(SSLModule):
+    """BEiT: predict the visual words of masked patches.
+
+    Bao et al. 2022, BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254. The encoder is
+    ``backbone``, a ViT of timm, and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute
+    positions, as the released code's model for ImageNet-1k does; the paper's others have a bias for relative ones.
+    The words come from ``tokenizer``, frozen, which sees the same crop, resized so that it gives a word for each patch.
+    It is not saved with the checkpoint: keep its file. In Python, another tokenizer is a subclass with its own
+    ``build_tokenizer``.
+
+    The training forward sees masked images, so the linear probe learns from features of whole views at every
+    ``probe_every``-th step, as with MAE. They are the mean of the patches, as in fine-tuning.
+
+    Args:
+        tokenizer: Checkpoint of an ``ImageTokenizer``.
+        num_tokens: Number of words K that it knows.
+        mask_ratio: Share of the patches that are masked, in rectangles.
+        smallest_block: Smallest rectangle, in patches.
+        probe_every: Steps between those with features for the probes.
+        backbone: Name of a ViT of timm.
+        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
+    """
+
+    views = "beit"
+    remedies = "a tokenizer with many words in use, a lower learning rate or a longer warm-up, gradients clipped at 3"
+    global_views = 1
+
+    def __init__(
+        self,
+        tokenizer: str = "",
+        num_tokens: int = 8192,
+        mask_ratio: float = 75 / 196,
+        smallest_block: int = 16,
+        probe_every: int = 32,
+        backbone: str = "vit_base_patch16_224",
+        backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim(
+            "adamw", base_lr=1.5e-3, lr_scaling="none", weight_decay=0.05, end_lr_factor=1 / 150, warmup_epochs=10
+        ),
+        **kwargs: Any,
+    ) -> None:
+        from ssl_lightning.backbones import AnySizeViT, is_vit
+
+        remedy = (
+            f"BEiT masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm, "
+            "e.g. vit_base_patch16_224."
+        )
+        if not is_vit(backbone):
+            raise UserError(remedy)
+        defaults = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1, "drop_path_rate": 0.1}
+        super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
+        vit = self.backbone
+        if not isinstance(vit, AnySizeViT):
+            raise UserError(remedy)
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
+        self.tokenizer_path, self.num_tokens = tokenizer, num_tokens
+        self.mask_ratio, self.smallest_block, self.probe_every = mask_ratio, smallest_block, probe_every
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        self.head = nn.Linear(self.embed_dim, num_tokens)
+        for module in (self.head, *([] if (backbone_kwargs or {}).get("pretrained") else [vit])):
+            module.apply(_init_linear)
+        _init_token(self.mask_token)
+        if not (backbone_kwargs or {}).get("pretrained"):
+            for token in (vit.cls_token, vit.pos_embed):
+                if token is not None:
+                    _init_token(token)
+            blocks: Any = vit.blocks
+            with torch.no_grad():
+                for depth, block in enumerate(blocks, start=1):
+                    for layer in (block.attn.proj, block.mlp.fc2):
+                        layer.weight.div_(math.sqrt(2 * depth))
+        self._tokenizer: tuple[ImageTokenizer, ...] = ()  # in a tuple, so that it is no part of the method
+
+    def build_tokenizer(self) -> Any:
+        """The tokenizer: a module with ``num_tokens``, ``stride`` and ``tokens``, as ``ImageTokenizer``."""
+        if not self.tokenizer_path:
+            raise UserError(
+                "BEiT predicts the words of a tokenizer; train one, e.g. python -m ssl_lightning fit --model "
+                "ImageTokenizer --data ..., and set model.tokenizer to its checkpoint."
+            )
+        try:
+            return ImageTokenizer.load_from_checkpoint(self.tokenizer_path, map_location="cpu")
+        except (OSError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"model.tokenizer={self.tokenizer_path} is no ImageTokenizer: {error}") from error
+
+    @property
+    def tokenizer(self) -> Any:
+        """The frozen tokenizer, read when it is first wanted."""
+        if not self._tokenizer:
+            tokenizer = self.build_tokenizer()
+            if tokenizer.num_tokens != self.num_tokens:
+                raise UserError(f"the tokenizer knows {tokenizer.num_tokens} words; set model.num_tokens to that.")
+            self._tokenizer = (tokenizer.requires_grad_(False).eval().to(self.device, self.dtype),)
+        return self._tokenizer[0]
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The blocks of the encoder."""
+        return [self.backbone.blocks]  # type: ignore[list-item]
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Cross entropy of the masked patches' words (eq. 2)."""
+        return losses.beit(*self._logits_and_words(views[0]))
+
+    def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
+        vit: Any = self.backbone
+        mask = self._mask(images)  # (B, N), on the host
+        masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
+        tokens = vit.masked_tokens(images, self.random_to_device(mask), self.mask_token)[:, vit.num_prefix_tokens :]
+        return self.head(tokens.flatten(0, 1)[masked]), self.words(images).flatten()[masked]
+
+    def _mask(self, images: Tensor) -> Tensor:
+        """Which patches to mask, ``(B, N)`` bool on the host: rectangles until there are enough (algorithm 1)."""
+        grid = self._grid(images)
+        count = round(self.mask_ratio * grid[0] * grid[1])
+        seeds = self.seeds_of_images(len(images))
+        return torch.stack([block_mask(grid, count, self.smallest_block, count, seed).flatten() for seed in seeds])
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        side: Any = self.backbone.patch_side
+        return images.shape[2] // side, images.shape[3] // side
+
+    @torch.no_grad()
+    def words(self, images: Tensor) -> Tensor:
+        """Words ``(B, N)`` of all patches, from the same crop at the size at which the tokenizer has as many places.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+        """
+        rows, columns = self._grid(images)
+        size = rows * self.tokenizer.stride, columns * self.tokenizer.stride
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return self.tokenizer.tokens(images)
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """There must be a tokenizer."""
+        super().check(sizes, global_batch)
+        _ = self.tokenizer
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Share of the masked patches whose word is told."""
+        return {"pretext_accuracy": losses.accuracy(*self._logits_and_words(views[0]))}
+
+    @property
+    def chance_loss(self) -> float:
+        """The entropy ln K: every word is as likely."""
+        return math.log(self.num_tokens)
+
+
+def _init_token(token: Any) -> None:
+    """Normal of deviation 0.02, cut where it is 0.02, as in the released code: 0.0108 is left of it."""
+    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        _init_token(module.weight)
+        nn.init.zeros_(module.bias)

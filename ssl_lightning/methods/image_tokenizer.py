@@ -1,0 +1,115 @@
+"""ImageTokenizer: what BEiT predicts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lightning import losses
+from ssl_lightning.errors import UserError
+from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.optim import Optim
+
+
+class ImageTokenizer(SSLModule):
+    """Tokenizer of images for BEiT: an autoencoder whose code is one of K vectors for each place of a grid.
+
+    van den Oord et al. 2017, Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, with vectors of
+    unit norm, which keeps more of them in use: Yu et al. 2022, https://arxiv.org/abs/2110.04627. It takes the place of
+    the discrete variational autoencoder that BEiT borrows from DALL-E, whose weights are not free to share.
+
+    Train it, and give its checkpoint to ``BEiT`` as ``tokenizer``.
+
+    Args:
+        num_tokens: Number of vectors K.
+        token_dim: Width of the vectors.
+        decoder_dim: Width of the decoder.
+        commitment: Weight of the distance that draws the encoder to its vectors.
+        probe_every: Steps between those with features for the probes.
+        backbone: Name of the encoder, a network of timm; its stride is the side of the grid's cells.
+        optim: Optimizer and learning-rate schedule.
+        kwargs: See SSLModule.
+    """
+
+    views = "beit"
+    remedies = "fewer vectors or a smaller token_dim, a lower learning rate"
+    global_views = 1
+
+    def __init__(
+        self,
+        num_tokens: int = 8192,
+        token_dim: int = 32,
+        decoder_dim: int = 256,
+        commitment: float = 0.25,
+        probe_every: int = 32,
+        backbone: str = "resnet18_cifar",
+        optim: Optim = Optim("adamw", base_lr=5e-4, weight_decay=0.05, warmup_epochs=1),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, optim=optim, **kwargs)
+        if not hasattr(self.backbone, "forward_features"):
+            raise UserError(f"backbone={backbone!r} gives no map of features; set model.backbone to one of timm.")
+        self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
+        side = 4 * getattr(self.backbone, "patch_side", 16)
+        self.stride = side // self.eval()._map(torch.zeros(1, 3, side, side)).shape[-1]
+        """Side of the square in pixels that a token is about."""
+        self.train()
+        self.projector = nn.Conv2d(self.embed_dim, token_dim, kernel_size=1)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(num_tokens, token_dim), dim=1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(token_dim, decoder_dim, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(decoder_dim, decoder_dim, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(decoder_dim, self.stride**2 * 3, kernel_size=1),
+            nn.PixelShuffle(self.stride),
+        )
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Error of the reconstruction, and distances of codes and vectors (eq. 3)."""
+        images = views[0]
+        codes, vectors, _ = self._encoded(images)
+        straight = codes + (vectors - codes).detach()  # the gradient passes by the choice
+        return losses.vector_quantization(self.decoder(straight), images, codes, vectors, self.commitment)
+
+    def _map(self, images: Tensor) -> Tensor:
+        """Features ``(B, embed_dim, rows, columns)``."""
+        features = self.backbone.forward_features(images)  # type: ignore[operator]
+        if features.ndim == 4:
+            return features
+        vit: Any = self.backbone
+        grid = images.shape[2] // vit.patch_embed.patch_size[0], images.shape[3] // vit.patch_embed.patch_size[1]
+        return features[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+
+    def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and the vectors nearest to them, ``(B, token_dim, rows, columns)``, and these vectors' numbers."""
+        codes = F.normalize(self.projector(self._map(images)), dim=1)
+        vectors = F.normalize(self.prototypes, dim=1)  # (K, token_dim)
+        ids = torch.einsum("bdhw,kd->bhwk", codes, vectors).argmax(3)  # (B, rows, columns)
+        return codes, vectors[ids].permute(0, 3, 1, 2), ids
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Numbers ``(B, N)`` of the vectors, row by row.
+
+        Args:
+            images: ``(B, 3, S, S)``, normalised as in training.
+        """
+        return self._encoded(images)[2].flatten(1)
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """Views must be a whole number of cells."""
+        super().check(sizes, global_batch)
+        if sizes[0] % self.stride:
+            raise UserError(
+                f"the backbone's stride of {self.stride} px does not divide views of {sizes[0]} px; set "
+                "data.image_size."
+            )
+
+    def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
+        """Squared error of the reconstruction, and the share of the vectors in use, of as many as there can be."""
+        _, vectors, ids = self._encoded(views[0])
+        used = ids.unique().numel() / min(ids.numel(), self.num_tokens)
+        return {"reconstruction_error": F.mse_loss(self.decoder(vectors), views[0]), "prototypes_in_use": used}

@@ -123,6 +123,8 @@ def met(module: Any, images: int) -> Any:
     module.image_indices = torch.arange(images)
     if isinstance(module, NPID):
         module.remember(2 * images)
+    if isinstance(module, DeepClusterV2):
+        module.memory.resize(2 * images)
     return module
 
 

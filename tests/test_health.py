@@ -24,7 +24,9 @@ from ssl_lightning import (
     BEiT,
     DeepClusterV2,
     DINOv2,
+    GramAnchoring,
     HealthMonitor,
+    ImageTokenizer,
     Jigsaw,
     LeJEPA,
     LossFloorAlarm,
@@ -65,6 +67,8 @@ OWN = {
     NPID: {"memory_agreement"},
     SimMIM: {"masked_patch_error"},
     BEiT: {"pretext_accuracy"},
+    GramAnchoring: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
+    ImageTokenizer: {"reconstruction_error", "prototypes_in_use"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
@@ -90,7 +94,10 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
-"""A setting with which each method learns nothing; predictors and last norms of some are taken away as well."""
+"""A setting with which each method learns nothing; predictors and last norms of some are taken away as well.
+
+GramAnchoring goes on from a DINOv2 that has learnt, and a tokenizer is no method to learn features by.
+"""
 
 RIGHT: dict[str, Any] = {
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 32, 32)},
@@ -191,7 +198,7 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
     return alarm, running
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(WRONG))
 def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[SSLModule], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="LossFloorAlarm: ") as warned:
         alarm, running = alarmed(method, tmp_path, wrong=True, stop=True)
@@ -203,7 +210,7 @@ def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[S
     assert "health/alarm" in metrics(tmp_path)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(WRONG))
 def test_a_run_that_learns_is_left_alone(method: type[SSLModule], tmp_path: Path) -> None:
     alarm, running = alarmed(method, tmp_path, wrong=False)
     assert alarm.raised is None

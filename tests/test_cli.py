@@ -272,7 +272,8 @@ def test_every_method_has_its_recipes() -> None:
         folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in CONFIGS.iterdir() if folder.is_dir()
     }
     names.pop("overlays")
-    assert set(names) == {method.__module__.rpartition(".")[2] for method in METHODS}
+    modules = {method.__module__.rpartition(".")[2] for method in METHODS}
+    assert set(names) == modules - {"gram_anchoring"}  # a late stage of DINOv2's recipes
     for method, recipes in names.items():
         published = PUBLISHED.get(method, {"cifar10_", "imagenet100_", "imagenet_"})
         for wanted in {"quickstart", "cifar10_cpu", *published}:

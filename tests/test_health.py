@@ -66,7 +66,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
 }
-"""A setting with which each method learns nothing; BYOL's predictor is taken away as well, SimMIM's last norm and BEiT's head."""
+"""A setting with which each method learns nothing; BYOL loses its predictor as well, SimMIM a norm, BEiT its head."""
 
 RIGHT: dict[str, Any] = {
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 32, 32)},

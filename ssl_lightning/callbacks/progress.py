@@ -47,13 +47,13 @@ class Throughput(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the steps."""
+        self._start(trainer)
+
+    def _start(self, trainer: L.Trainer) -> None:
         loader: Any = trainer.train_dataloader
         self._watched = hasattr(loader, "mark")  # what another loader does ends where its step starts
         if self._watched:
             loader.mark = self._split.mark
-        self._start(trainer)
-
-    def _start(self, trainer: L.Trainer) -> None:
         self._images, self._since, self._waited = 0, time.perf_counter(), _waited(trainer)
         self._split.begin()
 

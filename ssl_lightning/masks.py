@@ -52,8 +52,9 @@ def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Indices ``(M,)`` among all ``B * N`` patches, and ``(M,)`` of masked patches of its image * B.
     """
-    counts = (mask.sum(1, keepdim=True) * len(mask)).expand_as(mask)  # (B, N)
-    return mask.flatten().nonzero().squeeze(1), counts[mask]
+    rows, columns = mask.numpy().nonzero()
+    counts = mask.numpy().sum(1)[rows] * len(mask)
+    return torch.from_numpy(rows * mask.shape[1] + columns), torch.from_numpy(counts)
 
 
 def multi_block(

@@ -93,7 +93,7 @@ class Ready(L.LightningDataModule):
 
     num_classes = 2
     batch_size = 8
-    train_images = range(8)
+    train_images = range(16)
 
     def __init__(self, views: int) -> None:
         super().__init__()

@@ -132,8 +132,8 @@ def read_checkpoint(
         misfit = _misfit(found, model.state_dict())
         if not misfit:
             model.load_state_dict(found, strict=False)
-            of_mae = any(name.startswith("decoder_") for name in weights)
-            if isinstance(model, AnySizeViT) and (of_moco_v3 or of_mae or checkpoint.get("fixed_positions")):
+            of_mae_or_ijepa = any(name.startswith(("decoder_", "predictor_positions")) for name in weights)
+            if isinstance(model, AnySizeViT) and (of_moco_v3 or of_mae_or_ijepa or checkpoint.get("fixed_positions")):
                 model.tell_fixed_positions()  # which are known at other sizes, too
             transform = checkpoint.get("image_transform") or _image_transform(model)
             return Pretrained(model, backbone, kwargs, transform, _facts(checkpoint))

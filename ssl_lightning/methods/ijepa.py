@@ -161,7 +161,7 @@ class IJEPA(SSLModule):
     def _blocks(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Indices ``(B, C)`` of context and ``(B, T, P)`` of targets: this process's of the global batch's."""
         grid = images.shape[2] // self.patch_side, images.shape[3] // self.patch_side
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        (seed,) = torch.randint(2**62, (1,), generator=self.generator).tolist()
         scales = self.target_scale, self.target_aspect, self.context_scale
         blocks = multi_block(len(images) * world_size(), grid, self.targets, *scales, self.min_context, seed)
         context, targets = (self.random_to_device(own_part(part)) for part in blocks)

@@ -172,7 +172,13 @@ def test_nothing_reaches_the_network_from_the_page(browser: Any, page: Path) -> 
 @contextmanager
 def watched(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     command = [sys.executable, "-m", "ssl_lightning", "report", str(folder), "--watch"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

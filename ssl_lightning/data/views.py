@@ -131,6 +131,7 @@ _SWAV = ViewSpec(
     blur=0.5,
     std=(0.228, 0.224, 0.225),  # the released code's value, not ImageNet's
 )
+_SWAV_LOCAL = replace(_SWAV, size=96, count=6, scale=(0.05, 0.14))
 _MOCO_V2 = ViewSpec(
     count=2,
     scale=(0.2, 1.0),
@@ -167,8 +168,8 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
     "nnclr": (_SIMCLR,),
-    "swav": (_SWAV, replace(_SWAV, size=96, count=6, scale=(0.05, 0.14))),
-    "deepcluster_v2": (_SWAV, replace(_SWAV, size=96, count=6, scale=(0.05, 0.14))),
+    "swav": (_SWAV, _SWAV_LOCAL),
+    "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
     "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
     # The released code swaps keep and apply of the blur; these are the probabilities that result.

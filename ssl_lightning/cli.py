@@ -188,6 +188,7 @@ class SSLCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        self._words = sys.argv[1:] if args is None else args
         super().__init__(
             SSLModule,
             SSLDataModule,
@@ -212,6 +213,12 @@ class SSLCLI(LightningCLI):
         """Commands with the arguments that the command line does not show."""
         own = {name: {"model", "datamodule"} for name in ("preview", "check", "plan")}
         return {**LightningCLI.subcommands(), **own}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Gather the arguments of the command at hand alone: those of all take a second at every start."""
+        if self._words and self._words[0] in self.subcommands() and self._words[0] != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
@@ -383,7 +390,7 @@ def _evaluate(words: Sequence[str]) -> None:
         commands.add_subcommand(name, command, help=command.description)
     options = parser.parse_args(_with_data_of_the_run([_underscored(word) for word in words]))
     name = options.subcommand
-    arguments = vars(parser.instantiate_classes(options)[name])
+    arguments = vars(parser.instantiate(options)[name])
     arguments.pop("config", None)
     of_protocol = inspect.signature(getattr(Evaluation, name)).parameters.keys() - {"self"}
     chosen = {key: arguments.pop(key) for key in [*arguments] if key in of_protocol}

@@ -1,7 +1,6 @@
 """Object detection on a pretrained backbone."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,6 @@ def test_both_layouts_tell_the_same_boxes(pictures: Path) -> None:
 
 
 def _validate(rank: int, pictures: Path) -> dict[str, float]:
-    os.environ["LOCAL_RANK"] = str(rank)
     two = {"strategy": "ddp", "devices": 2}
     found = validated(pictures, boxes(pictures), **two, plugins=[LightningEnvironment()])
     running = trainer(pictures, **two, plugins=[LightningEnvironment()], limit_train_batches=3, limit_val_batches=0)

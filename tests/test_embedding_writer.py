@@ -228,7 +228,6 @@ def test_what_has_no_order_or_no_names_is_refused(photos: Path, tmp_path: Path) 
 
 
 def _computed(rank: int, photos: Path, folders: list[Path]) -> list[int]:
-    os.environ["LOCAL_RANK"] = str(rank)
     seen = []
     for folder, strategy in zip(folders, ("ddp", "fsdp2"), strict=True):
         torch.manual_seed(0)

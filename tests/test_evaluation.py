@@ -31,6 +31,7 @@ from ssl_lightning import (
 )
 from ssl_lightning.backbones import create_backbone
 from ssl_lightning.checkpoints import open_backbone
+from ssl_lightning.cli import main
 from ssl_lightning.compare import compare
 from ssl_lightning.data.datasets import ViewMaker, rand_augmented
 from ssl_lightning.data.images import opened_already
@@ -485,26 +486,17 @@ def test_results_say_everything(run: tuple[Path, Any], evaluation: Evaluation, t
     assert low < found["accuracy"]["top1"] < high
 
 
-def test_runs_are_compared(run: tuple[Path, Any], tmp_path: Path) -> None:
-    for name, epochs in (("short", 1), ("long", 2)):
-        words = ["fit", "--config", "configs/quickstart.yaml", "--name", name, "--trainer.max_epochs", str(epochs)]
-        words += [
-            "--trainer.default_root_dir",
-            str(tmp_path),
-            "--trainer.accelerator",
-            "cpu",
-            "--without",
-            "[view_grid]",
-        ]
-        assert command(words, tmp_path).returncode == 0
-    checkpoint = tmp_path / "long/version_0/checkpoints/last.ckpt"
-    words = ["evaluate", "knn", "--checkpoint", str(checkpoint), "--trainer", json.dumps(CPU)]  # on the run's data
-    printed = command(words, tmp_path)
-    assert printed.returncode == 0, printed.stderr
+def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ssl-lightning"])
+    where = ["--trainer.default_root_dir", ".", "--trainer.accelerator", "cpu", "--without", "[view_grid, pictures]"]
+    for name, epochs in (("short", "1"), ("long", "2")):
+        main(["fit", "--config", "configs/quickstart.yaml", "--name", name, "--trainer.max_epochs", epochs, *where])
+    checkpoint = "long/version_0/checkpoints/last.ckpt"
+    main(["evaluate", "knn", "--checkpoint", checkpoint, "--trainer", json.dumps(CPU)])  # on the run's data
     results = Results.read(tmp_path / "long/version_0/evaluations/knn/results.json")
-    assert results.headline in printed.stdout
-    printed = command(["compare", "short", "long", "--csv", "all.csv", "--plot", "all.png"], tmp_path)
-    assert printed.returncode == 0, printed.stderr
+    assert results.headline in capsys.readouterr().out
+    main(["compare", "short", "long", "--csv", "all.csv", "--plot", "all.png"])
     short, long = compare([str(tmp_path / "short"), str(tmp_path / "long")]).rows
     assert (short["run"], short["epochs"], long["run"], long["epochs"]) == ("short", 1, "long", 2)
     assert "knn, %" in long
@@ -562,7 +554,10 @@ def test_bad_input_is_refused_and_nothing_is_written(case: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_commands_answer_mistakes_in_a_line(run: tuple[Path, Any], tmp_path: Path) -> None:
+def test_commands_answer_mistakes_in_a_line(
+    run: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.save({"weights": torch.rand(3)}, tmp_path / "other.pth")
     data = ["--data", "DigitsData"]
     for words, message in (
@@ -571,13 +566,15 @@ def test_commands_answer_mistakes_in_a_line(run: tuple[Path, Any], tmp_path: Pat
         (["knn", "--checkpoint", "gone.ckpt", *data], "gone.ckpt does not exist"),
         (["knn", "--checkpoint", "resnet81", *data], "unknown backbone 'resnet81'"),
     ):
-        printed = command(["evaluate", *words], tmp_path)
-        assert printed.returncode != 0
-        assert printed.stderr.splitlines()[-1].startswith("error: "), printed.stderr
-        assert message in printed.stderr.splitlines()[-1]
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", *words])
+        said = (capsys.readouterr().err + str(end.value.code)).splitlines()[-1]
+        assert said.startswith("error: ")
+        assert message in said
     assert not (tmp_path / "evaluations").exists()
-    printed = command(["compare", "gone"], tmp_path)
-    assert "gone does not exist" in printed.stderr
+    printed = command(["compare", "gone"], tmp_path)  # as a person sees it
+    assert printed.returncode != 0
+    assert printed.stderr.splitlines()[-1] == "error: gone does not exist; give the folder of a run."
 
 
 def test_raw_pixels_and_untrained_backbones_are_baselines(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ssl_lightning import DINO, MAE, ImageFolderData, MoCoV3, SimCLR, SSLModule, UserError, ViewSpec
 from ssl_lightning.checkpoints import Pretrained, export, load_backbone, open_backbone
 from ssl_lightning.cli import main
+from tests.processes import FORKSERVER
 from tests.small import BACKBONE, VIT, small, trainer
 from tests.test_contract import data
 
@@ -240,8 +240,8 @@ def _fill_the_disk(checkpoint: Path, folder: Path) -> list[str]:
 def test_a_full_disk_leaves_the_earlier_file(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     output = export(checkpoints["ViT"], "timm", tmp_path / "x.pth")
     before = output.read_bytes()
-    with get_context("spawn").Pool(1) as pool:
-        for message in pool.apply(_fill_the_disk, (checkpoints["ViT"], tmp_path)):
+    with FORKSERVER.Pool(1) as pool:
+        for message in pool.apply_async(_fill_the_disk, (checkpoints["ViT"], tmp_path)).get(timeout=60):
             assert re.match(r"cannot write .* \(\[Errno 27\] File too large\); choose another output", message)
     assert output.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "x.md"}

@@ -1,6 +1,5 @@
 """Semantic segmentation on a pretrained backbone."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,6 @@ def test_metrics_count_the_pixels_of_whole_masks(pictures: Path, tmp_path: Path)
 
 
 def _validate(rank: int, pictures: Path) -> dict[str, float]:
-    os.environ["LOCAL_RANK"] = str(rank)
     running = trainer(pictures, strategy="ddp", devices=2, plugins=[LightningEnvironment()])
     (found,) = running.validate(segmenter(num_classes=3), masks(pictures, batch_size=4), verbose=False)
     running = trainer(pictures, strategy="ddp", devices=2, plugins=[LightningEnvironment()], limit_train_batches=3)

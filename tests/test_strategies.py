@@ -1,6 +1,5 @@
 """Sharded training, mixed precision and clipping: the same training, or refused before it starts."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,6 @@ def _fit(
     rank: int, method: type[SSLModule], folder: Path, strategy: str, ckpt_path: Any = None, **kwargs: Any
 ) -> dict[str, Tensor]:
     """The state after a training on two processes, and ``<method>-<strategy>.ckpt``."""
-    os.environ["LOCAL_RANK"] = str(rank)
     L.seed_everything(1)
     more = {"devices": 2, "plugins": [LightningEnvironment()], "max_epochs": 2, "limit_train_batches": 3}
     running = trainer(folder, strategy=strategy, callbacks=[KNNProbe()], **{**more, **kwargs})
@@ -72,7 +70,6 @@ def test_sharded_training_ends_as_ddp(tmp_path: Path) -> None:
 
 
 def _refused(rank: int) -> list[str]:
-    os.environ["LOCAL_RANK"] = str(rank)
     said = []
     for method, precision in ((SwAV, "32-true"), (MAE, "64-true")):
         running = trainer(Path(), strategy="fsdp2", devices=2, plugins=[LightningEnvironment()], precision=precision)

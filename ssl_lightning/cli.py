@@ -188,7 +188,7 @@ class SSLCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
-        self._words = sys.argv[1:] if args is None else args
+        self._first_word = next(iter(sys.argv[1:] if args is None else args), None)
         super().__init__(
             SSLModule,
             SSLDataModule,
@@ -216,7 +216,7 @@ class SSLCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Gather the arguments of the command at hand alone: those of all take a second at every start."""
-        if self._words and self._words[0] in self.subcommands() and self._words[0] != subcommand:
+        if self._first_word in self.subcommands() and self._first_word != subcommand:
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 

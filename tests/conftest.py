@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 DATA = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data")).resolve()  # before a test changes folder
 torch.set_num_threads(1)  # the networks are tiny
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: forked from one with more, they would hang
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,34 +15,18 @@ from tests.restate import Weights, adamw, compare, linear, random_views, run
 from tests.small import TOKENIZER, VIT, small, trainer
 
 
-class Brightness:
+class Brightness(torch.nn.Module):
     """The words are the brightness of squares of 4 px."""
 
     num_tokens, stride = 32, 4
 
-    def requires_grad_(self, _: bool) -> "Brightness":
-        return self
-
-    def eval(self) -> "Brightness":
-        return self
-
-    def to(self, *_: Any) -> "Brightness":
-        return self
-
-    def tokens(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         self.seen = images
         return (F.avg_pool2d(images.mean(1, keepdim=True), 4).clamp(0, 1) * 31).long().flatten(1)
 
 
-class ByBrightness(BEiT):
-    """BEiT with a tokenizer of one's own."""
-
-    def build_tokenizer(self) -> Any:
-        return Brightness()
-
-
 def beit(**kwargs: Any) -> Any:
-    return small(ByBrightness, tokenizer="", **kwargs)
+    return small(BEiT, tokenizer=Brightness(), **kwargs)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -147,6 +131,34 @@ def test_the_tokenizer_stays_as_it_is_and_out_of_the_checkpoint(tmp_path: Path) 
     assert all(torch.equal(value, before[name]) for name, value in method.tokenizer.state_dict().items())
     assert not method.tokenizer.training
     assert not any("tokenizer" in name for name in method.state_dict())
+
+
+def test_any_module_can_be_the_tokenizer(tmp_path: Path) -> None:
+    class Plain(torch.nn.Module):
+        """Words of the patches of 8 px of the crop as it is."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return (F.avg_pool2d(images.mean(1, keepdim=True), 8).clamp(0, 1) * 31).long().flatten(1)
+
+    method = small(BEiT, tokenizer=Plain())
+    running = trainer(tmp_path, limit_train_batches=2)
+    running.fit(method, FakeData(batch_size=8))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    again = BEiT.load_from_checkpoint(tmp_path / "x.ckpt")
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(again.eval()(images), method.eval()(images))  # without its tokenizer
+    with pytest.raises(UserError, match="train one"):
+        trainer(tmp_path).fit(again, FakeData(batch_size=8))
+    trainer(tmp_path).fit(BEiT.load_from_checkpoint(tmp_path / "x.ckpt", tokenizer=Plain()), FakeData(batch_size=8))
+    with pytest.raises(UserError, match=r"words of shape \(2, 64\) for a batch of 2 crops of 4 x 4 patches"):
+        small(BEiT, tokenizer=Fine()).words(images)
+
+
+class Fine(torch.nn.Module):
+    """Four words where one is asked for."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 64, dtype=torch.long)
 
 
 def test_tokens_are_the_nearest_vectors_row_by_row() -> None:

@@ -75,6 +75,9 @@ class SSLModule(L.LightningModule):
     shardable: bool = True
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
+    unsaved_arguments: tuple[str, ...] = ()
+    """Arguments that checkpoints leave out, e.g. modules."""
+
     def __init__(
         self,
         backbone: str = "resnet50",
@@ -88,7 +91,7 @@ class SSLModule(L.LightningModule):
 
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
-        self.save_hyperparameters(ignore=["optim"])
+        self.save_hyperparameters(ignore=["optim", *self.unsaved_arguments])
         backbone_kwargs = backbone_kwargs or {}
         self.save_hyperparameters({"optim": asdict(self.optim), "backbone_kwargs": backbone_kwargs})  # a method's, too
         self.backbone = backbones.create_backbone(backbone, **backbone_kwargs)

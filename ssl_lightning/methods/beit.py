@@ -24,14 +24,15 @@ class BEiT(SSLModule):
     ``backbone``, a ViT of timm, and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute
     positions, as the released code's model for ImageNet-1k does; the paper's others have a bias for relative ones.
     The words come from ``tokenizer``, frozen, which sees the same crop, resized so that it gives a word for each patch.
-    It is not saved with the checkpoint: keep its file. In Python, another tokenizer is a subclass with its own
-    ``build_tokenizer``.
+    It is not saved with the checkpoint: keep its file.
 
     The training forward sees masked images, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE. They are the mean of the patches, as in fine-tuning.
 
     Args:
-        tokenizer: Checkpoint of an ``ImageTokenizer``.
+        tokenizer: Checkpoint of an ``ImageTokenizer``, or any module that maps images ``(B, 3, S, S)`` to the words of
+            their patches, ``(B, N)`` integers, row by row. If it has a ``stride``, the side in pixels of the square
+            that a word is about, it gets the crop resized so that each patch has a word, else the crop as it is.
         num_tokens: Number of words K that it knows.
         mask_ratio: Share of the patches that are masked, in rectangles.
         smallest_block: Smallest rectangle, in patches.
@@ -45,10 +46,11 @@ class BEiT(SSLModule):
     views = "beit"
     remedies = "a tokenizer with many words in use, a lower learning rate or a longer warm-up, gradients clipped at 3"
     global_views = 1
+    unsaved_arguments = ("tokenizer",)
 
     def __init__(
         self,
-        tokenizer: str = "",
+        tokenizer: str | nn.Module = "",
         num_tokens: int = 8192,
         mask_ratio: float = 75 / 196,
         smallest_block: int = 16,
@@ -75,7 +77,8 @@ class BEiT(SSLModule):
             raise UserError(remedy)
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
-        self.tokenizer_path, self.num_tokens = tokenizer, num_tokens
+        self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
+        self.num_tokens = num_tokens
         self.mask_ratio, self.smallest_block, self.probe_every = mask_ratio, smallest_block, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
         self.head = nn.Linear(self.embed_dim, num_tokens)
@@ -91,27 +94,18 @@ class BEiT(SSLModule):
                 for depth, block in enumerate(blocks, start=1):
                     for layer in (block.attn.proj, block.mlp.fc2):
                         layer.weight.div_(math.sqrt(2 * depth))
-        self._tokenizer: tuple[ImageTokenizer, ...] = ()  # in a tuple, so that it is no part of the method
-
-    def build_tokenizer(self) -> Any:
-        """The tokenizer: a module with ``num_tokens``, ``stride`` and ``tokens``, as ``ImageTokenizer``."""
-        if not self.tokenizer_path:
-            raise UserError(
-                "BEiT predicts the words of a tokenizer; train one, e.g. python -m ssl_lightning fit --model "
-                "ImageTokenizer --data ..., and set model.tokenizer to its checkpoint."
-            )
-        try:
-            return ImageTokenizer.load_from_checkpoint(self.tokenizer_path, map_location="cpu")
-        except (OSError, RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"model.tokenizer={self.tokenizer_path} is no ImageTokenizer: {error}") from error
+        self._given = (tokenizer,)  # in a tuple, so that it is no part of the method
+        self._tokenizer: tuple[nn.Module, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
         """The frozen tokenizer, read when it is first wanted."""
         if not self._tokenizer:
-            tokenizer = self.build_tokenizer()
-            if tokenizer.num_tokens != self.num_tokens:
-                raise UserError(f"the tokenizer knows {tokenizer.num_tokens} words; set model.num_tokens to that.")
+            (given,) = self._given
+            tokenizer: Any = given if isinstance(given, nn.Module) else _read_tokenizer(given)
+            known = getattr(tokenizer, "num_tokens", self.num_tokens)
+            if known != self.num_tokens:
+                raise UserError(f"the tokenizer knows {known} words; set model.num_tokens to that.")
             self._tokenizer = (tokenizer.requires_grad_(False).eval().to(self.device, self.dtype),)
         return self._tokenizer[0]
 
@@ -151,10 +145,17 @@ class BEiT(SSLModule):
             images: ``(B, 3, S, S)``.
         """
         rows, columns = self._grid(images)
-        size = rows * self.tokenizer.stride, columns * self.tokenizer.stride
+        stride: Any = getattr(self.tokenizer, "stride", self.backbone.patch_side)
+        size = rows * stride, columns * stride
         if images.shape[2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return self.tokenizer.tokens(images)
+        words = getattr(self.tokenizer, "tokens", self.tokenizer)(images)
+        if words.shape != (len(images), rows * columns):
+            raise UserError(
+                f"the tokenizer gives words of shape {tuple(words.shape)} for a batch of {len(images)} crops of "
+                f"{rows} x {columns} patches; it must give (B, N), one for each patch."
+            )
+        return words
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """There must be a tokenizer."""
@@ -169,6 +170,18 @@ class BEiT(SSLModule):
     def chance_loss(self) -> float:
         """The entropy ln K: every word is as likely."""
         return math.log(self.num_tokens)
+
+
+def _read_tokenizer(path: str) -> ImageTokenizer:
+    if not path:
+        raise UserError(
+            "BEiT predicts the words of a tokenizer; train one, e.g. python -m ssl_lightning fit --model "
+            "ImageTokenizer --data ..., and set model.tokenizer to its checkpoint."
+        )
+    try:
+        return ImageTokenizer.load_from_checkpoint(path, map_location="cpu")
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"model.tokenizer={path} is no ImageTokenizer: {error}") from error
 
 
 def _init_token(token: Any) -> None:

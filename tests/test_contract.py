@@ -158,11 +158,12 @@ def test_the_backbone_can_be_compiled(method: type[SSLModule]) -> None:
     still = {"drop_path": 0.0} if any("drop_path" in one.parameters for one in signatures) else {}
     module = met(small(method, {"bn_splits": 1} if method is MoCoV2 else {}, still), 4)
     views = list(torch.rand(2, 4, 3, 32, 32))
+    backend = "inductor" if method is ssl_lightning.MAE else "aot_eager"  # the same graphs, without the C++ of each
     losses = []
     for compiled in (False, True):
         if compiled:
             for part in module.compiled_parts:
-                part.compile()
+                part.compile(backend=backend)
         torch.manual_seed(0)  # masks
         with torch.no_grad():
             losses.append(module.training_loss(views))

@@ -12,9 +12,9 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from ssl_lightning import DINO, MAE, FakeData, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
+from ssl_lightning import DINO, MAE, FakeData, Jigsaw, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
 from tests.processes import run_processes
-from tests.small import VIT, small, trainer
+from tests.small import BACKBONE, VIT, small, trainer
 from tests.test_contract import data, every_method
 
 LARS = Optim("lars", base_lr=0.5, lr_scaling="none", warmup_epochs=0)
@@ -108,7 +108,10 @@ def test_gradients_are_clipped_by_their_norm(method: type[SSLModule], tmp_path: 
 
     norm = Norm()
     running = trainer(tmp_path, gradient_clip_val=1e-3, limit_train_batches=2, callbacks=[norm], precision="bf16-mixed")
-    running.fit(small(method, {"clip_gradient": 0.0} if method is DINO else {}), data(method))
+    more: dict[str, Any] = {"clip_gradient": 0.0} if method is DINO else {}
+    if method is Jigsaw:  # else its last block sees one pixel, for which torch 2.14 on CPUs leaves bf16 gradients unset
+        more = {"backbone_kwargs": {**BACKBONE["backbone_kwargs"], "stem_stride": 1}}
+    running.fit(small(method, more), data(method))
     assert max(norm.after) <= 1.001e-3
     assert min(norm.after) > 0
 

@@ -133,7 +133,9 @@ def test_a_step_that_16_mixed_skips_moves_no_teacher_and_no_queue(method: type[S
 
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
     running = trainer(tmp_path, plugins=[scaled], limit_train_batches=3)
-    running.fit(small(Overflowing), data(method))
+    # Small crops leave a CNN one pixel, for which torch 2.14 on CPUs may leave gradients of half precision unset.
+    net = VIT if method is DINO else {}
+    running.fit(small(Overflowing, net), data(method))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     follower = "center" if method is DINO else "queue.rows"
     assert not torch.equal(states[2][follower], states[1][follower])

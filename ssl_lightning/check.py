@@ -87,8 +87,9 @@ def check(
         task = pickle.dumps((module, data, steps, sync_batchnorm))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(f"the method or the data cannot be sent to other processes: {error}") from error
-    several = _run(processes, batch_size, task)
-    one = _run(1, batch_size * processes, task)[0]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        one = _run(pool, 1, batch_size * processes, task)[0]
+        several = _run(pool, processes, batch_size, task)
     if sync_batchnorm or module.batch_norm is None:
         hint = "Look for sums over the batch: gather and summed of ssl_lightning.distributed have the exact gradient."
     elif module.batch_norm == "global":
@@ -123,17 +124,16 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max().nan_to_num(float("inf"))) / scale
 
 
-def _run(processes: int, batch_size: int, task: bytes) -> list[Recorded]:
+def _run(pool: ProcessPoolExecutor, processes: int, batch_size: int, task: bytes) -> list[Recorded]:
     """What each of the processes that train together has recorded."""
     port = free_port()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
-        failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
-        if failed:  # the others wait for it
-            for process in pool._processes.values():
-                process.kill()
-            failed[0].result()
-        return [call.result() for call in calls]
+    calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
+    failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
+    if failed:  # the others wait for it
+        for process in pool._processes.values():
+            process.kill()
+        failed[0].result()
+    return [call.result() for call in calls]
 
 
 def _train(rank: int, processes: int, port: int, batch_size: int, task: bytes) -> Recorded:

@@ -43,6 +43,21 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     return torch.from_numpy(mask)
 
 
+def random_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
+    """Mask single patches (the ``rand`` masks of iBOT's released code).
+
+    Args:
+        grid: Rows and columns of patches.
+        count: Patches to mask.
+        seed: Of the random numbers.
+
+    Returns:
+        ``(rows, columns)`` bool, true where masked.
+    """
+    chosen = np.random.Generator(np.random.Philox(seed)).permutation(grid[0] * grid[1]) < count
+    return torch.from_numpy(chosen.reshape(grid))
+
+
 def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where the masked patches are, and what divides each in a mean over the patches of an image, then over images.
 

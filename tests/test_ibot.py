@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import IBOT, FakeData, Optim, UserError, ViewSpec, losses
 from ssl_lightning.heads import IBOTHead
-from ssl_lightning.masks import block_mask, masked_patches
+from ssl_lightning.masks import block_mask, masked_patches, random_mask
 from ssl_lightning.optim import clip_each
 from tests.restate import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.small import VIT, small, trainer
@@ -71,6 +71,20 @@ def test_half_of_the_crops_are_masked_in_blocks_by_a_tenth_to_a_half() -> None:
     assert 0.45 < (shares > 0).float().mean() < 0.55
     assert shares.max() <= 0.5
     assert 0.2 < shares[shares > 0].mean() < 0.32  # a bit less than 0.3, as blocks may not fit
+
+
+def test_random_masks_have_exactly_as_many_patches_anywhere() -> None:
+    torch.manual_seed(0)
+    method = small(IBOT, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 112}}, mask_shape="random")
+    masks = method._masks(torch.zeros(800, 3, 112, 112)).float()
+    shares = masks.mean(1)
+    assert 0.45 < (shares > 0).float().mean() < 0.55
+    assert shares[shares > 0].mean() == pytest.approx(0.3, abs=0.02)  # all that were drawn
+    alone = masks[shares > 0].mean(0)  # how often each place is masked
+    assert alone.min() > 0.2
+    assert alone.max() < 0.4
+    assert random_mask((4, 7), 9, 3).sum() == 9
+    assert not torch.equal(random_mask((4, 7), 9, 3), random_mask((4, 7), 9, 4))
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (4, 4), (2, 2), (4, 7)])

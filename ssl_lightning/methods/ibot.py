@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.heads import DINOHead, IBOTHead
-from ssl_lightning.masks import block_mask, masked_patches
+from ssl_lightning.masks import block_mask, masked_patches, random_mask
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_each
 from ssl_lightning.schedules import cosine, warmed_up
@@ -28,6 +28,8 @@ class IBOT(SSLModule):
         shared_head: Whether patches are compared with the class token's prototypes, or with as many of their own.
         mask_ratio: Smallest and largest share of patches to mask in a masked crop.
         masked_share: Share of the global crops that are masked.
+        mask_shape: Whether they are masked in ``blocks`` or in single patches, ``random``; the released code has both
+            (ViT-B/16: 79.5 and 79.8 % linear top-1).
         student_temperature: Divides the student's logits.
         teacher_temperature: Divides the teacher's centred logits of class tokens.
         teacher_patch_temperature: Divides the teacher's centred logits of patches.
@@ -59,6 +61,7 @@ class IBOT(SSLModule):
         shared_head: bool = True,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         masked_share: float = 0.5,
+        mask_shape: Literal["blocks", "random"] = "blocks",
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.07,
         teacher_patch_temperature: float = 0.07,
@@ -88,7 +91,7 @@ class IBOT(SSLModule):
         if not (backbone_kwargs or {}).get("pretrained"):
             nn.init.trunc_normal_(vit.cls_token, std=0.02)  # type: ignore[arg-type]
         self.prefix, self.patch_side = vit.num_prefix_tokens, vit.patch_side
-        self.mask_ratio, self.masked_share = mask_ratio, masked_share
+        self.mask_ratio, self.masked_share, self.mask_shape = mask_ratio, masked_share, mask_shape
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.teacher_patch_temperature = teacher_patch_temperature
         self.warmup_teacher_temperature = warmup_teacher_temperature
@@ -153,19 +156,20 @@ class IBOT(SSLModule):
 
     def _masks(self, crops: Tensor) -> Tensor:
         """Masks ``(2B, N)`` on the CPU, true where masked: the same for an image on any number of processes."""
-        rows, columns = (side // self.patch_side for side in crops.shape[2:])
+        rows, columns = grid = crops.shape[2] // self.patch_side, crops.shape[3] // self.patch_side
+        smallest, largest = (min(grid) // 3) ** 2, rows * columns
         low, high = self.mask_ratio
         masks = []
         for _ in range(2):
             images = len(crops) // 2
             chosen, ratios = own_part(torch.rand(images * world_size(), 2, generator=self.generator)).unbind(1)
             ratios = torch.where(chosen < self.masked_share, low + (high - low) * ratios, 0)
-            masks += [
-                block_mask(
-                    (rows, columns), int(ratio * rows * columns), (min(rows, columns) // 3) ** 2, rows * columns, seed
-                )
-                for ratio, seed in zip(ratios.tolist(), self.seeds_of_images(images), strict=True)
-            ]
+            for ratio, seed in zip(ratios.tolist(), self.seeds_of_images(images), strict=True):
+                count = int(ratio * rows * columns)
+                if self.mask_shape == "random":
+                    masks.append(random_mask(grid, count, seed))
+                else:
+                    masks.append(block_mask(grid, count, smallest, largest, seed))
         return torch.stack(masks).flatten(1)
 
     @property

@@ -32,7 +32,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def shell(*words: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "ssl_lightning", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
@@ -206,10 +206,8 @@ def test_two_nodes_train_as_one_process(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     words = ["-m", "ssl_lightning", *fit[:5], *nodes, *fit[5:], "--name", "two", "--data.batch_size", "16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([*torchrun, "--node-rank", node, *address, *words], stderr=subprocess.PIPE, env=environment)
-        for node in "01"
+        subprocess.Popen([*torchrun, "--node-rank", node, *address, *words], stderr=subprocess.PIPE) for node in "01"
     ]
     for node in running:
         _, said = node.communicate(timeout=200)
@@ -236,7 +234,7 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
         "socket.getaddrinfo = lambda *words, **more: refuse(None, words)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(guard), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(guard)}
     command = [sys.executable, "-m", "ssl_lightning", "fit", *DEBUG]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert result.returncode == 0, result.stderr

@@ -102,6 +102,26 @@ def is_vit(name: str) -> bool:
     return timm.is_model(name) and is_model_in_modules(name, ["vision_transformer"])
 
 
+def is_beit(name: str) -> bool:
+    """Whether a name is that of timm's BEiT, a ViT with relative positions, e.g. beit_base_patch16_224."""
+    return timm.is_model(name) and is_model_in_modules(name, ["beit"])
+
+
+def is_swin(name: str) -> bool:
+    """Whether a name is that of a Swin of timm, e.g. swin_base_patch4_window7_224."""
+    return timm.is_model(name) and is_model_in_modules(name, ["swin_transformer", "swin_transformer_v2"])
+
+
+def only_size(backbone: nn.Module) -> int | None:
+    """Side in pixels of the only images that a backbone takes, e.g. a BEiT or Swin; None if it takes others as well.
+
+    Args:
+        backbone: Any.
+    """
+    embedding: Any = getattr(backbone, "patch_embed", None)
+    return embedding.img_size[0] if getattr(embedding, "strict_img_size", False) else None
+
+
 def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> "AnySizeViT":
     """The backbone, which must be a ViT whose patch tokens a method can read.
 
@@ -198,18 +218,6 @@ class AnySizeViT(VisionTransformer):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([self.pos_embed[:, :prefix], grid], dim=1)
 
-    def masked_tokens(self, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
-        """Tokens ``(B, prefix + N, D)`` after the last norm, a learnt token in the place of masked patches.
-
-        Args:
-            images: ``(B, 3, S, S)``.
-            mask: ``(B, N)`` bool, true where masked.
-            mask_token: ``(D,)``; takes the place of the patch's embedding before positions are added.
-        """
-        patches = self.patch_embed(images)  # (B, rows, columns, D)
-        patches = torch.where(mask.view(*patches.shape[:3], 1), mask_token.to(patches.dtype), patches)
-        return self.norm(self.blocks(self.norm_pre(self._pos_embed(patches))))
-
     def class_attention(self, images: Tensor) -> Tensor:
         """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
 
@@ -236,6 +244,52 @@ class AnySizeViT(VisionTransformer):
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
+
+
+def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """Tokens after the last norm, a learnt token in the place of masked patches.
+
+    Args:
+        backbone: A ViT, BEiT or Swin of timm.
+        images: ``(B, 3, S, S)``.
+        mask: ``(B, N)`` bool, row by row, true where masked.
+        mask_token: ``(D,)``; takes the place of the patch's embedding before positions are added.
+
+    Returns:
+        ``(B, prefix + N, D)``; of a Swin, ``(B, rows, columns, D)`` of its last stage.
+    """
+
+    def hide(_module: nn.Module, _images: Any, patches: Tensor) -> Tensor:
+        return torch.where(mask.view(*patches.shape[:-1], 1), mask_token.to(patches.dtype), patches)
+
+    vit: Any = backbone
+    with vit.patch_embed.register_forward_hook(hide):
+        return vit.forward_features(images)
+
+
+def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
+    """What ``forward_features`` of a backbone of timm gives, as a map ``(B, D, rows, columns)``.
+
+    Args:
+        backbone: Whose features.
+        features: ``(B, prefix + N, D)`` of a ViT or BEiT, ``(B, rows, columns, D)`` of a Swin, or a CNN's map.
+        images: ``(B, 3, S, S)`` that they are of.
+    """
+    if features.ndim == 4:
+        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    vit: Any = backbone
+    rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True))
+    return features[:, vit.num_prefix_tokens :].mT.unflatten(2, (rows, columns))
+
+
+def called_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a ViT, BEiT or Swin of timm as far as they are called: their sequence, or each by itself.
+
+    Args:
+        backbone: Whose blocks.
+    """
+    blocks: Any = backbone.layers if hasattr(backbone, "layers") else backbone.blocks
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks]
 
 
 def even_drop_path(vit: VisionTransformer, rate: float) -> None:
@@ -340,6 +394,9 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
             "model.checkpoint_blocks computes blocks twice, so BatchNorm would count every batch twice; set it to "
             "false, or model.backbone to a ViT."
         )
+    if isinstance(backbone, AnySizeViT):  # timm would go past the compiled call of the blocks
+        backbone.blocks.__class__ = CheckpointedBlocks
+        return
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
@@ -347,8 +404,6 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
             "the backbone has no blocks to compute again; set model.checkpoint_blocks to false, or model.backbone to a "
             "ViT of timm."
         ) from error
-    if isinstance(backbone, AnySizeViT):  # timm looks at its flag only in the backbone's own forward pass
-        backbone.blocks.__class__ = CheckpointedBlocks
 
 
 def init_residual_branches(backbone: nn.Module, scale: float) -> None:

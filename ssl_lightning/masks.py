@@ -141,3 +141,13 @@ def _indices(masks: np.ndarray) -> Tensor:
     """Indices of the first true entries along the last axis, as many as the mask with the fewest has."""
     order = np.argsort(~masks, axis=-1, kind="stable")
     return torch.from_numpy(order[..., : masks.sum(-1).min()])
+
+
+def taken(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens ``(B, M, D)`` at some places of each image.
+
+    Args:
+        tokens: ``(B, N, D)``.
+        indices: ``(B, M)``.
+    """
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))

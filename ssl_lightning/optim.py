@@ -265,7 +265,7 @@ class Optim:
         """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
-            module: The method.
+            module: The method; decay spares those that its ``undecayed`` names.
             global_batch: Images per optimizer step over all processes and accumulated batches.
             lr_scale: Share of the learning rate of a parameter, by its name; None gives all the whole.
 
@@ -275,12 +275,14 @@ class Optim:
         parts = [name for name, _ in module.named_children()]
         if unknown := set(self.constant_lr) - set(parts):
             raise UserError(f"optim.constant_lr: no part {', '.join(unknown)}; there are {', '.join(parts)}.")
+        spared: tuple[str, ...] = getattr(module, "undecayed", ())
         groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
+                decayed = (p.ndim > 1 and name.rpartition(".")[2] not in spared) or self.decay_norm_and_bias
                 scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
-                groups.setdefault((p.ndim > 1 or self.decay_norm_and_bias, scale, scheduled), []).append(p)
+                groups.setdefault((decayed, scale, scheduled), []).append(p)
         return self.build(
             [
                 {

@@ -68,7 +68,7 @@ class Watch(L.Callback):
             {
                 name: value.clone()
                 for name, value in pl_module.state_dict().items()
-                if name.startswith(("teacher_", "queue", "center", "memory"))
+                if name.startswith(("teacher_", "queue", "center", "memory", "usage"))
                 and "running" not in name
                 and "num_b" not in name
             }

@@ -11,7 +11,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ssl_lightning import DINO, MAE, ArrayData, HuggingFaceData, Pictures, SimCLR, SSLModule, UserError, ViewSpec
+from ssl_lightning import (
+    DINO,
+    MAE,
+    ArrayData,
+    HuggingFaceData,
+    ImageTokenizer,
+    Pictures,
+    SimCLR,
+    SimMIM,
+    SSLModule,
+    UserError,
+    ViewSpec,
+)
 from ssl_lightning.callbacks.features import PlainFeatures
 from ssl_lightning.callbacks.pictures import _neighbours, _projected
 from ssl_lightning.heads import patchify, unpatchify
@@ -86,6 +98,25 @@ def test_mae_shows_visible_patches_and_perfect_predictions_as_the_image() -> Non
     same = patchify((made["visible"] == images).float(), 8).amin(-1)  # 1 where a patch is shown
     assert 0 < same.sum() < same.numel()
     assert (patchify(made["visible"], 8)[same == 0] == 0).all()
+
+
+def test_simmim_shows_what_it_sees_and_predicts_the_rest() -> None:
+    torch.manual_seed(0)
+    module, images = small(SimMIM, mask_unit=16).eval(), torch.rand(2, 3, 32, 32) + 1
+    module.reconstruct = lambda images, _: -images
+    made = module.pictures(images)
+    hidden = made["visible"] == 0
+    assert hidden.float().mean() == 0.75  # three of four units
+    torch.testing.assert_close(made["predicted"], torch.where(hidden, -images, images))
+
+
+def test_a_tokenizer_shows_images_as_the_vectors_of_their_words() -> None:
+    torch.manual_seed(0)
+    module, images = small(ImageTokenizer).eval(), torch.rand(2, 3, 32, 32)
+    vectors = torch.nn.functional.normalize(module.prototypes, dim=1)[module.tokens(images)]  # (B, N, token_dim)
+    side = 32 // module.stride
+    made = module.pictures(images)["reconstructed"]
+    torch.testing.assert_close(made, module.decoder(vectors.mT.unflatten(2, (side, side))))
 
 
 def test_attention_is_that_of_the_class_token() -> None:

@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning import Optim, SimMIM, UserError, losses
+from ssl_lightning.backbones import masked_tokens
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, parameters, random_views, run
 from tests.small import VIT, small, trainer
+
+BEIT: dict[str, Any] = {"backbone": "beit_base_patch16_224", "backbone_kwargs": VIT["backbone_kwargs"]}
+SWIN: dict[str, Any] = {
+    "backbone": "swin_tiny_patch4_window7_224",
+    "backbone_kwargs": {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
+}
 
 
 def test_decoder_and_defaults_are_the_papers() -> None:
@@ -18,11 +25,16 @@ def test_decoder_and_defaults_are_the_papers() -> None:
     assert parameters(method.decoder) == 768 * 16 * 16 * 3 + 16 * 16 * 3
     assert method.optim.peak_lr(2048) == pytest.approx(1e-4 * 2048 / 512)
     factors = [method.optim.lr_factor(step, 800, 1) for step in (0, 10, 699, 700)]
-    assert factors == pytest.approx([0.0025, 1, 1, 0.1])  # 1e-6 at the start, of 4e-4
+    assert factors == pytest.approx([0.005, 1, 1, 0.1])  # 5e-7 of 1e-4, both times batch / 512
     decayed, undecayed = ({id(p) for p in group["params"]} for group in method.optim.create(method, 256).param_groups)
     names = {id(p): name for name, p in method.named_parameters()}
-    assert {"mask_token", "decoder.0.weight"} <= {names[p] for p in decayed}
-    assert {"decoder.0.bias", "backbone.norm.weight"} <= {names[p] for p in undecayed}
+    assert {"decoder.0.weight", "backbone.rel_pos_bias.relative_position_bias_table"} <= {names[p] for p in decayed}
+    spared = {"mask_token", "backbone.cls_token", "decoder.0.bias", "backbone.norm.weight"}
+    assert spared <= {names[p] for p in undecayed}
+    encoder: Any = method.backbone
+    assert encoder.pos_embed is None  # positions are relative, the same in all blocks
+    assert encoder.blocks[0].attn.relative_position_bias_table is None
+    assert float(encoder.blocks[0].gamma_1[0]) == pytest.approx(0.1)
 
 
 def test_loss_of_the_worked_example() -> None:
@@ -40,9 +52,10 @@ def test_whole_units_of_32_px_are_masked_as_many_in_each_image_rounded_up(size: 
     assert len({tuple(row) for row in units.flatten(1).tolist()}) > 1
 
 
-def test_units_hide_their_patches_from_the_encoder_and_alone_count() -> None:
+@pytest.mark.parametrize("encoder", [VIT, BEIT, SWIN], ids=["vit", "beit", "swin"])
+def test_units_hide_their_patches_from_the_encoder_and_alone_count(encoder: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    method = small(SimMIM, mask_unit=16)
+    method = small(SimMIM, encoder, mask_unit=16)
     images, units = torch.rand(2, 3, 32, 32), torch.tensor([[[1, 0], [0, 0]], [[0, 1], [0, 1]]]).bool()
     pixels = units.repeat_interleave(16, 1).repeat_interleave(16, 2)
     predictions = method.reconstruct(images, units)
@@ -62,10 +75,34 @@ def test_the_decoder_lays_pixels_channel_first() -> None:
     assert method.decoder(values)[0, 1, 2, 3] == 64 + 2 * 8 + 3
 
 
+def test_the_papers_encoders_see_the_token_in_the_place_of_masked_patches() -> None:
+    torch.manual_seed(0)
+    images, units = torch.rand(2, 3, 32, 32), torch.tensor([[[1, 0], [0, 0]], [[0, 1], [0, 1]]]).bool()
+
+    method = small(SimMIM, BEIT, mask_unit=16)
+    vit: Any = method.backbone
+    torch.nn.init.normal_(vit.rel_pos_bias.relative_position_bias_table)
+    hidden = units.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)  # 4 x 4 patches of 8 px
+    tokens = torch.where(hidden[..., None], method.mask_token, vit.patch_embed(images))
+    tokens = torch.cat([vit.cls_token.expand(2, 1, -1), tokens], dim=1)
+    for block in vit.blocks:
+        tokens = block(tokens, shared_rel_pos_bias=vit.rel_pos_bias())
+    patches = vit.norm(tokens)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(method.reconstruct(images, units), method.decoder(patches))
+
+    method = small(SimMIM, SWIN, mask_unit=16)
+    swin: Any = method.backbone
+    hidden = units.repeat_interleave(4, 1).repeat_interleave(4, 2)  # 8 x 8 patches of 4 px
+    tokens = torch.where(hidden[..., None], method.mask_token[0], swin.patch_embed(images))
+    patches = swin.norm(swin.layers(tokens)).permute(0, 3, 1, 2)  # one for each 8 px
+    assert patches.shape == (2, 48, 4, 4)
+    torch.testing.assert_close(method.reconstruct(images, units), method.decoder(patches))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "resnet18"}, "set model.backbone to a ViT"),
+        ({"backbone": "resnet18"}, "set model.backbone to a ViT, BEiT or Swin"),
         ({"mask_ratio": 1.0}, "mask_ratio=1.0 must lie between 0 and 1"),
         ({"mask_unit": 24}, "mask_unit=24 is not a multiple of the backbone's patches of 16 px"),
     ],
@@ -82,6 +119,13 @@ def test_units_that_do_not_divide_the_view_are_refused(tmp_path: Any) -> None:
         trainer(tmp_path).fit(small(SimMIM, mask_unit=24), FakeData(batch_size=8))
 
 
+def test_views_that_the_backbone_does_not_take_are_refused(tmp_path: Any) -> None:
+    from ssl_lightning import FakeData
+
+    with pytest.raises(UserError, match=r"takes images of 32 px alone, not views of 64 px; set model.backbone_kwargs"):
+        trainer(tmp_path).fit(small(SimMIM, SWIN), FakeData(batch_size=8, image_size=64))
+
+
 def _masks(rank: int, processes: int) -> Tensor:
     method = small(SimMIM)
     method._generator = torch.Generator().manual_seed(3)  # as in a step
@@ -94,8 +138,8 @@ def test_two_processes_draw_the_masks_of_one() -> None:
 
 def test_whole_steps_equal_a_plain_restatement() -> None:
     torch.manual_seed(0)
-    optim = Optim("adamw", base_lr=1e-3, weight_decay=0.05)
-    method = small(SimMIM, optim=optim, mask_unit=16).double()
+    optim = Optim("adamw", base_lr=1e-3, weight_decay=0.5)
+    method = small(SimMIM, VIT, optim=optim, mask_unit=16).double()
     vit: Any = method.backbone
     drawn: list[Tensor] = []
     draw = method._units
@@ -120,11 +164,12 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
                     total, count = total + (pixels[index].view(3, 8, 8) - patch).abs().sum() / 3, count + 64
         return total / (count + 1e-5)
 
-    compare(method, loss_of, adamw(1e-3, 0.05), random_views(3, 32, batch=2))
+    update = adamw(1e-3, 0.5, undecayed=("mask_token", "backbone.pos_embed"))
+    compare(method, loss_of, update, random_views(3, 32, batch=2))
 
 
 def test_features_are_those_of_whole_views() -> None:
     method = small(SimMIM, VIT).eval()
     images = torch.rand(2, 3, 32, 32)
-    tokens = method.backbone.masked_tokens(images, torch.zeros(2, 16, dtype=torch.bool), method.mask_token)
+    tokens = masked_tokens(method.backbone, images, torch.zeros(2, 16, dtype=torch.bool), method.mask_token)
     torch.testing.assert_close(method(images), tokens.mean(1))

@@ -57,6 +57,9 @@ class SSLModule(L.LightningModule):
     batch_norm: Literal["global", "per_process"] | None = None
     """Whose images BatchNorm sees in the paper: those of all processes (``sync_batchnorm``) or of one."""
 
+    undecayed: tuple[str, ...] = ()
+    """Names of parameters that weight decay spares, beside those of fewer than two dimensions, e.g. cls_token."""
+
     zero_init_residual: bool = True
     """Whether the residual branches of a ResNet start at zero."""
 
@@ -172,6 +175,8 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: It cannot; says which argument to change.
         """
+        from ssl_lightning.backbones import only_size
+
         count = self.global_views
         if count is not None and (
             sizes[:count] != [max(sizes)] * count or (len(sizes) > count and not self.local_views)
@@ -189,6 +194,11 @@ class SSLModule(L.LightningModule):
                 raise UserError(
                     f"the backbone's patches of {patch} px do not divide views of {size} px; set data.image_size, "
                     "the sizes in data.views, or model.backbone_kwargs.patch_size."
+                )
+            if (only := only_size(self.backbone)) not in (None, size):
+                raise UserError(
+                    f"the backbone takes images of {only} px alone, not views of {size} px; set "
+                    "model.backbone_kwargs.img_size, data.image_size or the sizes in data.views."
                 )
 
     @property
@@ -262,11 +272,23 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: They are not those of such a backbone; says what differs.
         """
+        source, self._init_from = self._init_from, None  # once: a second training goes on with what it finds
+        if source is not None:
+            self.begin_with(source)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
+    def begin_with(self, source: str) -> None:
+        """Give the backbone and its teacher the weights of a source.
+
+        Args:
+            source: See ``init_from``.
+
+        Raises:
+            UserError: They are not those of such a backbone; says what differs.
+        """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        source, self._init_from = self._init_from, None  # once: a second training goes on with what it finds
-        if source is None:
-            return
         try:
             weights: Any = weights_for(source, self.hparams["backbone"], self.hparams["backbone_kwargs"])
         except UserError as error:
@@ -275,8 +297,6 @@ class SSLModule(L.LightningModule):
             if part is not None:
                 set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
         rank_zero_info(f"{type(self).__name__} begins with the backbone of {source}")
-
-    on_validation_start = on_test_start = on_predict_start = on_train_start
 
     # Training
 

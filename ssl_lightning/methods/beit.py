@@ -21,10 +21,10 @@ class BEiT(SSLModule):
     """BEiT: predict the visual words of masked patches.
 
     Bao et al. 2022, BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254. The encoder is
-    ``backbone``, a ViT of timm, and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute
-    positions, as the released code's model for ImageNet-1k does; the paper's others have a bias for relative ones.
-    The words come from ``tokenizer``, frozen, which sees the same crop, resized so that it gives a word for each patch.
-    It is not saved with the checkpoint: keep its file.
+    ``backbone`` and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute positions, as the
+    released code's model for ImageNet-1k does; ``beit_base_patch16_224`` and its like are the paper's others, with a
+    bias for relative positions that all blocks share. The words come from ``tokenizer``, frozen, which sees the same
+    crop, resized so that it gives a word for each patch. It is not saved with the checkpoint: keep its file.
 
     The training forward sees masked images, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE. They are the mean of the patches, as in fine-tuning.
@@ -37,7 +37,7 @@ class BEiT(SSLModule):
         mask_ratio: Share of the patches that are masked, in rectangles.
         smallest_block: Smallest rectangle, in patches.
         probe_every: Steps between those with features for the probes.
-        backbone: Name of a ViT of timm.
+        backbone: Name of a ViT or BEiT of timm. The latter takes images of one size, ``img_size``.
         backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
@@ -46,6 +46,7 @@ class BEiT(SSLModule):
     views = "beit"
     remedies = "a tokenizer with many words in use, a lower learning rate or a longer warm-up, gradients clipped at 3"
     global_views = 1
+    undecayed = ("cls_token", "pos_embed")
     unsaved_arguments = ("tokenizer",)
 
     def __init__(
@@ -62,19 +63,20 @@ class BEiT(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import AnySizeViT, is_vit
+        from ssl_lightning.backbones import is_beit, is_vit
 
-        remedy = (
-            f"BEiT masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm, "
-            "e.g. vit_base_patch16_224."
-        )
-        if not is_vit(backbone):
-            raise UserError(remedy)
-        defaults = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1, "drop_path_rate": 0.1}
-        super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
-        vit = self.backbone
-        if not isinstance(vit, AnySizeViT):
-            raise UserError(remedy)
+        if is_vit(backbone):
+            defaults: dict[str, Any] = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1}
+        elif is_beit(backbone):
+            defaults = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+        else:
+            raise UserError(
+                f"BEiT masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT or BEiT "
+                "of timm, e.g. vit_base_patch16_224."
+            )
+        super().__init__(backbone, {**defaults, "drop_path_rate": 0.1, **(backbone_kwargs or {})}, optim, **kwargs)
+        vit: Any = self.backbone
+        self.patch_side, self.prefix = vit.patch_embed.patch_size[0], vit.num_prefix_tokens
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
         self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
@@ -89,9 +91,8 @@ class BEiT(SSLModule):
             for token in (vit.cls_token, vit.pos_embed):
                 if token is not None:
                     _init_token(token)
-            blocks: Any = vit.blocks
             with torch.no_grad():
-                for depth, block in enumerate(blocks, start=1):
+                for depth, block in enumerate(vit.blocks, start=1):
                     for layer in (block.attn.proj, block.mlp.fc2):
                         layer.weight.div_(math.sqrt(2 * depth))
         self._given = (tokenizer,)  # in a tuple, so that it is no part of the method
@@ -112,7 +113,9 @@ class BEiT(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of the encoder."""
-        return [self.backbone.blocks]  # type: ignore[list-item]
+        from ssl_lightning.backbones import called_blocks
+
+        return called_blocks(self.backbone)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropy of the masked patches' words (eq. 2)."""
@@ -120,11 +123,13 @@ class BEiT(SSLModule):
 
     def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
-        vit: Any = self.backbone
+        from ssl_lightning.backbones import masked_tokens
+
         mask = self._mask(images)  # (B, N), on the host
         masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
-        tokens = vit.masked_tokens(images, self.random_to_device(mask), self.mask_token)[:, vit.num_prefix_tokens :]
-        return self.head(tokens.flatten(0, 1)[masked]), self.words(images).flatten()[masked]
+        tokens = masked_tokens(self.backbone, images, self.random_to_device(mask), self.mask_token)
+        patches = tokens[:, self.prefix :].flatten(0, 1)  # (B * N, embed_dim)
+        return self.head(patches[masked]), self.words(images).flatten()[masked]
 
     def _mask(self, images: Tensor) -> Tensor:
         """Which patches to mask, ``(B, N)`` bool on the host: rectangles until there are enough (algorithm 1)."""
@@ -134,8 +139,7 @@ class BEiT(SSLModule):
         return torch.stack([block_mask(grid, count, self.smallest_block, count, seed).flatten() for seed in seeds])
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
-        side: Any = self.backbone.patch_side
-        return images.shape[2] // side, images.shape[3] // side
+        return images.shape[2] // self.patch_side, images.shape[3] // self.patch_side
 
     @torch.no_grad()
     def words(self, images: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ class BEiT(SSLModule):
             images: ``(B, 3, S, S)``.
         """
         rows, columns = self._grid(images)
-        stride: Any = getattr(self.tokenizer, "stride", self.backbone.patch_side)
+        stride: Any = getattr(self.tokenizer, "stride", self.patch_side)
         size = rows * stride, columns * stride
         if images.shape[2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
@@ -192,4 +196,5 @@ def _init_token(token: Any) -> None:
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         _init_token(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

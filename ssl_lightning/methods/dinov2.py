@@ -149,7 +149,7 @@ class DINOv2(SSLModule):
         Args:
             views: As for ``training_loss``.
         """
-        from ssl_lightning.backbones import multi_crop
+        from ssl_lightning.backbones import masked_tokens, multi_crop
 
         crops = torch.cat(list(views[:2]))  # (2B, 3, S, S)
         mask = self._masks(crops)  # (2B, N), on the CPU
@@ -162,7 +162,7 @@ class DINOv2(SSLModule):
             sums = torch.cat([teacher.mean(0), teacher_patches.sum(0), teacher.new_tensor([len(masked)])])
             self._pending.append(sums.to(self.center.dtype))
 
-        tokens = self.backbone.masked_tokens(crops, self.random_to_device(mask), self.mask_token)  # type: ignore[operator]
+        tokens = masked_tokens(self.backbone, crops, self.random_to_device(mask), self.mask_token)
         features = self.backbone.forward_head(tokens)  # type: ignore[operator] # (2B, embed_dim)
         patches = tokens[:, self.prefix :]  # (2B, N, embed_dim)
         student = self.projector(features)

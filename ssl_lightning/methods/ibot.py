@@ -121,7 +121,7 @@ class IBOT(SSLModule):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropies of class tokens across views and of masked patches within them (algorithm 1)."""
-        from ssl_lightning.backbones import multi_crop
+        from ssl_lightning.backbones import masked_tokens, multi_crop
 
         crops = torch.cat(list(views[:2]))  # (2B, 3, S, S)
         mask = self._masks(crops)  # (2B, N), on the CPU
@@ -131,7 +131,7 @@ class IBOT(SSLModule):
         means = torch.cat([teacher.mean(0), teacher_patches.mean((0, 1))])
         self._pending.append(means.to(self.center.dtype))
 
-        tokens = self.backbone.masked_tokens(crops, self.random_to_device(mask), self.mask_token)  # type: ignore[operator]
+        tokens = masked_tokens(self.backbone, crops, self.random_to_device(mask), self.mask_token)
         features = [self.backbone.forward_head(tokens)]  # type: ignore[operator]
         if len(views) > 2:
             features.append(multi_crop(self.backbone, views[2:]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.distributed import own_part, world_size
-from ssl_lightning.masks import multi_block
+from ssl_lightning.masks import multi_block, taken
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
@@ -120,7 +120,7 @@ class IJEPA(SSLModule):
         context, targets = self._blocks(images)  # (B, C), (B, T, P)
         with torch.no_grad():
             features = self._teacher_features(images)  # (B, N, embed_dim)
-        actual = _taken(features, targets.flatten(1)).unflatten(1, targets.shape[1:])  # (B, T, P, embed_dim)
+        actual = taken(features, targets.flatten(1)).unflatten(1, targets.shape[1:])  # (B, T, P, embed_dim)
         return losses.ijepa(self.predict(images, context, targets), actual)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
@@ -137,14 +137,14 @@ class IJEPA(SSLModule):
         patches = vit.patch_embed(images)  # (B, rows, columns, embed_dim)
         grid = patches.shape[1:3]
         patches = patches.flatten(1, 2) + vit.positions(*grid)
-        tokens = self.predictor_embed(vit.norm(vit.blocks(_taken(patches, context))))  # (B, C, predictor_dim)
+        tokens = self.predictor_embed(vit.norm(vit.blocks(taken(patches, context))))  # (B, C, predictor_dim)
 
         positions: Tensor = self.predictor_positions
         if grid != vit.patch_embed.grid_size:
             positions = sincos_positions(positions.shape[2], tuple(grid), False, positions.device)[:, 1:]
         positions = positions.to(tokens.dtype).expand(len(images), -1, -1)  # (B, N, predictor_dim)
-        tokens = tokens + _taken(positions, context)
-        asked = self.mask_token.to(tokens.dtype) + _taken(positions, targets.flatten(1))  # (B, T * P, predictor_dim)
+        tokens = tokens + taken(positions, context)
+        asked = self.mask_token.to(tokens.dtype) + taken(positions, targets.flatten(1))  # (B, T * P, predictor_dim)
 
         blocks, patches_of_block = targets.shape[1:]
         tokens = tokens.repeat_interleave(blocks, 0)  # (B * T, C, predictor_dim): each block is asked for alone
@@ -185,11 +185,6 @@ class IJEPA(SSLModule):
         beyond = math.erfc(1 / math.sqrt(2))  # P(|x| > 1)
         density = math.exp(-0.5) / math.sqrt(2 * math.pi)
         return (1 - beyond - 2 * density) / 2 + 2 * density - beyond / 2
-
-
-def _taken(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens ``(B, M, D)`` at indices ``(B, M)`` of ``(B, N, D)``."""
-    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _init_weights(module: nn.Module) -> None:

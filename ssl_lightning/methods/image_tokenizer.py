@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.distributed import rank, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -17,8 +18,9 @@ class ImageTokenizer(SSLModule):
     """Tokenizer of images for BEiT: an autoencoder whose code is one of K vectors for each place of a grid.
 
     van den Oord et al. 2017, Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, with vectors of
-    unit norm, which keeps more of them in use: Yu et al. 2022, https://arxiv.org/abs/2110.04627. It takes the place of
-    the discrete variational autoencoder that BEiT borrows from DALL-E, whose weights are not free to share.
+    unit norm, which keeps more of them in use: Yu et al. 2022, https://arxiv.org/abs/2110.04627, and those that are not
+    put back among the codes: Dhariwal et al. 2020, Jukebox, https://arxiv.org/abs/2005.00341. It takes the place of the
+    discrete variational autoencoder that BEiT borrows from DALL-E, whose weights are not free to share.
 
     Train it, and give its checkpoint to ``BEiT`` as ``tokenizer``.
 
@@ -27,6 +29,8 @@ class ImageTokenizer(SSLModule):
         token_dim: Width of the vectors.
         decoder_dim: Width of the decoder.
         commitment: Weight of the distance that draws the encoder to its vectors.
+        restart_below: A vector that is chosen less often than this share of the mean, averaged over some 20 steps,
+            begins anew as one of the batch's codes; 0 for never.
         probe_every: Steps between those with features for the probes.
         backbone: Name of the encoder, a network of timm; its stride is the side of the grid's cells.
         optim: Optimizer and learning-rate schedule.
@@ -36,6 +40,7 @@ class ImageTokenizer(SSLModule):
     views = "beit"
     remedies = "fewer vectors or a smaller token_dim, a lower learning rate"
     global_views = 1
+    shardable = False  # vectors begin anew
 
     def __init__(
         self,
@@ -43,21 +48,27 @@ class ImageTokenizer(SSLModule):
         token_dim: int = 32,
         decoder_dim: int = 256,
         commitment: float = 0.25,
+        restart_below: float = 0.1,
         probe_every: int = 32,
         backbone: str = "resnet18_cifar",
         optim: Optim = Optim("adamw", base_lr=5e-4, weight_decay=0.05, warmup_epochs=1),
         **kwargs: Any,
     ) -> None:
+        from ssl_lightning import backbones
+
         super().__init__(backbone=backbone, optim=optim, **kwargs)
         if not hasattr(self.backbone, "forward_features"):
             raise UserError(f"backbone={backbone!r} gives no map of features; set model.backbone to one of timm.")
         self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
-        side = 4 * getattr(self.backbone, "patch_side", 16)
+        self.restart_below = restart_below
+        side = backbones.only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)
         self.stride = side // self.eval()._map(torch.zeros(1, 3, side, side)).shape[-1]
         """Side of the square in pixels that a token is about."""
         self.train()
         self.projector = nn.Conv2d(self.embed_dim, token_dim, kernel_size=1)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_tokens, token_dim), dim=1))
+        self.usage: Tensor
+        self.register_buffer("usage", torch.full((num_tokens,), 1 / num_tokens))  # share of the words
         self.decoder = nn.Sequential(
             nn.Conv2d(token_dim, decoder_dim, kernel_size=3, padding=1),
             nn.GELU(),
@@ -70,18 +81,16 @@ class ImageTokenizer(SSLModule):
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Error of the reconstruction, and distances of codes and vectors (eq. 3)."""
         images = views[0]
-        codes, vectors, _ = self._encoded(images)
+        codes, vectors, ids = self._encoded(images)
+        self._pending.append(self._counts_and_codes(codes.detach(), ids))
         straight = codes + (vectors - codes).detach()  # the gradient passes by the choice
         return losses.vector_quantization(self.decoder(straight), images, codes, vectors, self.commitment)
 
     def _map(self, images: Tensor) -> Tensor:
         """Features ``(B, embed_dim, rows, columns)``."""
-        features = self.backbone.forward_features(images)  # type: ignore[operator]
-        if features.ndim == 4:
-            return features
-        vit: Any = self.backbone
-        grid = images.shape[2] // vit.patch_embed.patch_size[0], images.shape[3] // vit.patch_embed.patch_size[1]
-        return features[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+        from ssl_lightning.backbones import as_map
+
+        return as_map(self.backbone, self.backbone.forward_features(images), images)  # type: ignore[operator]
 
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes and the vectors nearest to them, ``(B, token_dim, rows, columns)``, and these vectors' numbers."""
@@ -89,6 +98,30 @@ class ImageTokenizer(SSLModule):
         vectors = F.normalize(self.prototypes, dim=1)  # (K, token_dim)
         ids = torch.einsum("bdhw,kd->bhwk", codes, vectors).argmax(3)  # (B, rows, columns)
         return codes, vectors[ids].permute(0, 3, 1, 2), ids
+
+    def _counts_and_codes(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """How often each vector is chosen here, and beside it a code of the global batch: 0 where another has it."""
+        chosen = ids.flatten()
+        counts = torch.zeros_like(self.usage).index_add_(0, chosen, self.usage.new_ones(len(chosen)))
+        places = codes.permute(0, 2, 3, 1).flatten(0, 2)  # (B * N, token_dim), image by image
+        drawn = torch.randint(len(places) * world_size(), (self.num_tokens,), generator=self.generator)
+        local = drawn - rank() * len(places)
+        own = self.random_to_device((local >= 0) & (local < len(places)))
+        local = self.random_to_device(local.clamp(0, len(places) - 1))
+        return torch.cat([counts[:, None], (places[local] * own[:, None]).to(counts.dtype)], dim=1)
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """Let vectors that are hardly chosen begin anew as codes of the batch."""
+        if pending := self._take_pending():
+            counts = torch.stack([of_batch[:, :1] for of_batch in pending]).sum(0)
+            counts, codes = reduced(torch.cat([counts, pending[-1][:, 1:]], dim=1)).split(
+                [1, self.prototypes.shape[1]], 1
+            )
+            self.usage.lerp_(counts[:, 0] / counts.sum(), 0.05)
+            unused = self.usage < self.restart_below / self.num_tokens
+            self.prototypes.copy_(torch.where(unused[:, None], codes, self.prototypes))
+            self.usage.masked_fill_(unused, 1 / self.num_tokens)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
@@ -107,6 +140,11 @@ class ImageTokenizer(SSLModule):
                 f"the backbone's stride of {self.stride} px does not divide views of {sizes[0]} px; set "
                 "data.image_size."
             )
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """The images as their words alone tell them."""
+        _, vectors, _ = self._encoded(images)
+        return {"reconstructed": self.decoder(vectors).to(images.dtype)}
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Squared error of the reconstruction, and the share of the vectors in use, of as many as there can be."""

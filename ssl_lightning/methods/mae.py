@@ -11,6 +11,7 @@ from ssl_lightning import losses
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.heads import patchify, unpatchify
+from ssl_lightning.masks import taken
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
@@ -142,8 +143,7 @@ class MAE(SSLModule):
         vit: Any = self.backbone
         patches = vit.patch_embed(images)  # (B, rows, columns, embed_dim)
         positions = vit.positions(*patches.shape[1:3])
-        patches = patches.flatten(1, 2) + positions[:, 1:]  # (B, N, embed_dim)
-        patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))  # (B, visible, embed_dim)
+        patches = taken(patches.flatten(1, 2) + positions[:, 1:], visible)  # (B, visible, embed_dim)
         class_token = (vit.cls_token + positions[:, :1]).expand(len(images), -1, -1)
         return vit.norm(vit.blocks(torch.cat([class_token, patches], dim=1)))
 
@@ -154,7 +154,7 @@ class MAE(SSLModule):
         tokens = self.decoder_embed(tokens)  # (B, 1 + visible, decoder_dim)
         hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = torch.cat([tokens[:, 1:], hidden], dim=1)  # (B, N, decoder_dim), visible ones first
-        patches = patches.gather(1, restore[:, :, None].expand(-1, -1, patches.shape[2]))
+        patches = taken(patches, restore)
         positions: Tensor = self.decoder_positions
         if grid != self.backbone.patch_embed.grid_size:  # type: ignore[union-attr]
             positions = sincos_positions(positions.shape[2], grid, rows_first=False, device=positions.device)

@@ -18,10 +18,10 @@ class SimMIM(SSLModule):
     """SimMIM: regress the pixels of masked patches with a single linear layer.
 
     Xie et al. 2022, SimMIM: A Simple Framework for Masked Image Modeling, https://arxiv.org/abs/2111.09886. The
-    encoder is ``backbone``, a ViT of timm, and sees all patches, masked ones as a learnt token. Like the paper's it has
-    no class token, and its features are the mean of the patches; where the paper has a bias for relative positions,
-    timm's plain ViTs embed absolute ones. The paper's learning rate is for batches of 512 images, ours for 256, so
-    ``base_lr`` is half of its.
+    encoder is ``backbone``, which sees all patches, masked ones as a learnt token: as in the paper timm's BEiT, a ViT
+    with relative positions that all blocks share, or a Swin; or timm's plain ViT, which embeds absolute positions, then
+    without a class token. Features are the mean of the patches. The paper's learning rate is for batches of 512 images,
+    ours for 256, so ``base_lr`` is half of its.
 
     The training forward sees masked images, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE.
@@ -30,7 +30,7 @@ class SimMIM(SSLModule):
         mask_ratio: Share of the units that are masked, rounded up to whole ones.
         mask_unit: Side of the squares that are masked, in pixels: a multiple of the backbone's patch.
         probe_every: Steps between those with features for the probes.
-        backbone: Name of a ViT of timm.
+        backbone: Name of a BEiT, Swin or ViT of timm. The first two take images of one size, ``img_size``.
         backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule; the milestone is that of 800 epochs.
         kwargs: See SSLModule.
@@ -39,54 +39,58 @@ class SimMIM(SSLModule):
     views = "simmim"
     remedies = "a lower learning rate or a longer warm-up, mask units of a sixth to an eighth of the view's side"
     global_views = 1
+    undecayed = ("cls_token", "pos_embed", "mask_token")
 
     def __init__(
         self,
         mask_ratio: float = 0.6,
         mask_unit: int = 32,
         probe_every: int = 32,
-        backbone: str = "vit_base_patch16_224",
+        backbone: str = "beit_base_patch16_224",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim(
             "adamw",
             base_lr=5e-5,
             weight_decay=0.05,
             warmup_epochs=10,
-            warmup_start_factor=0.0025,
+            warmup_start_factor=0.005,
             milestones=(700 / 800,),
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import AnySizeViT, is_vit
+        from ssl_lightning.backbones import is_beit, is_swin, is_vit
 
-        remedy = (
-            f"SimMIM masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm, "
-            "e.g. vit_base_patch16_224."
-        )
-        if not is_vit(backbone):
-            raise UserError(remedy)
-        of_patches = {"class_token": False, "global_pool": "avg", "fc_norm": False}  # normalised before they are pooled
-        super().__init__(backbone, {**of_patches, **(backbone_kwargs or {})}, optim, **kwargs)
-        vit = self.backbone
-        if not isinstance(vit, AnySizeViT):
-            raise UserError(remedy)
+        if is_vit(backbone):
+            defaults: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        elif is_beit(backbone):
+            defaults = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+        elif is_swin(backbone):
+            defaults = {"drop_path_rate": 0.0}
+        else:
+            raise UserError(
+                f"SimMIM masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT, BEiT "
+                "or Swin of timm, e.g. vit_base_patch16_224."
+            )
+        super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
+        encoder: Any = self.backbone
+        self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
-        if mask_unit % vit.patch_side:
+        if mask_unit % self.patch_side:
             raise UserError(
-                f"model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {vit.patch_side} px."
+                f"model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."
             )
         self.mask_ratio, self.mask_unit, self.probe_every = mask_ratio, mask_unit, probe_every
-        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(self.embed_dim, vit.patch_side**2 * 3, 1), nn.PixelShuffle(vit.patch_side)
-        )
+        self.decoder = nn.Sequential(nn.Conv2d(self.embed_dim, self.stride**2 * 3, 1), nn.PixelShuffle(self.stride))
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of the encoder."""
-        return [self.backbone.blocks]  # type: ignore[list-item]
+        from ssl_lightning.backbones import called_blocks
+
+        return called_blocks(self.backbone)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Distance of the masked pixels from the predicted ones (section 3.3)."""
@@ -101,11 +105,11 @@ class SimMIM(SSLModule):
             images: ``(B, 3, S, S)``.
             units: ``(B, rows, columns)`` bool, true where a unit is masked.
         """
-        vit: Any = self.backbone
-        mask = _enlarged(units, self.mask_unit // vit.patch_side)  # (B, rows, columns) of patches
-        tokens = vit.masked_tokens(images, mask.flatten(1), self.mask_token)
-        tokens = tokens[:, vit.num_prefix_tokens :].transpose(1, 2)  # (B, embed_dim, N)
-        return self.decoder(tokens.unflatten(2, mask.shape[1:]))
+        from ssl_lightning.backbones import as_map, masked_tokens
+
+        mask = _enlarged(units, self.mask_unit // self.patch_side).flatten(1)  # (B, N) of patches
+        tokens = masked_tokens(self.backbone, images, mask, self.mask_token)
+        return self.decoder(as_map(self.backbone, tokens, images))
 
     def _units(self, images: Tensor) -> Tensor:
         """Which units to mask, ``(B, rows, columns)`` bool: as many in each image."""
@@ -121,6 +125,13 @@ class SimMIM(SSLModule):
             raise UserError(
                 f"units of model.mask_unit={self.mask_unit} px do not divide views of {sizes[0]} px; set one of them."
             )
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """What the encoder sees of the images, and beside it the predictions of the rest."""
+        units = self._units(images)
+        hidden = _enlarged(units, self.mask_unit)[:, None]  # (B, 1, S, S)
+        predicted = torch.where(hidden, self.reconstruct(images, units).to(images.dtype), images)
+        return {"visible": images.masked_fill(hidden, 0.0), "predicted": predicted}
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Error of the masked pixels without drop path."""

@@ -246,11 +246,15 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
 # Configs and help
 
 
+AFTER = {"beit": "image_tokenizer", "gram_anchoring": "dinov2"}
+"""Whose checkpoint a method begins with."""
+
+
 @pytest.mark.parametrize("recipe", QUICKSTARTS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
     shorter = ["--config", "configs/overlays/debug.yaml", "--without", "[pictures, view_grid]"]
-    if recipe.parent.name == "beit":  # which predicts what a tokenizer says
-        main(["fit", "--config", "configs/image_tokenizer/quickstart.yaml", *shorter])
+    if before := AFTER.get(recipe.parent.name):
+        main(["fit", "--config", f"configs/{before}/quickstart.yaml", *shorter])
     main(["fit", "--config", str(recipe), *shorter])
     run = tmp_path / "runs" / yaml.safe_load(recipe.read_text())["name"] / "version_0"
     assert len(curve(run, "val/knn_top1")) == 2
@@ -262,7 +266,17 @@ PUBLISHED = {
     "rotnet": {"cifar10_", "imagenet_"},
     **{
         method: {"imagenet_"}
-        for method in ("beit", "dinov2", "ibot", "ijepa", "image_tokenizer", "jigsaw", "lejepa", "simmim")
+        for method in (
+            "beit",
+            "dinov2",
+            "gram_anchoring",
+            "ibot",
+            "ijepa",
+            "image_tokenizer",
+            "jigsaw",
+            "lejepa",
+            "simmim",
+        )
     },
 }
 """Where recipes have been published, for methods that have none for CIFAR-10, ImageNet-100 or ImageNet."""
@@ -280,7 +294,7 @@ def test_every_method_has_its_recipes() -> None:
     }
     names.pop("overlays")
     modules = {method.__module__.rpartition(".")[2] for method in METHODS}
-    assert set(names) == modules - {"gram_anchoring"}  # a late stage of DINOv2's recipes
+    assert set(names) == modules
     for method, recipes in names.items():
         published = PUBLISHED.get(method, {"cifar10_", "imagenet100_", "imagenet_"})
         for wanted in {"quickstart", "cifar10_cpu", *published}:

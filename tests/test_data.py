@@ -2,6 +2,8 @@
 
 import io
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,33 @@ def test_images_in_memory_give_the_views_of_files(photos: Path, tmp_path: Path) 
         for a, b in zip(one.views, other.views, strict=True):
             assert (a - b).abs().median() < 0.01
             assert ((a - b).abs() > 0.1).float().mean() < 0.01  # solarize at its threshold
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["cropped by workers", "cropped in the batch"])
+def test_a_view_can_have_the_crop_of_another_at_its_own_size(photos: Path, in_memory: bool) -> None:
+    first, second = (
+        ViewSpec(size=16, scale=(0.2, 0.6), flip=0.5),
+        ViewSpec(size=16, scale=(0.5, 1.0), jitter=1, brightness=0.9),
+    )
+    alike = ViewSpec(size=16, count=2, same_crop_as=0)
+    larger = ViewSpec(size=32, same_crop_as=1)
+    views = [first, second, alike, larger]
+    source = DigitsData if in_memory else partial(ImageFolderData, root=str(photos), num_workers=0)
+    (batch, *_) = views_of(source(batch_size=16, views=views))
+    a, b, same_as_a, plain_b, large_b = batch.views
+    assert torch.equal(a, same_as_a)
+    assert not torch.equal(b, plain_b)  # its colours are its own
+    assert large_b.shape[-1] == 32
+    halved = torch.nn.functional.interpolate(large_b, size=16, mode="area")
+    assert (halved - plain_b).abs().mean() < 0.3 * (plain_b - a).abs().mean()
+    with pytest.raises(UserError, match="same_crop_as=1 with count=1 asks for crops of views that do not come before"):
+        views_of(DigitsData(views=[first, replace(alike, count=1, same_crop_as=1)]))
+
+
+def test_plain_images_have_the_size_of_the_crops_not_of_larger_copies() -> None:
+    data = FakeData(image_size=32, views="gram_anchoring")
+    assert [(spec.size, spec.count) for spec in data.view_specs] == [(32, 1), (32, 1), (16, 8), (64, 2)]
+    assert data.image_transform["size"] == 32
 
 
 def test_loading_leaves_the_global_generator_alone() -> None:

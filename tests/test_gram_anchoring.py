@@ -5,9 +5,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning import FakeData, GramAnchoring, ViewSpec, losses
+from ssl_lightning import DINOv2, FakeData, GramAnchoring, UserError, ViewSpec, losses
 from tests.small import small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
@@ -72,3 +73,57 @@ def test_the_anchor_pulls_the_students_patches_and_gets_no_gradient() -> None:
     torch.testing.assert_close(values[1] - values[0], 2 * losses.gram(patches, anchor), atol=1e-6, rtol=0)
     values[1].backward()
     assert all(p.grad is None and not p.requires_grad for p in method.gram_backbone.parameters())
+
+
+def test_larger_crops_of_the_anchor_are_interpolated_to_the_grid_of_the_student() -> None:
+    torch.manual_seed(0)
+    method = small(GramAnchoring, gram_start=0.0, drop_path=0.0)
+    views, crops = [torch.rand(4, 3, size, size) for size in (32, 32, 16)], [torch.rand(4, 3, 64, 64) for _ in range(2)]
+    values = []
+    for of_anchor in ([], crops):
+        torch.manual_seed(1)
+        values.append(method.training_loss([*views, *of_anchor]))
+    torch.manual_seed(1)
+    loss, patches = method.distillation(views)
+    grids = method.gram_backbone.forward_features(torch.cat(crops))[:, 1:].mT.unflatten(2, (8, 8))
+    anchors = F.interpolate(grids, size=(4, 4), mode="bicubic", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(values[1], loss + 2 * losses.gram(patches, anchors))
+    assert not torch.allclose(values[0], values[1])
+
+
+def test_the_anchors_crops_fit_its_patches(tmp_path: Any) -> None:
+    views = [ViewSpec(size=32, count=2), ViewSpec(size=36, count=2, same_crop_as=0)]
+    with pytest.raises(UserError, match="patches of 8 px do not divide the anchor's crops of 36 px"):
+        trainer(tmp_path).fit(small(GramAnchoring), FakeData(batch_size=8, views=views))
+
+
+class Begin(L.Callback):
+    """The state that a training begins with."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_as_a_stage_it_goes_on_with_the_teacher_of_dinov2(separate: bool, tmp_path: Any) -> None:
+    heads = {"separate_heads": separate, "momentum": 0.5}
+    running = trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
+    running.fit(small(DINOv2, **heads), FakeData(batch_size=8, views=CROPS))
+    running.save_checkpoint(tmp_path / "first.ckpt")
+    left = torch.load(tmp_path / "first.ckpt", weights_only=True)["state_dict"]
+
+    views = [*CROPS, ViewSpec(size=64, count=2, same_crop_as=0)]
+    stage, begin = (
+        small(GramAnchoring, **heads, gram_snapshot=0, gram_start=0, init_from=str(tmp_path / "first.ckpt")),
+        Begin(),
+    )
+    trainer(tmp_path, callbacks=[begin]).fit(stage, FakeData(batch_size=8, views=views))
+    for name, value in begin.state.items():
+        part, _, rest = name.partition(".")
+        teachers = f"teacher_backbone.{rest}" if part.endswith("backbone") else f"teacher_{name}"
+        assert torch.equal(value, left.get(teachers, left.get(name))), name
+
+    other = small(GramAnchoring, **heads, num_prototypes=7, init_from=str(tmp_path / "first.ckpt"))
+    with pytest.raises(UserError, match=r"heads of .*first.ckpt differ in .*set model.num_prototypes"):
+        trainer(tmp_path).fit(other, FakeData(batch_size=8, views=CROPS))

@@ -19,6 +19,7 @@ from ssl_lightning import (
     BEiT,
     DeepClusterV2,
     FakeData,
+    GramAnchoring,
     KNNProbe,
     MoCoV2,
     MoCoV3,
@@ -85,7 +86,8 @@ def test_a_run_begins_with_the_backbone_of_its_source(
     for name in backbones:
         assert all(torch.equal(part(begin.state, name)[key], expected[key]) for key in trained)
     others = [name for name, p in module.named_parameters() if p.requires_grad and name.split(".")[0] not in backbones]
-    assert all(torch.equal(begin.state[name], before[name]) for name in others)
+    if method is not GramAnchoring:  # a stage that goes on with the heads of its source
+        assert all(torch.equal(begin.state[name], before[name]) for name in others)
     of_source = method.load_from_checkpoint(source)
     accuracy = knn(of_source, tmp_path)
     assert knn(small(method, net, init_from=source), tmp_path) == accuracy

@@ -2,7 +2,14 @@
 
 from ssl_lightning.checkpoints.export import export
 from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, replacing, settle_progress
-from ssl_lightning.checkpoints.load import Pretrained, load_backbone, open_backbone, read_checkpoint, weights_for
+from ssl_lightning.checkpoints.load import (
+    Pretrained,
+    load_backbone,
+    open_backbone,
+    read_checkpoint,
+    weights_for,
+    weights_in,
+)
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -16,4 +23,5 @@ __all__ = [
     "replacing",
     "settle_progress",
     "weights_for",
+    "weights_in",
 ]

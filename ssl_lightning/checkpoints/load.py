@@ -107,7 +107,7 @@ def read_checkpoint(
     """
     from ssl_lightning.backbones import AnySizeViT, create_backbone
 
-    checkpoint = _weights_in(path)
+    checkpoint = weights_in(path)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     weights = _container(checkpoint)
     of_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(name.startswith("base_enc") for name in weights)
@@ -276,7 +276,15 @@ def _facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights_in(path: str | Path) -> dict[str, Any]:
+def weights_in(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint or a file of weights holds, on the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: There is none, or it needs code to be read.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist.")
     with reading(path):

@@ -383,8 +383,8 @@ class SSLDataModule(DataModule):
 
     @property
     def _eval_spec(self) -> ViewSpec:
-        """Plain images are prepared as the largest views are: their size, interpolation, mean and deviation."""
-        return max(self.view_specs, key=lambda spec: spec.size)
+        """Plain images are prepared as the largest crops are: their size, interpolation, mean and deviation."""
+        return max((spec for spec in self.view_specs if spec.same_crop_as is None), key=lambda spec: spec.size)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ssl_lightning.data.augment import augment, normalize, resized_crop
-from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Augmentation, draw, uniforms
+from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Augmentation, Draws, draw, uniforms
 from ssl_lightning.data.images import (
     Example,
     ImageArray,
@@ -134,11 +134,17 @@ class ViewMaker:
             heights: ``(B,)`` heights of the images in pixels.
             widths: ``(B,)`` widths of the images in pixels.
         """
-        boxes, augmentations, view = [], [], 0
+        boxes: list[np.ndarray] = []
+        augmentations: list[Augmentation] = []
+        view = 0
         for spec in self.specs:
             numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), NUMBERS_PER_VIEW)
             flat = numbers.reshape(spec.count * len(indices), NUMBERS_PER_VIEW)
             draws = draw(spec, flat, np.tile(heights, spec.count), np.tile(widths, spec.count))
+            if spec.same_crop_as is not None:
+                same = slice(spec.same_crop_as * len(indices), (spec.same_crop_as + spec.count) * len(indices))
+                flips = np.concatenate([earlier.flip for earlier in augmentations])
+                draws = Draws(np.concatenate(boxes)[same], draws.augmentation._replace(flip=flips[same]))
             boxes.append(draws.boxes)
             augmentations.append(draws.augmentation)
             view += spec.count

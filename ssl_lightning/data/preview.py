@@ -72,7 +72,8 @@ def preview(data: SSLDataModule, num_rows: int = 8, num_images: int = 256) -> Pr
         for image, crops, *views in zip(images, np.concatenate(boxes, axis=0).swapaxes(0, 1), *made.views, strict=True):
             pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, kinds, strict=True)]
             blank += [bool(one.double().std() < 0.02 * 255) for one in pixels]
-            overlaps += _overlaps(crops, kinds)
+            own = [view for view, spec in enumerate(kinds) if spec.same_crop_as is None]
+            overlaps += _overlaps(crops[own], [kinds[view] for view in own])
             if len(rows) < num_rows:
                 rows.append([_outlined(image, crops), *_framed(pixels, kinds)])
     return Preview(

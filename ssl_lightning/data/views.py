@@ -42,6 +42,8 @@ class ViewSpec:
         rand_augment: RandAugment right after the crop, in timm's words, e.g. rand-m9-mstd0.5-inc1; empty is none.
         mean: Mean that is subtracted, of 1: one number for each channel, or one for all.
         std: Deviation that divides, of 1: one number for each channel, or one for all.
+        same_crop_as: Number of an earlier view, from 0, whose crop and flip this view has at its own size and with its
+            own colours; with ``count``, the first of as many. None draws a crop of its own.
     """
 
     size: int = 224
@@ -66,6 +68,7 @@ class ViewSpec:
     rand_augment: str = ""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    same_crop_as: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no view can have.
@@ -174,6 +177,13 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
     # The released code swaps keep and apply of the blur; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
+    # The anchor sees the global crops without colour changes at twice the size.
+    "gram_anchoring": (
+        replace(_DINOV2, blur=0.0),
+        replace(_DINOV2, blur=0.9, solarize=0.2),
+        _DINOV2_LOCAL,
+        ViewSpec(size=448, count=2, same_crop_as=0),
+    ),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
@@ -239,7 +249,7 @@ def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown views {name!r}; {hint}The presets are {', '.join(PRESETS)}.")
     specs = CIFAR_PRESETS.get(name, PRESETS[name]) if image_size <= 32 else PRESETS[name]
-    largest = max(spec.size for spec in specs)
+    largest = max(spec.size for spec in specs if spec.same_crop_as is None)
     return tuple(_resized(spec, spec.size / largest, image_size) for spec in specs)
 
 
@@ -256,5 +266,17 @@ def resolve(views: str | Sequence[ViewSpec], image_size: int) -> tuple[ViewSpec,
     Args:
         views: Name of a preset, or the views themselves, which then keep their own sizes.
         image_size: Side of the largest views of a preset in pixels.
+
+    Raises:
+        UserError: No preset has that name, or a view has the crop of one that does not come before it.
     """
-    return preset(views, image_size) if isinstance(views, str) else tuple(views)
+    specs = preset(views, image_size) if isinstance(views, str) else tuple(views)
+    earlier = 0
+    for spec in specs:
+        if spec.same_crop_as is not None and not 0 <= spec.same_crop_as <= earlier - spec.count:
+            raise UserError(
+                f"view: same_crop_as={spec.same_crop_as} with count={spec.count} asks for crops of views that do not "
+                f"come before it; there are {earlier}, counted from 0."
+            )
+        earlier += spec.count
+    return specs

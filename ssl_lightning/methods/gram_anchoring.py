@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.checkpoints import weights_in
+from ssl_lightning.errors import UserError
 from ssl_lightning.methods.dinov2 import DINOv2
+
+View = TypeVar("View", Tensor, int)
 
 
 class GramAnchoring(DINOv2):
@@ -16,9 +23,11 @@ class GramAnchoring(DINOv2):
 
     Siméoni et al. 2025, DINOv3, section 4.2, https://arxiv.org/abs/2508.10104. Late in a long training patch features
     grow noisy while class tokens still improve; the earlier teacher (here gram_backbone) anchors them. It sees the
-    same global crops; the refinement with crops of twice the resolution is left out, and so is the rest of DINOv3: its
-    positions, schedules and data. The defaults are the shares of its 1,200,000 steps. As a stage of its own, with
-    ``init_from``, it begins at once: ``gram_snapshot`` and ``gram_start`` 0.
+    global crops, or crops of its own, the last two views if they are not smaller than the global ones: with
+    ``data.views`` ``gram_anchoring`` the same crops at twice the size without colour changes (section 4.3), whose
+    features are interpolated to the student's grid. The rest of DINOv3 is left out: its positions, schedules and data.
+    The defaults are the shares of its 1,200,000 steps. As a stage of its own, with ``init_from`` a checkpoint of
+    DINOv2 whose heads it goes on with, it begins at once: ``gram_snapshot`` and ``gram_start`` 0.
 
     Args:
         gram_weight: Weight of the mean squared difference of similarities.
@@ -50,18 +59,67 @@ class GramAnchoring(DINOv2):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """DINOv2's loss, and the similarities of patches once the anchor holds (eq. 2 and 3)."""
+        views, crops = _split(views)
         loss, patches = self.distillation(views)
         if self.global_step < self._step_of(self.gram_start):
             return loss
-        with torch.no_grad():
-            tokens = self.gram_backbone.forward_features(torch.cat(list(views[:2])))  # type: ignore[operator]
-        return loss + self.gram_weight * losses.gram(patches, tokens[:, self.prefix :])
+        return loss + self.gram_weight * losses.gram(patches, self._anchors(torch.cat(list(crops)), views[0].shape[-1]))
+
+    @torch.no_grad()
+    def _anchors(self, crops: Tensor, side: int) -> Tensor:
+        """The anchor's features ``(2B, N, embed_dim)`` of the patches that crops of another side would have."""
+        patches = self.gram_backbone.forward_features(crops)[:, self.prefix :]  # type: ignore[operator]
+        if crops.shape[-1] == side:
+            return patches
+        rows = crops.shape[-1] // self.patch_side
+        grid = patches.mT.unflatten(2, (rows, rows))  # (2B, embed_dim, rows, rows)
+        return F.interpolate(grid, size=(side // self.patch_side,) * 2, mode="bicubic").flatten(2).mT
+
+    def check(self, sizes: list[int], global_batch: int) -> None:
+        """Views must be DINOv2's, and perhaps two for the anchor."""
+        of_student, of_anchor = _split(sizes)
+        super().check(list(of_student), global_batch)
+        if of_anchor[0] % self.patch_side:
+            raise UserError(
+                f"the backbone's patches of {self.patch_side} px do not divide the anchor's crops of {of_anchor[0]} "
+                "px; set their size in data.views, or model.backbone_kwargs.patch_size."
+            )
 
     def _step_of(self, share: float) -> float:
         """The first step that is later than a share of the training."""
         if share == 0 or self._trainer is None:
             return 0.0
         return math.ceil(share * steps) if (steps := self.trainer.estimated_stepping_batches) < math.inf else math.inf
+
+    def begin_with(self, source: str) -> None:
+        """Give student and teacher the backbone of a source, and the heads and centres that DINOv2 left beside it.
+
+        Args:
+            source: See ``init_from``.
+
+        Raises:
+            UserError: The backbone or the heads are not alike; says what differs.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        super().begin_with(source)
+        weights = weights_in(source).get("state_dict", {}) if Path(source).is_file() else {}
+        if not any(name.startswith("teacher_projector.") for name in weights):
+            rank_zero_warn(f"{source} has no heads of DINOv2, so they begin anew.")
+            return
+        heads = {}
+        for name, mine in self.state_dict().items():
+            if name.partition(".")[0].endswith("backbone"):
+                continue
+            theirs = weights.get(f"teacher_{name}", weights.get(name))  # the student begins as the teacher
+            if theirs is None or theirs.shape != mine.shape:
+                raise UserError(
+                    f"the heads of {source} differ in {name}, here {tuple(mine.shape)}, there "
+                    f"{theirs if theirs is None else tuple(theirs.shape)}; set model.num_prototypes, hidden_dim, "
+                    "bottleneck_dim and separate_heads as there."
+                )
+            heads[name] = theirs
+        set_model_state_dict(self, heads, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def on_train_start(self) -> None:
         """Begin with the weights of ``init_from``, the anchor included."""
@@ -77,3 +135,9 @@ class GramAnchoring(DINOv2):
         again = held > 0 and held % self.gram_every == 0 and held // self.gram_every <= self.gram_updates
         if again or done == self._step_of(self.gram_snapshot):
             ema.follow(self.gram_backbone, self.teacher_backbone, 0.0)
+
+
+def _split(views: Sequence[View]) -> tuple[Sequence[View], Sequence[View]]:
+    """The views of DINOv2, and the anchor's two: the last if they are not smaller than the first, else the first."""
+    sizes = [view if isinstance(view, int) else view.shape[-1] for view in views]
+    return (views[:-2], views[-2:]) if len(views) > 3 and sizes[-1] >= sizes[0] else (views, views[:2])

@@ -107,6 +107,10 @@ def is_beit(name: str) -> bool:
     return timm.is_model(name) and is_model_in_modules(name, ["beit"])
 
 
+BEIT_IN_PRETRAINING = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+"""Arguments of timm's BEiT: all blocks share their positions, and tokens are normalised before they are pooled."""
+
+
 def is_swin(name: str) -> bool:
     """Whether a name is that of a Swin of timm, e.g. swin_base_patch4_window7_224."""
     return timm.is_model(name) and is_model_in_modules(name, ["swin_transformer", "swin_transformer_v2"])

@@ -54,6 +54,10 @@ VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
     "backbone_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3},
 }
+SWIN: dict[str, Any] = {
+    "backbone": "swin_tiny_patch4_window7_224",
+    "backbone_kwargs": {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
+}
 TOKENS = {"num_tokens": 32, "token_dim": 8, "decoder_dim": 16}
 
 

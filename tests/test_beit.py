@@ -13,7 +13,7 @@ from ssl_lightning import BEiT, FakeData, ImageTokenizer, Optim, UserError, loss
 from ssl_lightning.backbones import masked_tokens
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, linear, random_views, run
-from tests.small import TOKENIZER, VIT, small, trainer
+from tests.small import SWIN, TOKENIZER, VIT, small, trainer
 
 
 class Brightness(torch.nn.Module):
@@ -209,8 +209,7 @@ def test_the_tokenizer_learns_to_reconstruct_through_its_vectors() -> None:
 
 
 def test_a_swin_can_be_the_encoder_of_the_tokenizer() -> None:
-    kwargs = {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4}
-    tokenizer = small(ImageTokenizer, backbone="swin_tiny_patch4_window7_224", backbone_kwargs=kwargs).eval()
+    tokenizer = small(ImageTokenizer, SWIN).eval()
     images = torch.rand(2, 3, 32, 32)
     assert tokenizer.stride == 8
     assert tokenizer.tokens(images).shape == (2, 16)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_lightning import DINOv2, FakeData, GramAnchoring, UserError, ViewSpec, losses
 from tests.small import small, trainer
+from tests.test_init_from import Begin
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
 
@@ -95,14 +96,6 @@ def test_the_anchors_crops_fit_its_patches(tmp_path: Any) -> None:
     views = [ViewSpec(size=32, count=2), ViewSpec(size=36, count=2, same_crop_as=0)]
     with pytest.raises(UserError, match="patches of 8 px do not divide the anchor's crops of 36 px"):
         trainer(tmp_path).fit(small(GramAnchoring), FakeData(batch_size=8, views=views))
-
-
-class Begin(L.Callback):
-    """The state that a training begins with."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
 @pytest.mark.parametrize("separate", [False, True])

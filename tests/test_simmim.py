@@ -11,13 +11,9 @@ from ssl_lightning import Optim, SimMIM, UserError, losses
 from ssl_lightning.backbones import masked_tokens
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, parameters, random_views, run
-from tests.small import VIT, small, trainer
+from tests.small import SWIN, VIT, small, trainer
 
 BEIT: dict[str, Any] = {"backbone": "beit_base_patch16_224", "backbone_kwargs": VIT["backbone_kwargs"]}
-SWIN: dict[str, Any] = {
-    "backbone": "swin_tiny_patch4_window7_224",
-    "backbone_kwargs": {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
-}
 
 
 def test_decoder_and_defaults_are_the_papers() -> None:

@@ -131,15 +131,18 @@ class PatchMap(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map ``(B, D, H / P, W / P)`` of images ``(B, 3, H, W)``, as the only level."""
+        from ssl_lightning.backbones import as_map
+
         patch, (height, width) = self.vit.patch_side, images.shape[-2:]
         if height % patch or width % patch:
             raise UserError(
                 f"the backbone's patches of {patch} px do not divide images of {width}x{height} px; set "
                 "data.image_size to a multiple."
             )
-        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        tokens = self.vit.fc_norm(tokens)  # the final norm of a ViT that averages its patches, else nothing
-        return {"0": tokens.mT.unflatten(2, (height // patch, width // patch))}
+        tokens = self.vit.fc_norm(
+            self.vit.forward_features(images)
+        )  # a norm in ViTs that average patches, else nothing
+        return {"0": as_map(self.vit, tokens, images)}
 
 
 def stages(backbone: nn.Module, name: str, first: int) -> nn.Module:

@@ -63,12 +63,12 @@ class BEiT(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_beit, is_vit
+        from ssl_lightning.backbones import BEIT_IN_PRETRAINING, is_beit, is_vit
 
         if is_vit(backbone):
             defaults: dict[str, Any] = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1}
         elif is_beit(backbone):
-            defaults = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+            defaults = BEIT_IN_PRETRAINING
         else:
             raise UserError(
                 f"BEiT masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT or BEiT "

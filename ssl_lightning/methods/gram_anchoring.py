@@ -68,12 +68,13 @@ class GramAnchoring(DINOv2):
     @torch.no_grad()
     def _anchors(self, crops: Tensor, side: int) -> Tensor:
         """The anchor's features ``(2B, N, embed_dim)`` of the patches that crops of another side would have."""
-        patches = self.gram_backbone.forward_features(crops)[:, self.prefix :]  # type: ignore[operator]
-        if crops.shape[-1] == side:
-            return patches
-        rows = crops.shape[-1] // self.patch_side
-        grid = patches.mT.unflatten(2, (rows, rows))  # (2B, embed_dim, rows, rows)
-        return F.interpolate(grid, size=(side // self.patch_side,) * 2, mode="bicubic").flatten(2).mT
+        from ssl_lightning.backbones import as_map
+
+        features = self.gram_backbone.forward_features(crops)  # type: ignore[operator]
+        grid = as_map(self.gram_backbone, features, crops)  # (2B, embed_dim, rows, columns)
+        if crops.shape[-1] != side:
+            grid = F.interpolate(grid, size=(side // self.patch_side,) * 2, mode="bicubic")
+        return grid.flatten(2).mT
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """Views must be DINOv2's, and perhaps two for the anchor."""

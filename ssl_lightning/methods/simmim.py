@@ -58,12 +58,12 @@ class SimMIM(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_beit, is_swin, is_vit
+        from ssl_lightning.backbones import BEIT_IN_PRETRAINING, is_beit, is_swin, is_vit
 
         if is_vit(backbone):
             defaults: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         elif is_beit(backbone):
-            defaults = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+            defaults = BEIT_IN_PRETRAINING
         elif is_swin(backbone):
             defaults = {"drop_path_rate": 0.0}
         else:

@@ -16,6 +16,7 @@ from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
+from ssl_lightning.commands.evaluate import Evaluation
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.dense import COCODetectionData, VOCDetectionData, VOCSegmentationData
@@ -28,7 +29,6 @@ from ssl_lightning.data.shards import ShardsData
 from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data, TorchvisionData
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluate import Evaluation
 from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier

@@ -33,13 +33,13 @@ from ssl_lightning.callbacks.processes import FailTogether, Preemption, slurm_jo
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
-from ssl_lightning.check import check
 from ssl_lightning.checkpoints import AtomicCheckpointIO, export
+from ssl_lightning.commands.check import check
+from ssl_lightning.commands.plan import plan
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
 from ssl_lightning.methods.base import SSLModule
-from ssl_lightning.plan import plan
 
 CALLBACKS: dict[str, type[Callback]] = {
     "run_record": RunRecord,
@@ -359,7 +359,7 @@ def _find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _benchmark(words: Sequence[str]) -> None:
     """Run ``benchmark``, which measures this package beside lightly."""
-    from ssl_lightning.benchmark import pipeline, step
+    from ssl_lightning.commands.benchmark import pipeline, step
 
     parser = SSLArgumentParser(prog="ssl-lightning benchmark", description="Measure this package beside lightly.")
     commands = parser.add_subcommands()
@@ -378,7 +378,7 @@ def _benchmark(words: Sequence[str]) -> None:
 
 def _evaluate(words: Sequence[str]) -> None:
     """Run ``evaluate``, which says what a backbone is worth on labelled images."""
-    from ssl_lightning.evaluate import PROTOCOLS, Evaluation
+    from ssl_lightning.commands.evaluate import PROTOCOLS, Evaluation
 
     parser = SSLArgumentParser(prog="ssl-lightning evaluate", description="Evaluate a backbone on labelled images.")
     commands = parser.add_subcommands()
@@ -418,7 +418,7 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
 
 def _compare(words: Sequence[str]) -> None:
     """Run ``compare``, which puts runs and their evaluations side by side."""
-    from ssl_lightning.compare import compare
+    from ssl_lightning.commands.compare import compare
 
     parser = SSLArgumentParser(prog="ssl-lightning compare", description="Put runs and their evaluations side by side.")
     parser.add_argument("runs", type=str, nargs="+", help="Folders of fit or evaluate, or folders above them.")
@@ -443,7 +443,7 @@ def _export(words: Sequence[str]) -> None:
 
 def _report(words: Sequence[str]) -> None:
     """Run ``report``, which makes a page of a run."""
-    from ssl_lightning.report import report, watch
+    from ssl_lightning.commands.report import report, watch
 
     parser = SSLArgumentParser(prog="ssl-lightning report", description="Make a page of a run: one file, no network.")
     parser.add_argument("run", type=str, help="Folder of a run, or that above its versions for the newest.")

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ssl_lightning import UserError
-from ssl_lightning.backbones import create_backbone, init_residual_branches, multi_crop, sincos_positions
+from ssl_lightning.backbones.initialization import init_residual_branches
+from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
 
 
 @pytest.mark.parametrize(

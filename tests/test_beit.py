@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning import BEiT, FakeData, ImageTokenizer, Optim, UserError, losses
-from ssl_lightning.backbones import masked_tokens
+from ssl_lightning.backbones.tokens import masked_tokens
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, linear, random_views, run
 from tests.small import SWIN, TOKENIZER, VIT, small, trainer

@@ -24,8 +24,8 @@ from ssl_lightning import (
     SwAV,
     UserError,
     ViewSpec,
-    check,
 )
+from ssl_lightning.commands import check
 from tests.processes import run_processes
 from tests.small import METHODS, VIT, VIT_ONLY, met, small, trainer
 

@@ -29,10 +29,10 @@ from ssl_lightning import (
     SimCLR,
     UserError,
 )
-from ssl_lightning.backbones import create_backbone
+from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.checkpoints import open_backbone
 from ssl_lightning.cli import main
-from ssl_lightning.compare import compare
+from ssl_lightning.commands.compare import compare
 from ssl_lightning.data.datasets import ViewMaker, rand_augmented
 from ssl_lightning.data.images import opened_already
 from ssl_lightning.data.views import ViewSpec

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_lightning import LinearProbe, MoCoV3, SimCLR, SSLModule, UserError
-from ssl_lightning.benchmark.counter import OperationCounter
+from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.distributed import world_size
 from ssl_lightning.grad_cache import encode_in_chunks
 from tests.processes import run_processes

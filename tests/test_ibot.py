@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import IBOT, FakeData, Optim, UserError, ViewSpec, losses
-from ssl_lightning.backbones import masked_tokens
+from ssl_lightning.backbones.tokens import masked_tokens
 from ssl_lightning.heads import IBOTHead
 from ssl_lightning.masks import block_mask, masked_patches, random_mask
 from ssl_lightning.optim import clip_each

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_lightning import losses
-from ssl_lightning.benchmark.counter import OperationCounter
+from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.distributed import gather
 from ssl_lightning.heads import patchify
 from ssl_lightning.losses import nt_xent

@@ -26,8 +26,8 @@ from ssl_lightning import (
 )
 from ssl_lightning.callbacks.features import PlainFeatures
 from ssl_lightning.callbacks.pictures import _neighbours, _projected
+from ssl_lightning.drawing import CELL, heat, pixels_of
 from ssl_lightning.heads import patchify, unpatchify
-from ssl_lightning.pictures import CELL, heat, pixels_of
 from tests.processes import run_processes
 from tests.small import VIT, digits, small, trainer
 

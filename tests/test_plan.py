@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ssl_lightning import BYOL, MoCoV2, Optim
-from ssl_lightning.plan import plan
+from ssl_lightning.commands.plan import plan
 from tests.small import digits, simclr, small, trainer
 
 

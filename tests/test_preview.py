@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_lightning import ArrayData, HuggingFaceData, ImageFolderData, ViewGrid, ViewSpec
-from ssl_lightning.benchmark import pipeline
+from ssl_lightning.commands.benchmark import pipeline
 from ssl_lightning.data.preview import _overlaps, preview
 from ssl_lightning.loggers import CSVLogger
 from tests.small import simclr, trainer

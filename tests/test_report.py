@@ -21,8 +21,8 @@ from PIL import Image
 
 from ssl_lightning import RunRecord, UserError
 from ssl_lightning.cli import main
+from ssl_lightning.commands.report import report, watch
 from ssl_lightning.loggers import CSVLogger
-from ssl_lightning.report import report, watch
 from tests.small import digits, simclr, trainer
 
 pytest.importorskip("plotly")

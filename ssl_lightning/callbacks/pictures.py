@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, plain_features
+from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show
 from ssl_lightning.errors import UserError
-from ssl_lightning.pictures import fitted, framed, heat, picture_of, pixels_of, sheet, show
 
 _NEIGHBOURS = 7
 _SAME, _OTHER = "#3cb44b", "#e6194b"  # class

@@ -3,7 +3,7 @@
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from ssl_lightning.pictures import show
+from ssl_lightning.drawing import show
 
 
 class ViewGrid(L.Callback):

@@ -84,7 +84,7 @@ def _timm(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
 
     name, kwargs, weights = _named_as_in("timm", pretrained)
     own = timm.models.model_entrypoint(name).__module__ == "ssl_lightning.backbones"
-    first = "import ssl_lightning.backbones  # which knows the name\n" if own else ""
+    first = "import ssl_lightning.backbones.resnet  # which knows the name\n" if own else ""
     given = f", **{kwargs}" if kwargs else ""
     return _weights(weights, output), (
         f"{first}import timm\n\n"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.checkpoints.files import reading
 from ssl_lightning.errors import UserError
 
@@ -105,7 +106,7 @@ def read_checkpoint(
     Raises:
         UserError: As for ``load_backbone``.
     """
-    from ssl_lightning.backbones import AnySizeViT, create_backbone
+    from ssl_lightning.backbones.vit import AnySizeViT
 
     checkpoint = weights_in(path)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
@@ -156,8 +157,6 @@ def open_backbone(
     Raises:
         UserError: There is no such file or model, or it does not fit.
     """
-    from ssl_lightning.backbones import create_backbone
-
     if _is_file(source):
         return read_checkpoint(source, backbone, backbone_kwargs)
     kwargs = dict(backbone_kwargs or {})
@@ -239,8 +238,6 @@ def mismatch(pretrained: Pretrained, weights: dict[str, Tensor], backbone: str, 
         backbone: Name of the other timm or torchvision model.
         backbone_kwargs: Arguments of its builder.
     """
-    from ssl_lightning.backbones import create_backbone
-
     other = create_backbone(backbone, **backbone_kwargs).eval()
     if misfit := _misfit(weights, other.state_dict()):
         return misfit

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_lightning.data.base import Loader, SSLDataModule
 from ssl_lightning.data.datasets import RawViews, StreamedViews, ViewDataset
 from ssl_lightning.data.views import ViewSpec
-from ssl_lightning.pictures import CELL, fitted, framed, picture_of, pixels_of, sheet
+from ssl_lightning.drawing import CELL, fitted, framed, picture_of, pixels_of, sheet
 
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990")
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.tokens import as_map
 from ssl_lightning.checkpoints import open_backbone, settle_progress
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
@@ -131,8 +132,6 @@ class PatchMap(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map ``(B, D, H / P, W / P)`` of images ``(B, 3, H, W)``, as the only level."""
-        from ssl_lightning.backbones import as_map
-
         patch, (height, width) = self.vit.patch_side, images.shape[-2:]
         if height % patch or width % patch:
             raise UserError(
@@ -163,7 +162,7 @@ def stages(backbone: nn.Module, name: str, first: int) -> nn.Module:
     import torchvision.models.resnet
     from torchvision.models._utils import IntermediateLayerGetter
 
-    from ssl_lightning.backbones import AnySizeViT
+    from ssl_lightning.backbones.vit import AnySizeViT
 
     if isinstance(backbone, AnySizeViT):
         return PatchMap(backbone)

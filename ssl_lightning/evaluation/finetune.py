@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.names import create_backbone, is_vit
 from ssl_lightning.checkpoints import Pretrained, open_backbone
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.supervised import SupervisedModule, named_protocol
@@ -201,8 +202,6 @@ def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -
 
 def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     """The backbone with the protocol's stochastic depth and its way to read a ViT."""
-    from ssl_lightning.backbones import create_backbone, is_vit
-
     kwargs = dict(pretrained.backbone_kwargs)
     if not is_vit(pretrained.name):
         if protocol.patch_mean:

@@ -14,6 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.checkpointing import checkpoint_blocks as let_blocks_be_checkpointed
+from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.initialization import init_residual_branches
+from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.tokens import only_size
 from ssl_lightning.batch_norm import SyncBatchNorm
 from ssl_lightning.checkpoints import check_fit, settle_progress, weights_for
 from ssl_lightning.distributed import own_part, reduced, world_size
@@ -90,21 +95,19 @@ class SSLModule(L.LightningModule):
         checkpoint_blocks: bool = False,
         init_from: str | None = None,
     ) -> None:
-        from ssl_lightning import backbones  # only here: reading help texts should not wait for timm
-
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
         self.save_hyperparameters(ignore=["optim", *self.unsaved_arguments])
         backbone_kwargs = backbone_kwargs or {}
         self.save_hyperparameters({"optim": asdict(self.optim), "backbone_kwargs": backbone_kwargs})  # a method's, too
-        self.backbone = backbones.create_backbone(backbone, **backbone_kwargs)
+        self.backbone = create_backbone(backbone, **backbone_kwargs)
         if not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
-            backbones.init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
+            init_residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type]
         self._compile, self.checkpoint_blocks, self._init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:
-            backbones.checkpoint_blocks(self.backbone)
+            let_blocks_be_checkpointed(self.backbone)
         self._pending_losses: list[tuple[Tensor, torch.Event | None]] = []
         self._pending: list[Tensor] = []
         self._recorded: list[Tensor] = []
@@ -175,8 +178,6 @@ class SSLModule(L.LightningModule):
         Raises:
             UserError: It cannot; says which argument to change.
         """
-        from ssl_lightning.backbones import only_size
-
         count = self.global_views
         if count is not None and (
             sizes[:count] != [max(sizes)] * count or (len(sizes) > count and not self.local_views)
@@ -302,8 +303,6 @@ class SSLModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the views, the batch and BatchNorm against what the paper prescribes."""
-        from ssl_lightning.backbones import DropPath
-
         several = world_size() > 1
         self._drop_paths = [module for module in self.modules() if several and isinstance(module, DropPath)]
         self._pending, self._pending_losses = [], []  # of a step that was interrupted

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_vit
+from ssl_lightning.backbones.tokens import called_blocks, masked_tokens
 from ssl_lightning.errors import UserError
 from ssl_lightning.masks import block_mask
 from ssl_lightning.methods.base import SSLModule
@@ -63,7 +65,6 @@ class BEiT(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import BEIT_IN_PRETRAINING, is_beit, is_vit
 
         if is_vit(backbone):
             defaults: dict[str, Any] = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1}
@@ -113,8 +114,6 @@ class BEiT(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of the encoder."""
-        from ssl_lightning.backbones import called_blocks
-
         return called_blocks(self.backbone)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
@@ -123,8 +122,6 @@ class BEiT(SSLModule):
 
     def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
-        from ssl_lightning.backbones import masked_tokens
-
         mask = self._mask(images)  # (B, N), on the host
         masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
         tokens = masked_tokens(self.backbone, images, self.random_to_device(mask), self.mask_token)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.distributed import gather
 from ssl_lightning.errors import UserError
 from ssl_lightning.heads import mlp
@@ -90,7 +91,6 @@ class DeepClusterV2(SSLModule):
         return loss
 
     def _embeddings(self, views: Sequence[Tensor]) -> Tensor:
-        from ssl_lightning.backbones import multi_crop
 
         embeddings = F.normalize(self.projector(multi_crop(self.backbone, views)), dim=1)
         return embeddings.unflatten(0, (len(views), -1))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.names import is_vit
+from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_each
@@ -72,7 +74,6 @@ class DINO(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
@@ -98,8 +99,6 @@ class DINO(SSLModule):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropy between the teacher on global crops and the student on all others (algorithm 1)."""
-        from ssl_lightning.backbones import multi_crop
-
         with torch.no_grad():
             teacher = self.teacher_projector(self.teacher_backbone(torch.cat(list(views[:2]))))  # (2B, K)
         student = self.projector(multi_crop(self.backbone, views))  # (V * B, K)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.drop_path import even_drop_path
+from ssl_lightning.backbones.names import is_vit, token_vit
+from ssl_lightning.backbones.tokens import layer_scale, masked_tokens, multi_crop
 from ssl_lightning.distributed import gather, own_part, reduced, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.masks import block_mask, masked_patches
@@ -92,7 +95,6 @@ class DINOv2(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import even_drop_path, is_vit, token_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"init_values": 1e-5, **(backbone_kwargs or {})}
@@ -149,8 +151,6 @@ class DINOv2(SSLModule):
         Args:
             views: As for ``training_loss``.
         """
-        from ssl_lightning.backbones import masked_tokens, multi_crop
-
         crops = torch.cat(list(views[:2]))  # (2B, 3, S, S)
         mask = self._masks(crops)  # (2B, N), on the CPU
         masked, counts = (self.random_to_device(part) for part in masked_patches(mask))  # (M,)
@@ -246,8 +246,6 @@ class DINOv2(SSLModule):
         Args:
             name: Of the parameter.
         """
-        from ssl_lightning.backbones import layer_scale
-
         blocks = len(self.backbone.blocks)  # type: ignore[arg-type]
         name = name.removeprefix("backbone.")
         further = self.patch_embed_lr if name.startswith("patch_embed") else 1.0

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.tokens import as_map
 from ssl_lightning.checkpoints import weights_in
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.dinov2 import DINOv2
@@ -68,8 +69,6 @@ class GramAnchoring(DINOv2):
     @torch.no_grad()
     def _anchors(self, crops: Tensor, side: int) -> Tensor:
         """The anchor's features ``(2B, N, embed_dim)`` of the patches that crops of another side would have."""
-        from ssl_lightning.backbones import as_map
-
         features = self.gram_backbone.forward_features(crops)  # type: ignore[operator]
         grid = as_map(self.gram_backbone, features, crops)  # (2B, embed_dim, rows, columns)
         if crops.shape[-1] != side:

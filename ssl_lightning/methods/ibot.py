@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.names import is_vit, token_vit
+from ssl_lightning.backbones.tokens import masked_tokens, multi_crop
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.heads import DINOHead, IBOTHead
 from ssl_lightning.masks import block_mask, masked_patches, random_mask
@@ -82,7 +84,6 @@ class IBOT(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_vit, token_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
@@ -121,8 +122,6 @@ class IBOT(SSLModule):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropies of class tokens across views and of masked patches within them (algorithm 1)."""
-        from ssl_lightning.backbones import masked_tokens, multi_crop
-
         crops = torch.cat(list(views[:2]))  # (2B, 3, S, S)
         mask = self._masks(crops)  # (2B, N), on the CPU
         masked, counts = (self.random_to_device(part) for part in masked_patches(mask))  # (M,)

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.checkpointing import CheckpointedBlocks
+from ssl_lightning.backbones.names import is_vit, token_vit
+from ssl_lightning.backbones.tokens import sincos_positions
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.masks import multi_block, taken
 from ssl_lightning.methods.base import SSLModule
@@ -68,8 +71,6 @@ class IJEPA(SSLModule):
         **kwargs: Any,
     ) -> None:
         from timm.models.vision_transformer import Block
-
-        from ssl_lightning.backbones import CheckpointedBlocks, is_vit, sincos_positions, token_vit
 
         if is_vit(backbone):  # fc_norm: tokens are normalised before they are pooled
             pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -131,8 +132,6 @@ class IJEPA(SSLModule):
             context: Indices ``(B, C)`` of the patches that the student sees.
             targets: Indices ``(B, T, P)`` of the patches of each target block.
         """
-        from ssl_lightning.backbones import sincos_positions
-
         vit: Any = self.backbone
         patches = vit.patch_embed(images)  # (B, rows, columns, embed_dim)
         grid = patches.shape[1:3]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.tokens import as_map, only_size
 from ssl_lightning.distributed import rank, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
@@ -54,14 +55,12 @@ class ImageTokenizer(SSLModule):
         optim: Optim = Optim("adamw", base_lr=5e-4, weight_decay=0.05, warmup_epochs=1),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning import backbones
-
         super().__init__(backbone=backbone, optim=optim, **kwargs)
         if not hasattr(self.backbone, "forward_features"):
             raise UserError(f"backbone={backbone!r} gives no map of features; set model.backbone to one of timm.")
         self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
         self.restart_below = restart_below
-        side = backbones.only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)
+        side = only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)
         self.stride = side // self.eval()._map(torch.zeros(1, 3, side, side)).shape[-1]
         """Side of the square in pixels that a token is about."""
         self.train()
@@ -88,8 +87,6 @@ class ImageTokenizer(SSLModule):
 
     def _map(self, images: Tensor) -> Tensor:
         """Features ``(B, embed_dim, rows, columns)``."""
-        from ssl_lightning.backbones import as_map
-
         return as_map(self.backbone, self.backbone.forward_features(images), images)  # type: ignore[operator]
 
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.names import is_vit
+from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.distributed import world_size
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -59,7 +61,6 @@ class LeJEPA(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_vit
 
         if is_vit(backbone):
             backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
@@ -74,7 +75,6 @@ class LeJEPA(SSLModule):
         return (1 - self.sigreg_weight) * prediction + self.sigreg_weight * regularizer
 
     def _parts(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        from ssl_lightning.backbones import multi_crop
 
         self._images = len(views[0]) * world_size()
         embeddings = self.projector(multi_crop(self.backbone, views)).unflatten(0, (len(views), -1))  # (V, B, D)

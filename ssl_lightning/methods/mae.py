@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.checkpointing import CheckpointedBlocks
+from ssl_lightning.backbones.initialization import init_patch_projection
+from ssl_lightning.backbones.names import is_vit
+from ssl_lightning.backbones.tokens import sincos_positions
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.heads import patchify, unpatchify
@@ -61,13 +65,7 @@ class MAE(SSLModule):
     ) -> None:
         from timm.models.vision_transformer import Block
 
-        from ssl_lightning.backbones import (
-            AnySizeViT,
-            CheckpointedBlocks,
-            init_patch_projection,
-            is_vit,
-            sincos_positions,
-        )
+        from ssl_lightning.backbones.vit import AnySizeViT
 
         remedy = (
             f"MAE encodes single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT of timm with "
@@ -149,8 +147,6 @@ class MAE(SSLModule):
 
     def _decode(self, tokens: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pixels ``(B, N, P*P*3)`` of all patches."""
-        from ssl_lightning.backbones import sincos_positions
-
         tokens = self.decoder_embed(tokens)  # (B, 1 + visible, decoder_dim)
         hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = torch.cat([tokens[:, 1:], hidden], dim=1)  # (B, N, decoder_dim), visible ones first

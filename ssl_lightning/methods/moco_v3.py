@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
+from ssl_lightning.backbones.initialization import init_patch_projection
+from ssl_lightning.backbones.names import is_vit
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
@@ -56,7 +58,6 @@ class MoCoV3(SSLModule):
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import is_vit
 
         vit, pretrained = is_vit(backbone), (backbone_kwargs or {}).get("pretrained", False)
         if vit and not pretrained:
@@ -109,7 +110,7 @@ class MoCoV3(SSLModule):
 
 def _fix_patches_and_positions(vit: nn.Module, name: str) -> None:
     """Patch projection frozen at its random values, sine-cosine positions (section 4 and appendix of the paper)."""
-    from ssl_lightning.backbones import AnySizeViT, init_patch_projection
+    from ssl_lightning.backbones.vit import AnySizeViT
 
     if not isinstance(vit, AnySizeViT) or not vit.is_plain:
         raise UserError(f"MoCoV3 knows ViTs with a class token alone, not {name}; take e.g. vit_small_patch16_224.")

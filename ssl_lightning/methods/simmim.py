@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_swin, is_vit
+from ssl_lightning.backbones.tokens import as_map, called_blocks, masked_tokens
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
@@ -58,7 +60,6 @@ class SimMIM(SSLModule):
         ),
         **kwargs: Any,
     ) -> None:
-        from ssl_lightning.backbones import BEIT_IN_PRETRAINING, is_beit, is_swin, is_vit
 
         if is_vit(backbone):
             defaults: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -88,8 +89,6 @@ class SimMIM(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of the encoder."""
-        from ssl_lightning.backbones import called_blocks
-
         return called_blocks(self.backbone)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
@@ -105,8 +104,6 @@ class SimMIM(SSLModule):
             images: ``(B, 3, S, S)``.
             units: ``(B, rows, columns)`` bool, true where a unit is masked.
         """
-        from ssl_lightning.backbones import as_map, masked_tokens
-
         mask = _enlarged(units, self.mask_unit // self.patch_side).flatten(1)  # (B, N) of patches
         tokens = masked_tokens(self.backbone, images, mask, self.mask_token)
         return self.decoder(as_map(self.backbone, tokens, images))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.distributed import gather, own_part
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -79,8 +80,6 @@ class SwAV(SSLModule):
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropy between assignments of the global crops and predictions of all others (algorithm 1)."""
-        from ssl_lightning.backbones import multi_crop
-
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         embeddings = F.normalize(self.projector(multi_crop(self.backbone, views)), dim=1)  # (V * B, projector_dim)

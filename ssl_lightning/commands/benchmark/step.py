@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ssl_lightning
-from ssl_lightning.benchmark.counter import OperationCounter
-from ssl_lightning.benchmark.lightly_step import lightly_step
+from ssl_lightning.commands.benchmark.counter import OperationCounter
+from ssl_lightning.commands.benchmark.lightly_step import lightly_step
 from ssl_lightning.data.views import resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_lightning.backbones import create_backbone
+from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 

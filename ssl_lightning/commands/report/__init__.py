@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from ssl_lightning.checkpoints.files import replacing
-from ssl_lightning.compare import Point, Run, read
+from ssl_lightning.commands.compare import Point, Run, read
 from ssl_lightning.errors import UserError
 
 _COLORS = ("#4c7fb8", "#d9863d", "#56a06b", "#9276c0", "#cc5f5f", "#3f9c9c", "#b0883f", "#8a9099")

@@ -1,0 +1,8 @@
+"""Networks that methods train: by name, the ViT of any image size, its tokens, ResNets with the CIFAR stem.
+
+What methods need at every step imports torch only; timm is imported when a backbone is built.
+"""
+
+from ssl_lightning.backbones.names import create_backbone
+
+__all__ = ["create_backbone"]

@@ -1,0 +1,123 @@
+"""Images as tokens: what methods do with a backbone at every step; needs torch only."""
+
+import functools
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """Features ``(V * B, embed_dim)`` of crops of several sizes, view by view.
+
+    Neighbouring views of one size go through the backbone together and share their BatchNorm statistics, as in the
+    released code of SwAV and DINO.
+
+    Args:
+        backbone: Maps images to features.
+        views: ``(B, 3, S, S)`` each.
+    """
+    groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
+    return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """Tokens after the last norm, a learnt token in the place of masked patches.
+
+    Args:
+        backbone: A ViT, BEiT or Swin of timm.
+        images: ``(B, 3, S, S)``.
+        mask: ``(B, N)`` bool, row by row, true where masked.
+        mask_token: ``(D,)``; takes the place of the patch's embedding before positions are added.
+
+    Returns:
+        ``(B, prefix + N, D)``; of a Swin, ``(B, rows, columns, D)`` of its last stage.
+    """
+
+    def hide(_module: nn.Module, _images: Any, patches: Tensor) -> Tensor:
+        return torch.where(mask.view(*patches.shape[:-1], 1), mask_token.to(patches.dtype), patches)
+
+    vit: Any = backbone
+    with vit.patch_embed.register_forward_hook(hide):
+        return vit.forward_features(images)
+
+
+def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
+    """What ``forward_features`` of a backbone of timm gives, as a map ``(B, D, rows, columns)``.
+
+    Args:
+        backbone: Whose features.
+        features: ``(B, prefix + N, D)`` of a ViT or BEiT, ``(B, rows, columns, D)`` of a Swin, or a CNN's map.
+        images: ``(B, 3, S, S)`` that they are of.
+    """
+    if features.ndim == 4:
+        return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    vit: Any = backbone
+    rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True))
+    return features[:, vit.num_prefix_tokens :].mT.unflatten(2, (rows, columns))
+
+
+def called_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a ViT, BEiT or Swin of timm as far as they are called: their sequence, or each by itself.
+
+    Args:
+        backbone: Whose blocks.
+    """
+    blocks: Any = backbone.layers if hasattr(backbone, "layers") else backbone.blocks
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks]
+
+
+def only_size(backbone: nn.Module) -> int | None:
+    """Side in pixels of the only images that a backbone takes, e.g. a BEiT or Swin; None if it takes others as well.
+
+    Args:
+        backbone: Any.
+    """
+    embedding: Any = getattr(backbone, "patch_embed", None)
+    return embedding.img_size[0] if getattr(embedding, "strict_img_size", False) else None
+
+
+def layer_scale(name: str, blocks: int, decay: float) -> float:
+    """Share of the learning rate of a parameter of a ViT: that of each block is ``decay`` times that of the next.
+
+    Embeddings come before the first block; norm, registers and whatever is no part of the ViT have the full rate, as in
+    DINOv2's released code.
+
+    Args:
+        name: Of the parameter in the ViT.
+        blocks: Number of blocks.
+        decay: Share of the rate of the layer above.
+    """
+    layer = blocks + 1
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token")):
+        layer = 0
+    elif name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    return decay ** (blocks + 1 - layer)
+
+
+@functools.lru_cache(maxsize=16)
+def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: torch.device | None = None) -> Tensor:
+    """Fixed two-dimensional sine and cosine positions, zero for the class token.
+
+    Half of the width encodes the row, half the column, each as sines, then cosines, of D / 4 frequencies from 1 down
+    to 1 / 10000. Own code because MoCo v3 and MAE order the halves differently, and timm and lightly know MAE's alone.
+
+    Args:
+        dim: Width D, divisible by 4.
+        grid: Rows and columns of patches.
+        rows_first: Whether the first half encodes the row (MoCo v3) or the column (MAE).
+        device: Where they shall lie.
+
+    Returns:
+        ``(1, 1 + rows * columns, D)``.
+    """
+    with torch.inference_mode(False):  # what validation asks for first is used in training, too
+        frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        sides = (torch.arange(side, dtype=torch.float64) for side in grid)
+        rows, columns = (index.flatten()[:, None] * frequencies for index in torch.meshgrid(*sides, indexing="ij"))
+        first, second = (rows, columns) if rows_first else (columns, rows)
+        patches = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
+        return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)

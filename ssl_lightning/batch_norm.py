@@ -1,5 +1,7 @@
 """BatchNorm over the images of all processes, on any device."""
 
+from typing import Any
+
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 
@@ -45,11 +47,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """timm's BatchNormAct2d, which drops and activates what it normalised, over all processes."""
+    """timm's BatchNormAct2d, which drops and activates what it has normalized, over all processes."""
+
+    act: nn.Module
+    drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate ``(B, C, H, W)``."""
-        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
+        return self.act(self.drop(super().forward(x)))
 
 
 class SyncedBatchNorm(TorchSyncBatchNorm):
@@ -63,7 +68,7 @@ class SyncedBatchNorm(TorchSyncBatchNorm):
         self._plain: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Synchronise all BatchNorm layers of a model.
+        """Synchronize all BatchNorm layers of a model.
 
         Args:
             model: Changed in place.
@@ -76,11 +81,11 @@ class SyncedBatchNorm(TorchSyncBatchNorm):
         on_cpu = device.type == "cpu"
         plain, activated = (SyncBatchNorm, SyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, TorchSyncBatchNormAct)
         kinds: dict[type, type] = {nn.BatchNorm1d: plain, nn.BatchNorm2d: plain, BatchNormAct2d: activated}
-        for module in model.modules():
-            if type(module) in kinds:
-                self._plain.append((module, type(module)))
-                module.__class__ = kinds[type(module)]
-                module.process_group = None  # type: ignore[assignment]
+        layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
+        for layer in layers:
+            self._plain.append((layer, type(layer)))
+            layer.__class__ = kinds[type(layer)]
+            layer.process_group = None
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

@@ -2,14 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ssl_lightning.distributed import reduced, shards, world_size
 
+Part = TypeVar("Part", bound=nn.Module)
 
-def teacher_of(student: nn.Module) -> nn.Module:
+
+def teacher_of(student: Part) -> Part:
     """A copy that gets no gradient and drops nothing; it stays in train mode, where BatchNorm sees the batch.
 
     Args:
@@ -38,14 +41,26 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(weights, shards(student.parameters()), 1 - momentum)
 
 
+def follow_all(method: nn.Module, momentum: float) -> None:
+    """Move every part ``teacher_<name>`` of a method towards its part ``<name>``.
+
+    Args:
+        method: Has students and teachers as children.
+        momentum: Share of the teachers that stays.
+    """
+    for name, teacher in method.named_children():
+        if name.startswith("teacher_"):
+            follow(teacher, method.get_submodule(name.removeprefix("teacher_")), momentum)
+
+
 @torch.no_grad()
 def follow_mean(center: Tensor, means: Sequence[Tensor], momentum: float) -> None:
-    """Move a centre towards the mean over all processes and accumulated batches.
+    """Move a center towards the mean over all processes and accumulated batches.
 
     Args:
         center: ``(K,)``; moved in place.
-        means: ``(K,)`` of each batch of this process; none leaves the centre where it is.
-        momentum: Share of the centre that stays.
+        means: ``(K,)`` of each batch of this process; none leaves the center where it is.
+        momentum: Share of the center that stays.
     """
     if means:
         center.lerp_(reduced(torch.stack(list(means)).mean(0)) / world_size(), 1 - momentum)

@@ -66,6 +66,10 @@ class DINOHead(nn.Module):
         """Logits ``(..., K)`` of features ``(..., embed_dim)``."""
         return self._logits(features, self.prototypes, self.prototype_norms)
 
+    def of_patches(self, features: Tensor) -> Tensor:
+        """Logits ``(..., K)`` of patches ``(..., embed_dim)``: the same, as the head is shared."""
+        return self(features)
+
     def drop_prototype_gradients(self) -> None:
         """Let the next step leave the prototypes as they are, weight decay included."""
         for name, parameter in self.named_parameters():
@@ -100,10 +104,8 @@ class IBOTHead(DINOHead):
             torch.ones_like(self.prototype_norms), requires_grad=not norm_last_layer
         )
 
-    def forward(self, features: Tensor, patches: bool = False) -> Tensor:
-        """Logits ``(..., K)`` of features ``(..., embed_dim)`` of class tokens, or of patches."""
-        if not patches:
-            return super().forward(features)
+    def of_patches(self, features: Tensor) -> Tensor:
+        """Logits ``(..., K)`` of patches ``(..., embed_dim)``."""
         return self._logits(features, self.patch_prototypes, self.patch_prototype_norms)
 
 

@@ -1,10 +1,27 @@
 """Random masks over grids of patches."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ssl_lightning.errors import UserError
+
+
+def checked_ratio(mask_ratio: float) -> float:
+    """The share of patches to mask, if it can be that.
+
+    Args:
+        mask_ratio: Share of the patches.
+
+    Raises:
+        UserError: It does not lie between 0 and 1.
+    """
+    if not 0 < mask_ratio < 1:
+        raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
+    return mask_ratio
 
 
 def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, seed: int) -> Tensor:
@@ -56,6 +73,39 @@ def random_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
     """
     chosen = np.random.Generator(np.random.Philox(seed)).permutation(grid[0] * grid[1]) < count
     return torch.from_numpy(chosen.reshape(grid))
+
+
+def block_masks(
+    grid: tuple[int, int], counts: Iterable[int], smallest: int, largest: int, seeds: Iterable[int]
+) -> Tensor:
+    """Mask rectangles of each image, see ``block_mask``.
+
+    Args:
+        grid: Rows and columns of patches.
+        counts: Patches to mask in each image.
+        smallest: Smallest area of a rectangle.
+        largest: Largest area of a rectangle.
+        seeds: Of the random numbers of each image.
+
+    Returns:
+        ``(B, rows * columns)`` bool on the CPU, true where masked.
+    """
+    masks = [block_mask(grid, count, smallest, largest, seed) for count, seed in zip(counts, seeds, strict=True)]
+    return torch.stack(masks).flatten(1)
+
+
+def random_masks(grid: tuple[int, int], counts: Iterable[int], seeds: Iterable[int]) -> Tensor:
+    """Mask single patches of each image, see ``random_mask``.
+
+    Args:
+        grid: Rows and columns of patches.
+        counts: Patches to mask in each image.
+        seeds: Of the random numbers of each image.
+
+    Returns:
+        ``(B, rows * columns)`` bool on the CPU, true where masked.
+    """
+    return torch.stack([random_mask(grid, count, seed) for count, seed in zip(counts, seeds, strict=True)]).flatten(1)
 
 
 def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +191,23 @@ def _indices(masks: np.ndarray) -> Tensor:
     """Indices of the first true entries along the last axis, as many as the mask with the fewest has."""
     order = np.argsort(~masks, axis=-1, kind="stable")
     return torch.from_numpy(order[..., : masks.sum(-1).min()])
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the visible patches of each image (He et al. 2022, MAE, section 3).
+
+    Args:
+        noise: ``(B, N)``; the patches of the smallest values stay visible.
+        mask_ratio: Share of patches that are masked; at least one stays visible.
+
+    Returns:
+        Indices ``(B, visible)`` of the visible patches, indices ``(B, N)`` that bring visible and masked patches back
+        into their order, and the mask ``(B, N)``, 1 where masked.
+    """
+    visible = max(1, int(noise.shape[1] * (1 - mask_ratio)))
+    shuffle = noise.argsort(dim=1)
+    restore = shuffle.argsort(dim=1)
+    return shuffle[:, :visible], restore, (restore >= visible).to(noise.dtype)
 
 
 def taken(tokens: Tensor, indices: Tensor) -> Tensor:

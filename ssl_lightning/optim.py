@@ -339,10 +339,10 @@ class Optim:
         Raises:
             UserError: The loader has no length, and the schedule needs it.
         """
-        trainer = module.trainer
+        trainer: Any = module.trainer
         trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
         total_steps = trainer.estimated_stepping_batches
-        source = trainer.datamodule or trainer.train_dataloader  # type: ignore[attr-defined]
+        source = trainer.datamodule or trainer.train_dataloader
         batch_size = getattr(source, "batch_size", None)
         if batch_size is None and self.lr_scaling != "none":
             rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")

@@ -1,6 +1,7 @@
 """Schedules as pure functions of progress."""
 
 import math
+from dataclasses import dataclass
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -15,7 +16,7 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def warmed_up(start: float, end: float, step: int, steps: float) -> float:
+def warmed_up(start: float, end: float, step: float, steps: float) -> float:
     """A straight line from ``start`` at step 0 to ``end`` at the last step of the warm-up, then ``end``.
 
     Args:
@@ -25,3 +26,22 @@ def warmed_up(start: float, end: float, step: int, steps: float) -> float:
         steps: Steps of the warm-up, the first and the last included.
     """
     return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A value that rises linearly, then stays: ``Warmup(0.04, 0.07, 30)(epoch)``.
+
+    Args:
+        start: First value.
+        end: Last value.
+        length: When the last value is reached, in epochs or steps.
+    """
+
+    start: float
+    end: float
+    length: float
+
+    def __call__(self, position: float) -> float:
+        """The value at an epoch or step."""
+        return warmed_up(self.start, self.end, position, self.length)

@@ -1,15 +1,60 @@
-"""Libraries that draw from Python's and numpy's global generators, kept from disturbing others."""
+"""Random numbers that depend on where the training is, not on what was drawn before."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+
+from ssl_lightning.backbones.drop_path import DropPath
+
+
+class StepRandomness:
+    """The random numbers of a training step: a function of the seed, the step and the batch only.
+
+    They are the same on every process and after a resume. Masks and drop path are drawn for the global batch, of which
+    each process takes its rows; the masks of dropout repeat on every process.
+
+    Attributes:
+        seed: Seed of the training; None before its start.
+        drop_paths: Layers of stochastic depth that must know how many images a batch has.
+        generator: What masks are drawn from, on the CPU; None outside a step.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+        self.drop_paths: Sequence[DropPath] = ()
+        self.generator: torch.Generator | None = None
+
+    @contextmanager
+    def of_batch(self, step: int, batch_idx: int, images: int) -> Iterator[None]:
+        """Seed ``generator`` and torch's own generators.
+
+        Args:
+            step: Optimizer steps done.
+            batch_idx: Number of the batch in the epoch.
+            images: Images of this process in the batch.
+        """
+        place = (self.seed or 0, step, batch_idx)
+        self.generator = torch.Generator().manual_seed(_mixed(*place))
+        torch.manual_seed(_mixed(*place, 1))
+        for drop_path in self.drop_paths:
+            drop_path.batch_size = images
+        try:
+            yield
+        finally:
+            self.generator = None
+
+
+def _mixed(*numbers: int) -> int:
+    """A single seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def generators_put_back() -> Iterator[None]:
-    """Put Python's and numpy's global generators back afterwards; inside, timm may be seeded and draw."""
+    """Restore Python's and numpy's global generators afterwards; inside, timm may be seeded and draw."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_lightning import UserError
-from ssl_lightning.backbones.initialization import init_residual_branches
+from ssl_lightning.backbones.initialization import residual_branches
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
 
@@ -141,7 +141,7 @@ def test_crops_are_grouped_by_neighbouring_sizes_and_stay_in_order() -> None:
 def test_residual_branches_start_at_zero_or_one(name: str) -> None:
     backbone = create_backbone(name)
     for scale in (0.0, 1.0):
-        init_residual_branches(backbone, scale)
+        residual_branches(backbone, scale)
         last = [
             p
             for key, p in backbone.named_parameters()

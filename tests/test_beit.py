@@ -38,7 +38,7 @@ def test_defaults_are_the_papers() -> None:
     blocks: Any = method.backbone.blocks
     assert [block.drop_path1.drop_prob for block in blocks[1:]] == [pytest.approx(0.1)]
     assert float(blocks[0].ls1.gamma[0]) == pytest.approx(0.1)
-    mask = method._mask(torch.empty(32, 3, 224, 224))
+    mask = method.draw_masks(torch.empty(32, 3, 224, 224))
     assert int(mask.sum(1).max()) == 75
     assert int(mask.sum(1).min()) > 60
 
@@ -109,7 +109,7 @@ def _two_processes(rank: int, processes: int) -> tuple[Tensor, float]:
     images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     own = images.chunk(processes)[rank]
     torch.manual_seed(1)
-    mask = method._mask(own)
+    mask = method.draw_masks(own)
     torch.manual_seed(1)
     return mask, float(method.training_loss([own]).detach())
 
@@ -244,7 +244,7 @@ def test_vectors_that_are_hardly_chosen_begin_anew_as_codes_of_the_batch() -> No
 def _restarted(rank: int, processes: int) -> Tensor:
     torch.manual_seed(0)
     tokenizer = small(ImageTokenizer, num_tokens=16, restart_below=1.0).eval()
-    tokenizer._generator = torch.Generator().manual_seed(3)  # as in a step
+    tokenizer.randomness.generator = torch.Generator().manual_seed(3)  # as in a step
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).chunk(processes)[rank]
     tokenizer.training_loss([images])
     tokenizer.update_teacher()

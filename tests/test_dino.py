@@ -185,7 +185,7 @@ def test_whole_steps_equal_a_plain_restatement(kind: str) -> None:
 def _centre(rank: int) -> Tensor:
     method = small(DINO, num_prototypes=2)
     rows = torch.tensor([[[1.0, 0], [3, 0]], [[0, 2], [0, 4]]])[rank]
-    method._pending = [rows.mean(0)]
+    method.defer(means=rows.mean(0))
     method.update_teacher()
     return method.center
 

@@ -93,7 +93,7 @@ def test_exactly_half_of_the_crops_are_masked_with_one_ratio_of_each_bin() -> No
     torch.manual_seed(0)
     method = small(DINOv2, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 112}})
     for images in (20, 5):
-        shares = method._masks(torch.zeros(2 * images, 3, 112, 112)).float().mean(1).sort().values
+        shares = method.draw_masks(torch.zeros(2 * images, 3, 112, 112)).float().mean(1).sort().values
         assert int((shares > 0).sum()) == images
         bins = torch.linspace(0.1, 0.5, images + 1)
         masked = shares[shares > 0]
@@ -159,7 +159,7 @@ def test_centres_follow_class_tokens_and_masked_patches() -> None:
 def test_registers_and_patches_of_14_pixels_train() -> None:
     kwargs = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3}
     method = small(DINOv2, {"backbone": "vit_small_patch14_reg4_dinov2", "backbone_kwargs": kwargs})
-    assert method.prefix == 5
+    assert method.backbone.num_prefix_tokens == 5
     views = [torch.rand(4, 3, size, size) for size in (56, 56, 28)]
     loss = method.training_loss(views)
     loss.backward()

@@ -58,17 +58,17 @@ def test_defaults_are_the_papers() -> None:
 def test_own_prototypes_for_patches_share_the_rest_of_the_head() -> None:
     head = IBOTHead(8, 16, 4, 32, norm_last_layer=True)
     features = torch.rand(2, 5, 8)
-    assert head(features).shape == head(features, patches=True).shape == (2, 5, 32)
-    assert not torch.allclose(head(features), head(features, patches=True))
+    assert head(features).shape == head.of_patches(features).shape == (2, 5, 32)
+    assert not torch.allclose(head(features), head.of_patches(features))
     with torch.no_grad():
         head.patch_prototypes.copy_(head.prototypes)
-    torch.testing.assert_close(head(features), head(features, patches=True))
+    torch.testing.assert_close(head(features), head.of_patches(features))
 
 
 def test_half_of_the_crops_are_masked_in_blocks_by_a_tenth_to_a_half() -> None:
     torch.manual_seed(0)
     method = small(IBOT, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 112}})
-    shares = method._masks(torch.zeros(800, 3, 112, 112)).float().mean(1)
+    shares = method.draw_masks(torch.zeros(800, 3, 112, 112)).float().mean(1)
     assert 0.45 < (shares > 0).float().mean() < 0.55
     assert shares.max() <= 0.5
     assert 0.2 < shares[shares > 0].mean() < 0.32  # a bit less than 0.3, as blocks may not fit
@@ -77,7 +77,7 @@ def test_half_of_the_crops_are_masked_in_blocks_by_a_tenth_to_a_half() -> None:
 def test_random_masks_have_exactly_as_many_patches_anywhere() -> None:
     torch.manual_seed(0)
     method = small(IBOT, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 112}}, mask_shape="random")
-    masks = method._masks(torch.zeros(800, 3, 112, 112)).float()
+    masks = method.draw_masks(torch.zeros(800, 3, 112, 112)).float()
     shares = masks.mean(1)
     assert 0.45 < (shares > 0).float().mean() < 0.55
     assert shares[shares > 0].mean() == pytest.approx(0.3, abs=0.02)  # all that were drawn

@@ -37,7 +37,7 @@ def test_defaults_are_the_papers() -> None:
     method = IJEPA(backbone_kwargs={"depth": 1})  # of 12
     assert method.backbone.pos_embed.shape == (1, 196, 768)  # no class token
     assert not method.backbone.pos_embed.requires_grad
-    assert (len(method.predictor_blocks), method.predictor_embed.out_features) == (6, 384)
+    assert (len(method.predictor.blocks), method.predictor.embed.out_features) == (6, 384)
     assert method.optim.peak_lr(2048) == pytest.approx(1e-3)
     assert [method.optim.lr_factor(step, 300, 1) * 1e-3 for step in (0, 40, 300)] == pytest.approx([2e-4, 1e-3, 1e-6])
     rows = method.backbone.pos_embed[0].unflatten(0, (14, 14))
@@ -142,7 +142,7 @@ def test_backbones_with_other_tokens_are_refused(arguments: dict[str, Any]) -> N
 def test_views_of_another_size_have_fixed_positions_of_their_own() -> None:
     torch.manual_seed(0)
     method, other = small(IJEPA), small(IJEPA, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 16}})
-    fixed = ("backbone.pos_embed", "teacher_backbone.pos_embed", "predictor_positions")
+    fixed = ("backbone.pos_embed", "teacher_backbone.pos_embed", "predictor.positions")
     other.load_state_dict({k: v for k, v in method.state_dict().items() if k not in fixed}, strict=False)
     images, context, targets = torch.rand(2, 3, 16, 16), torch.tensor([[0, 1]] * 2), torch.tensor([[[2], [3]]] * 2)
     torch.testing.assert_close(method.predict(images, context, targets), other.predict(images, context, targets))
@@ -159,7 +159,7 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
         drawn.append(multi_block(len(images), (4, 4), *PAPER[:4], 1, len(drawn)))
         return drawn[-1]
 
-    method._blocks = draw
+    method.draw_blocks = draw
 
     def embedded(image: Tensor, weights: Weights, name: str) -> Tensor:
         patches = run(vit.patch_embed, weights, f"{name}.patch_embed.", image[None])[0].flatten(0, 1)
@@ -170,17 +170,17 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
 
     def loss_of(weights: Weights, views: list[Tensor]) -> Tensor:
         errors = []
-        positions = weights["predictor_positions"][0]
+        positions = weights["predictor.positions"][0]
         for image, context, targets in zip(views[0], *drawn[-1], strict=True):
             features = encoded(embedded(image, weights, "teacher_backbone"), weights, "teacher_backbone").detach()
             features = (features - features.mean(1, True)) / (features.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
             seen = encoded(embedded(image, weights, "backbone")[context], weights, "backbone")
-            seen = linear(seen, weights, "predictor_embed") + positions[context]
+            seen = linear(seen, weights, "predictor.embed") + positions[context]
             for block in targets:
                 tokens = torch.cat([seen, weights["mask_token"][0] + positions[block]])
-                tokens = run(method.predictor_blocks, weights, "predictor_blocks.", tokens[None])[0]
-                tokens = run(method.predictor_norm, weights, "predictor_norm.", tokens[len(seen) :])
-                predicted = linear(tokens, weights, "predictor_projection")
+                tokens = run(method.predictor.blocks, weights, "predictor.blocks.", tokens[None])[0]
+                tokens = run(method.predictor.norm, weights, "predictor.norm.", tokens[len(seen) :])
+                predicted = linear(tokens, weights, "predictor.projection")
                 errors.append(F.smooth_l1_loss(predicted, features[block]))
         return torch.stack(errors).mean()
 

@@ -127,7 +127,7 @@ def test_patches_that_do_not_fit_are_refused(tmp_path: Any, arguments: dict[str,
 
 def _drawn_by(rank: int, processes: int) -> list[Tensor]:
     method = small(Jigsaw)
-    method._generator = torch.Generator().manual_seed(3)  # as in a step
+    method.randomness.generator = torch.Generator().manual_seed(3)  # as in a step
     return list(method._drawn(torch.empty(8 // processes, 3, 32, 32)))
 
 

@@ -78,7 +78,7 @@ def test_defaults_are_the_authors() -> None:
     assert (method.sigreg_weight, method.num_slices, method.views) == (0.05, 1024, "lejepa")
     assert method.chance_loss is None
     views = list(torch.rand(2, 8, 3, 32, 32))
-    method.training_loss(views)
+    method.global_batch = 8  # as within a training
     assert method.chance_loss == pytest.approx(0.05 * 8 * AT_ZERO)
     found = method.health(views)
     assert {name: bool(torch.as_tensor(value).isfinite()) for name, value in found.items()} == {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import MAE, FakeData, LinearProbe, Optim, UserError
-from ssl_lightning.methods.mae import masked
+from ssl_lightning.masks import random_masking
 from tests.processes import run_processes
 from tests.restate import Weights, adamw, compare, linear, parameters, random_views, run
 from tests.small import VIT, small, trainer
@@ -36,7 +36,7 @@ def test_it_starts_as_in_the_released_code() -> None:
 
 
 def test_masking_of_the_worked_example() -> None:
-    visible, restore, mask = masked(torch.tensor([[0.3, 0.1, 0.9, 0.5, 0.7, 0.2, 0.8, 0.4]]), 0.75)
+    visible, restore, mask = random_masking(torch.tensor([[0.3, 0.1, 0.9, 0.5, 0.7, 0.2, 0.8, 0.4]]), 0.75)
     assert visible.tolist() == [[1, 5]]
     assert restore.tolist() == [[2, 0, 7, 4, 5, 1, 6, 3]]
     assert mask.tolist() == [[1, 0, 1, 1, 1, 0, 1, 1]]
@@ -44,7 +44,7 @@ def test_masking_of_the_worked_example() -> None:
 
 @pytest.mark.parametrize(("patches", "ratio", "kept"), [(196, 0.75, 49), (64, 0.75, 16), (100, 0.9, 9), (10, 0.9, 1)])
 def test_every_image_has_its_own_mask_of_the_papers_size(patches: int, ratio: float, kept: int) -> None:
-    visible, _, mask = masked(torch.rand(8, patches), ratio)
+    visible, _, mask = random_masking(torch.rand(8, patches), ratio)
     assert (mask == 0).sum(1).tolist() == [kept] * 8
     assert visible.shape == (8, kept)
     assert len({tuple(row) for row in mask.tolist()}) > 1
@@ -65,14 +65,14 @@ def test_only_visible_patches_reach_the_encoder_with_their_own_positions() -> No
     torch.testing.assert_close(method.reconstruct(changed, noise)[0], predictions)  # what is masked is not seen
     shuffle = noise.argsort(1)
     order = torch.cat([shuffle[:, :4].flip(1), shuffle[:, 4:]], 1)  # the same patches kept, in another order
-    tokens = method._encode(images, shuffle[:, :4])
-    torch.testing.assert_close(method._encode(images, order[:, :4])[:, 1:].flip(1), tokens[:, 1:])
+    tokens = method.encode(images, shuffle[:, :4])
+    torch.testing.assert_close(method.encode(images, order[:, :4])[:, 1:].flip(1), tokens[:, 1:])
 
 
 def test_features_are_the_class_token_of_the_whole_image_or_the_mean_of_its_patches() -> None:
     method = small(MAE).eval()
     images = torch.rand(2, 3, 32, 32)
-    tokens = method._encode(images, torch.arange(16).expand(2, -1))
+    tokens = method.encode(images, torch.arange(16).expand(2, -1))
     torch.testing.assert_close(method(images), tokens[:, 0])
     kwargs = {**method.hparams["backbone_kwargs"], "global_pool": "avg"}
     pooled = small(MAE, {"backbone_kwargs": kwargs}).eval()
@@ -116,7 +116,7 @@ def test_wrong_arguments_say_what_to_change(arguments: dict[str, Any], message: 
 def test_views_of_another_size_than_the_backbones_have_their_own_fixed_positions(tmp_path: Any) -> None:
     torch.manual_seed(0)
     method, other = small(MAE), small(MAE, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 16}})
-    fixed = ("backbone.pos_embed", "decoder_positions")
+    fixed = ("backbone.pos_embed", "decoder.positions")
     other.load_state_dict({k: v for k, v in method.state_dict().items() if k not in fixed}, strict=False)
     images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 4)
     torch.testing.assert_close(method.reconstruct(images, noise)[0], other.reconstruct(images, noise)[0])
@@ -128,7 +128,7 @@ def _two_processes(rank: int) -> tuple[Tensor, float]:
     method = small(MAE).double()
     images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     torch.manual_seed(1)
-    noise = method._noise(images[:4])
+    noise = method.noise(images[:4])
     torch.manual_seed(1)
     return noise, float(method.training_loss([images[rank * 4 : rank * 4 + 4]]))
 
@@ -139,7 +139,7 @@ def test_two_processes_draw_the_masks_of_one() -> None:
     method = small(MAE).double()
     images = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     torch.manual_seed(1)
-    assert torch.equal(torch.cat([noise for noise, _ in results]), method._noise(images))
+    assert torch.equal(torch.cat([noise for noise, _ in results]), method.noise(images))
     torch.manual_seed(1)
     loss = float(method.training_loss([images]))
     assert sum(loss for _, loss in results) / 2 == pytest.approx(loss, abs=1e-10)
@@ -151,7 +151,7 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
     method = small(MAE, optim=optim).double()
     vit: Any = method.backbone
     noises: list[Tensor] = []
-    method._noise = lambda images: noises.append(torch.rand(len(images), 16)) or noises[-1]  # type: ignore[method-assign,func-returns-value]
+    method.noise = lambda images: noises.append(torch.rand(len(images), 16)) or noises[-1]  # type: ignore[method-assign,func-returns-value]
 
     def loss_of(weights: Weights, views: list[Tensor]) -> Tensor:
         (images,), total, count = views, torch.zeros((), dtype=torch.float64), 0
@@ -162,13 +162,13 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
             tokens = [weights["backbone.cls_token"][0, 0] + positions[0]]
             tokens += [patches[index] + positions[1 + index] for index in kept]
             h = run(vit.blocks, weights, "backbone.blocks.", torch.stack(tokens)[None])
-            h = linear(run(vit.norm, weights, "backbone.norm.", h), weights, "decoder_embed")[0]
+            h = linear(run(vit.norm, weights, "backbone.norm.", h), weights, "decoder.embed")[0]
             full = [h[0]] + [
                 h[1 + kept.index(index)] if index in kept else weights["mask_token"][0, 0] for index in range(16)
             ]
-            x = torch.stack(full)[None] + weights["decoder_positions"]
-            x = run(method.decoder_blocks, weights, "decoder_blocks.", x)
-            x = linear(run(method.decoder_norm, weights, "decoder_norm.", x), weights, "decoder_predictor")[0, 1:]
+            x = torch.stack(full)[None] + weights["decoder.positions"]
+            x = run(method.decoder.blocks, weights, "decoder.blocks.", x)
+            x = linear(run(method.decoder.norm, weights, "decoder.norm.", x), weights, "decoder.projection")[0, 1:]
             for index in range(16):
                 row, column = index // 4 * 8, index % 4 * 8
                 patch = image[:, row : row + 8, column : column + 8].permute(1, 2, 0).reshape(-1)

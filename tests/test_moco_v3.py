@@ -84,6 +84,7 @@ def test_chance_loss_is_that_of_equal_embeddings() -> None:
             nn.init.zeros_(parameter)
     loss = method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
     assert loss.item() == pytest.approx(4 * 0.2 * math.log(4))
+    method.global_batch = 4  # as within a training
     assert method.chance_loss == pytest.approx(4 * 0.2 * math.log(4))
 
 

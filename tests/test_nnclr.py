@@ -83,6 +83,7 @@ def test_chance_loss_is_that_of_equal_predictions() -> None:
     nn.init.zeros_(method.predictor[-1].weight)
     loss = method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
     assert loss.item() == pytest.approx(math.log(4))
+    method.global_batch = 4  # as within a training
     assert method.chance_loss == pytest.approx(math.log(4))
 
 

@@ -74,7 +74,7 @@ def test_the_memory_moves_after_the_scores() -> None:
 def test_a_row_moves_as_in_the_worked_example() -> None:
     method = small(NPID, projector_dim=2)
     method.memory.rows = torch.tensor([[0.3, 0.4], [1.0, 0.0]])
-    method._pending = [torch.tensor([1]), torch.tensor([[0.0, 1.0]]), method.normalizer]
+    method.defer(indices=torch.tensor([1]), features=torch.tensor([[0.0, 1.0]]), normalizer=method.normalizer)
     method.update_teacher()
     torch.testing.assert_close(method.memory.rows, torch.tensor([[0.3, 0.4], [0.707107, 0.707107]]))
 
@@ -126,14 +126,13 @@ def test_the_memory_has_a_row_for_each_training_image_and_comes_with_checkpoints
 def test_rows_are_those_of_the_images_whatever_their_order(tmp_path: Any) -> None:
     method = small(NPID, momentum=0.0, optim=Optim("sgd", base_lr=0.0, warmup_epochs=0))
     seen: dict[int, Tensor] = {}
-    loss_of = method.training_loss
 
-    def noted(views: Any) -> Tensor:
-        loss = loss_of(views)
-        seen.update(zip(method._pending[0].tolist(), method._pending[1], strict=True))
-        return loss
+    def moved() -> None:
+        indices, features = (method._deferred[name][0] for name in ("indices", "features"))
+        seen.update(zip(indices.tolist(), features, strict=True))
+        update()
 
-    method.training_loss = noted
+    update, method.update_teacher = method.update_teacher, moved
     trainer(tmp_path).fit(method, FakeData(num_images=24, batch_size=8))
     assert sorted(seen) == list(range(24))
     for index, features in seen.items():

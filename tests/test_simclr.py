@@ -49,6 +49,7 @@ def test_chance_loss_is_that_of_equal_projections() -> None:
         nn.init.zeros_(parameter)
     loss = method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
     assert loss.item() == pytest.approx(math.log(7))
+    method.global_batch = 4  # as within a training
     assert method.chance_loss == pytest.approx(math.log(7))
 
 

@@ -118,13 +118,13 @@ def test_units_that_do_not_divide_the_view_are_refused(tmp_path: Any) -> None:
 def test_views_that_the_backbone_does_not_take_are_refused(tmp_path: Any) -> None:
     from ssl_lightning import FakeData
 
-    with pytest.raises(UserError, match=r"takes images of 32 px alone, not views of 64 px; set model.backbone_kwargs"):
+    with pytest.raises(UserError, match=r"takes images of 32 px only, not views of 64 px; set model.backbone_kwargs"):
         trainer(tmp_path).fit(small(SimMIM, SWIN), FakeData(batch_size=8, image_size=64))
 
 
 def _masks(rank: int, processes: int) -> Tensor:
     method = small(SimMIM)
-    method._generator = torch.Generator().manual_seed(3)  # as in a step
+    method.randomness.generator = torch.Generator().manual_seed(3)  # as in a step
     return method._units(torch.empty(8 // processes, 3, 32, 32))
 
 

@@ -4,17 +4,15 @@ timm is imported where it is needed: help texts do not wait for it.
 """
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.tokens import ViT
 from ssl_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from ssl_lightning.backbones.vit import AnySizeViT
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
@@ -104,8 +102,40 @@ def _is_in(name: str, modules: list[str]) -> bool:
     return is_model(name) and is_model_in_modules(name, modules)
 
 
-def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> "AnySizeViT":
-    """The backbone, which must be a ViT whose patch tokens a method can read.
+def vit_defaults(name: str, backbone_kwargs: dict[str, Any] | None, **defaults: Any) -> dict[str, Any]:
+    """Arguments of the builder of a backbone, with defaults if it is a plain ViT.
+
+    Args:
+        name: Name of the backbone.
+        backbone_kwargs: What was chosen; has precedence.
+        defaults: A method's defaults for ViTs.
+    """
+    return {**(defaults if is_vit(name) else {}), **(backbone_kwargs or {})}
+
+
+def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
+    """The backbone, if it is the papers' ViT: a class token and no other, learnt positions, no norm before the blocks.
+
+    Args:
+        method: Name of the method, for the message.
+        name: Name of the backbone, for the message.
+        backbone: What ``create_backbone`` built.
+
+    Raises:
+        UserError: It is another.
+    """
+    from ssl_lightning.backbones.vit import AnySizeViT
+
+    if isinstance(backbone, AnySizeViT) and backbone.is_plain:
+        return backbone
+    raise UserError(
+        f"{method} needs a ViT of timm with a class token and no other tokens, which backbone={name!r} is not; set "
+        "model.backbone to e.g. vit_base_patch16_224."
+    )
+
+
+def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> ViT:
+    """The backbone, if it is a ViT whose patch tokens a method can read.
 
     Args:
         method: Name of the method, for the message.
@@ -114,15 +144,15 @@ def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) ->
         class_token: Whether its features are the class token, or the mean of its patches without any other token.
 
     Raises:
-        UserError: It is not.
+        UserError: It is another.
     """
     from ssl_lightning.backbones.vit import AnySizeViT
 
-    wanted = "token" if class_token else "avg"
+    pooling = "token" if class_token else "avg"
     if (
         isinstance(backbone, AnySizeViT)
         and (backbone.cls_token is not None) == class_token
-        and (backbone.global_pool, type(backbone.fc_norm)) == (wanted, nn.Identity)
+        and (backbone.global_pool, type(backbone.fc_norm)) == (pooling, nn.Identity)
     ):
         return backbone
     tokens = "a class token that is its features" if class_token else "no class token and the mean of patches"

@@ -9,6 +9,40 @@ import torch
 from torch import Tensor, nn
 
 
+class ViT(nn.Module):
+    """What methods use of a ViT. The one that is built is ``vit.AnySizeViT``, which needs timm.
+
+    Attributes:
+        patch_embed: Maps images to patches ``(B, rows, columns, D)``.
+        blocks: The blocks, of tokens ``(B, N, D)``.
+        norm: After the last block.
+        cls_token: ``(1, 1, D)``, or None.
+        pos_embed: Positions ``(1, N, D)``.
+        num_prefix_tokens: Tokens before those of the patches: class token and registers.
+        patch_side: Number of pixels that the sides of images must be divisible by.
+    """
+
+    patch_embed: Any
+    cls_token: Any
+    blocks: nn.Sequential
+    norm: nn.Module
+    pos_embed: nn.Parameter
+    num_prefix_tokens: int
+    patch_side: int
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Positions ``(1, prefix + height * width, D)`` of a grid of patches."""
+        raise NotImplementedError
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens ``(B, prefix + N, D)`` after the last norm."""
+        raise NotImplementedError
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Features ``(B, D)`` of tokens ``(B, prefix + N, D)``."""
+        raise NotImplementedError
+
+
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """Features ``(V * B, embed_dim)`` of crops of several sizes, view by view.
 

@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ssl_lightning.backbones.tokens import sincos_positions
+from ssl_lightning.backbones.tokens import ViT, sincos_positions
 
 
-class AnySizeViT(VisionTransformer):
+class AnySizeViT(VisionTransformer, ViT):
     """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.
 
     Own code because timm interpolates with antialiasing and to the exact grid, which gives small crops other
@@ -23,7 +23,7 @@ class AnySizeViT(VisionTransformer):
     rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learnt
 
     @property
-    def patch_side(self) -> int:
+    def patch_side(self) -> int:  # type: ignore[override] # read only
         """Number that the sides of images must be divisible by."""
         return math.lcm(*self.patch_embed.patch_size)
 

@@ -1,7 +1,15 @@
 """Checkpoints: files that survive interruptions, backbones out of whichever file there is."""
 
 from ssl_lightning.checkpoints.export import export
-from ssl_lightning.checkpoints.files import AtomicCheckpointIO, check_fit, reading, replacing, settle_progress
+from ssl_lightning.checkpoints.files import (
+    AtomicCheckpointIO,
+    check_fit,
+    describe,
+    reading,
+    rename,
+    replacing,
+    settle_progress,
+)
 from ssl_lightning.checkpoints.load import (
     Pretrained,
     load_backbone,
@@ -15,11 +23,13 @@ __all__ = [
     "AtomicCheckpointIO",
     "Pretrained",
     "check_fit",
+    "describe",
     "export",
     "load_backbone",
     "open_backbone",
     "read_checkpoint",
     "reading",
+    "rename",
     "replacing",
     "settle_progress",
     "weights_for",

@@ -12,6 +12,8 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from packaging.version import Version
 from safetensors import SafetensorError
 
@@ -103,6 +105,38 @@ def reading(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged or no checkpoint: {str(error).partition('. ')[0]}") from error
 
 
+def rename(state: dict[str, Any], renamed: dict[str, str]) -> None:
+    """Give parts of a state that an earlier version saved their present names, in place and in order.
+
+    Args:
+        state: Weights by name.
+        renamed: Old prefixes and what takes their place.
+    """
+    for key in list(state):
+        old = next((old for old in renamed if key.startswith(f"{old}.")), None)
+        state[key if old is None else renamed[old] + key.removeprefix(old)] = state.pop(key)
+
+
+def describe(method: Any, checkpoint: dict[str, Any]) -> None:
+    """Add what a reader of a checkpoint needs to know about its weights: method, branch, data, metrics.
+
+    Args:
+        method: The method that is saved.
+        checkpoint: What is about to be written.
+    """
+    bases = [base.__name__ for base in type(method).__mro__ if issubclass(base, L.LightningModule)]
+    checkpoint["method"], checkpoint["method_bases"] = bases[0], bases[: bases.index("SSLModule") + 1]
+    checkpoint["ssl_lightning_version"] = version("ssl_lightning")
+    evaluated = method.evaluated_backbone
+    checkpoint["evaluated_backbone"] = next(name for name, part in method.named_modules() if part is evaluated)
+    if method._trainer is None:
+        return
+    checkpoint["metrics"] = {name: float(value) for name, value in method.trainer.callback_metrics.items()}
+    data: Any = getattr(method.trainer, "datamodule", None)
+    if hasattr(data, "image_transform"):
+        checkpoint["image_transform"], checkpoint["facts"] = data.image_transform, data.facts
+
+
 def settle_progress(saved: dict[str, Any], fit_loop: Any) -> None:
     """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
 
@@ -133,15 +167,12 @@ def _count(progress: dict[str, dict[str, int]], what: str) -> None:
         progress[part][what] += 1
 
 
-def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> list[str]:
-    """See whether the weights in a checkpoint are those of such a module.
+def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Check whether the weights in a checkpoint are those of such a module; warn where a training goes on otherwise.
 
     Args:
-        module: The method.
+        module: The method, with a trainer.
         checkpoint: What is about to be loaded.
-
-    Returns:
-        The hyper-parameters that differ nevertheless.
 
     Raises:
         UserError: They are not; says what differs.
@@ -164,7 +195,8 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> list[str
             f"{', '.join(sorted(unlike)[:3])}. What differs: "
             f"{'; '.join(differing + changed) or 'the code of the method'}."
         )
-    return changed
+    if changed and module.trainer.state.fn == TrainerFn.FITTING:
+        rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
 
 def _flat(hyper_parameters: Any, prefix: str = "") -> dict[str, str]:

@@ -5,7 +5,16 @@ lightly's: its losses carry state that is not saved (memory bank, centre), and w
 """
 
 from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
-from ssl_lightning.losses.clustering import deepcluster_v2, dino, entropy, ibot, share_in_use, sinkhorn, swav
+from ssl_lightning.losses.clustering import (
+    cross_view,
+    deepcluster_v2,
+    dino,
+    entropy,
+    ibot,
+    share_in_use,
+    sinkhorn,
+    swav,
+)
 from ssl_lightning.losses.contrastive import (
     info_nce,
     instance_discrimination,
@@ -26,6 +35,7 @@ __all__ = [
     "beit",
     "byol",
     "cross_entropy",
+    "cross_view",
     "deepcluster_v2",
     "dino",
     "entropy",

@@ -38,6 +38,25 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = Fal
 
 
 @full_precision
+def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Predict the distribution of each of the first views from every other view: mean over these pairs and images.
+
+    Summed over views first: the work of V + A views instead of V * A pairs. Source: Caron et al. 2021, DINO,
+    algorithm 1.
+
+    Args:
+        logits: ``(V, B, K)`` of all views.
+        targets: ``(A, B, K)`` distributions of the first A views.
+        temperature: Divides the logits.
+    """
+    predictions, targets = F.log_softmax(logits / temperature, dim=-1), targets.detach()
+    across = (targets.sum(0) * predictions.sum(0)).sum()
+    within = (targets * predictions[: len(targets)]).sum()
+    pairs = len(targets) * (len(predictions) - 1)
+    return (within - across) / (pairs * targets.shape[1])
+
+
+@full_precision
 def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
     """Predict the assignment of each of the first crops from every other crop of the image.
 
@@ -48,7 +67,7 @@ def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
         assignments: ``(A, B, K)`` of the first A crops.
         temperature: Divides the scores.
     """
-    return _cross_views(F.log_softmax(scores / temperature, dim=-1), assignments.detach())
+    return cross_view(scores, assignments, temperature)
 
 
 @full_precision
@@ -67,7 +86,7 @@ def dino(
         teacher_temperature: Divides the teacher's centred logits.
     """
     targets = F.softmax((teacher.detach() - center) / teacher_temperature, dim=-1)
-    return _cross_views(F.log_softmax(student / student_temperature, dim=-1), targets)
+    return cross_view(student, targets, student_temperature)
 
 
 @full_precision
@@ -100,21 +119,6 @@ def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: floa
     """
     errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
     return (errors / counts).sum()
-
-
-def _cross_views(log_predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over all pairs of a target and another view.
-
-    Summed over views first: the work of all V * A pairs for that of V + A.
-
-    Args:
-        log_predictions: ``(V, B, K)``.
-        targets: ``(A, B, K)`` of the first A views.
-    """
-    across = (targets.sum(0) * log_predictions.sum(0)).sum()
-    within = (targets * log_predictions[: len(targets)]).sum()
-    pairs = len(targets) * (len(log_predictions) - 1)
-    return (within - across) / (pairs * targets.shape[1])
 
 
 def entropy(assignments: Tensor) -> Tensor:

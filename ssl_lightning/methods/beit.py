@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_vit
 from ssl_lightning.backbones.tokens import called_blocks, masked_tokens
 from ssl_lightning.errors import UserError
-from ssl_lightning.masks import block_mask
+from ssl_lightning.masks import block_masks, checked_ratio
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.image_tokenizer import ImageTokenizer
 from ssl_lightning.optim import Optim
@@ -24,12 +25,10 @@ class BEiT(SSLModule):
 
     Bao et al. 2022, BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254. The encoder is
     ``backbone`` and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute positions, as the
-    released code's model for ImageNet-1k does; ``beit_base_patch16_224`` and its like are the paper's others, with a
-    bias for relative positions that all blocks share. The words come from ``tokenizer``, frozen, which sees the same
-    crop, resized so that it gives a word for each patch. It is not saved with the checkpoint: keep its file.
-
-    The training forward sees masked images, so the linear probe learns from features of whole views at every
-    ``probe_every``-th step, as with MAE. They are the mean of the patches, as in fine-tuning.
+    released model for ImageNet-1k; ``beit_base_patch16_224`` and the like are the paper's others, with a bias for
+    relative positions that all blocks share. The words come from ``tokenizer``, which is frozen and not saved with the
+    checkpoint: keep its file. As with MAE, the linear probe learns from whole views at every ``probe_every``-th step;
+    features are the mean of the patches, as in fine-tuning.
 
     Args:
         tokenizer: Checkpoint of an ``ImageTokenizer``, or any module that maps images ``(B, 3, S, S)`` to the words of
@@ -45,59 +44,90 @@ class BEiT(SSLModule):
         kwargs: See SSLModule.
     """
 
-    views = "beit"
+    views, global_views = "beit", 1
     remedies = "a tokenizer with many words in use, a lower learning rate or a longer warm-up, gradients clipped at 3"
-    global_views = 1
-    undecayed = ("cls_token", "pos_embed")
-    unsaved_arguments = ("tokenizer",)
+    undecayed, unsaved_arguments = ("cls_token", "pos_embed"), ("tokenizer",)
 
     def __init__(
         self,
-        tokenizer: str | nn.Module = "",
-        num_tokens: int = 8192,
-        mask_ratio: float = 75 / 196,
-        smallest_block: int = 16,
-        probe_every: int = 32,
-        backbone: str = "vit_base_patch16_224",
-        backbone_kwargs: dict[str, Any] | None = None,
-        optim: Optim = Optim(
-            "adamw", base_lr=1.5e-3, lr_scaling="none", weight_decay=0.05, end_lr_factor=1 / 150, warmup_epochs=10
-        ),
+        tokenizer: str | nn.Module = "", num_tokens: int = 8192, mask_ratio: float = 75 / 196,
+        smallest_block: int = 16, probe_every: int = 32,
+        backbone: str = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim("adamw", 1.5e-3, lr_scaling="none", weight_decay=0.05, end_lr_factor=1 / 150,
+                             warmup_epochs=10),
         **kwargs: Any,
-    ) -> None:
-
+    ) -> None:  # fmt: skip
         if is_vit(backbone):
             defaults: dict[str, Any] = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1}
         elif is_beit(backbone):
             defaults = BEIT_IN_PRETRAINING
         else:
-            raise UserError(
-                f"BEiT masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT or BEiT "
-                "of timm, e.g. vit_base_patch16_224."
-            )
+            raise UserError(f"BEiT needs a ViT or BEiT of timm, not backbone={backbone!r}; set model.backbone.")
         super().__init__(backbone, {**defaults, "drop_path_rate": 0.1, **(backbone_kwargs or {})}, optim, **kwargs)
-        vit: Any = self.backbone
-        self.patch_side, self.prefix = vit.patch_embed.patch_size[0], vit.num_prefix_tokens
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
         self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
-        self.num_tokens = num_tokens
-        self.mask_ratio, self.smallest_block, self.probe_every = mask_ratio, smallest_block, probe_every
+        self.num_tokens, self.mask_ratio = num_tokens, checked_ratio(mask_ratio)
+        self.smallest_block, self.probe_every = smallest_block, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
-        self.head = nn.Linear(self.embed_dim, num_tokens)
-        for module in (self.head, *([] if (backbone_kwargs or {}).get("pretrained") else [vit])):
-            module.apply(_init_linear)
-        _init_token(self.mask_token)
-        if not (backbone_kwargs or {}).get("pretrained"):
-            for token in (vit.cls_token, vit.pos_embed):
-                if token is not None:
-                    _init_token(token)
-            with torch.no_grad():
-                for depth, block in enumerate(vit.blocks, start=1):
-                    for layer in (block.attn.proj, block.mlp.fc2):
-                        layer.weight.div_(math.sqrt(2 * depth))
+        self.head = nn.Linear(self.embed_dim, num_tokens).apply(initialization.narrow_linear)
+        if self.pretrained:
+            initialization.narrow(self.mask_token)
+        else:
+            initialization.beit(self.backbone, self.mask_token)
         self._given = (tokenizer,)  # in a tuple, so that it is no part of the method
         self._tokenizer: tuple[nn.Module, ...] = ()
+
+    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
+        """Cross entropy of the masked patches' words (eq. 2)."""
+        return losses.beit(*self._logits_and_words(views[0]))
+
+    def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
+        mask = self.draw_masks(images)  # (B, N), on the CPU
+        masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
+        tokens = masked_tokens(self.backbone, images, self.random_to_device(mask), self.mask_token)
+        prefix = tokens.shape[1] - mask.shape[1]  # class token and registers
+        patches = tokens[:, prefix:].flatten(0, 1)  # (B * N, embed_dim)
+        return self.head(patches[masked]), self.words(images).flatten()[masked]
+
+    def draw_masks(self, images: Tensor) -> Tensor:
+        """Which patches to mask, ``(B, N)`` bool on the CPU: rectangles until there are enough (algorithm 1).
+
+        Args:
+            images: ``(B, 3, S, S)``.
+        """
+        rows, columns = self._grid(images)
+        count = round(self.mask_ratio * rows * columns)
+        counts, seeds = [count] * len(images), self.seeds_of_images(len(images))
+        return block_masks((rows, columns), counts, self.smallest_block, count, seeds)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        patch = self._patch_side
+        return images.shape[2] // patch, images.shape[3] // patch
+
+    @property
+    def _patch_side(self) -> int:
+        encoder: Any = self.backbone
+        return encoder.patch_embed.patch_size[0]
+
+    @torch.no_grad()
+    def words(self, images: Tensor) -> Tensor:
+        """Words ``(B, N)`` of all patches, from the same crop at the size at which the tokenizer has as many places.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+        """
+        rows, columns = self._grid(images)
+        stride: Any = getattr(self.tokenizer, "stride", self._patch_side)
+        size = rows * stride, columns * stride
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        words = getattr(self.tokenizer, "tokens", self.tokenizer)(images)
+        if words.shape != (len(images), rows * columns):
+            raise UserError(
+                f"the tokenizer gives words of shape {tuple(words.shape)} for a batch of {len(images)} crops of "
+                f"{rows} x {columns} patches; it must give (B, N), one for each patch."
+            )
+        return words
 
     @property
     def tokenizer(self) -> Any:
@@ -115,48 +145,6 @@ class BEiT(SSLModule):
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of the encoder."""
         return called_blocks(self.backbone)
-
-    def training_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """Cross entropy of the masked patches' words (eq. 2)."""
-        return losses.beit(*self._logits_and_words(views[0]))
-
-    def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
-        mask = self._mask(images)  # (B, N), on the host
-        masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
-        tokens = masked_tokens(self.backbone, images, self.random_to_device(mask), self.mask_token)
-        patches = tokens[:, self.prefix :].flatten(0, 1)  # (B * N, embed_dim)
-        return self.head(patches[masked]), self.words(images).flatten()[masked]
-
-    def _mask(self, images: Tensor) -> Tensor:
-        """Which patches to mask, ``(B, N)`` bool on the host: rectangles until there are enough (algorithm 1)."""
-        grid = self._grid(images)
-        count = round(self.mask_ratio * grid[0] * grid[1])
-        seeds = self.seeds_of_images(len(images))
-        return torch.stack([block_mask(grid, count, self.smallest_block, count, seed).flatten() for seed in seeds])
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return images.shape[2] // self.patch_side, images.shape[3] // self.patch_side
-
-    @torch.no_grad()
-    def words(self, images: Tensor) -> Tensor:
-        """Words ``(B, N)`` of all patches, from the same crop at the size at which the tokenizer has as many places.
-
-        Args:
-            images: ``(B, 3, S, S)``.
-        """
-        rows, columns = self._grid(images)
-        stride: Any = getattr(self.tokenizer, "stride", self.patch_side)
-        size = rows * stride, columns * stride
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        words = getattr(self.tokenizer, "tokens", self.tokenizer)(images)
-        if words.shape != (len(images), rows * columns):
-            raise UserError(
-                f"the tokenizer gives words of shape {tuple(words.shape)} for a batch of {len(images)} crops of "
-                f"{rows} x {columns} patches; it must give (B, N), one for each patch."
-            )
-        return words
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """There must be a tokenizer."""
@@ -183,15 +171,3 @@ def _read_tokenizer(path: str) -> ImageTokenizer:
         return ImageTokenizer.load_from_checkpoint(path, map_location="cpu")
     except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"model.tokenizer={path} is no ImageTokenizer: {error}") from error
-
-
-def _init_token(token: Any) -> None:
-    """Normal of deviation 0.02, cut where it is 0.02, as in the released code: 0.0108 is left of it."""
-    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        _init_token(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

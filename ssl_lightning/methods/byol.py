@@ -67,6 +67,4 @@ class BYOL(SSLModule):
 
     def update_teacher(self) -> None:
         """Move the teacher (eq. 1), with the momentum of the step just taken."""
-        momentum = self.teacher_momentum(self.progress)
-        ema.follow(self.teacher_backbone, self.backbone, momentum)
-        ema.follow(self.teacher_projector, self.projector, momentum)
+        ema.follow_all(self, self.teacher_momentum(self.progress))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,15 @@ from ssl_lightning.heads import mlp
 from ssl_lightning.memory import Memory, spherical_kmeans
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
+
+
+class Clustering(L.Callback):
+    """Makes the prototypes at the start of each epoch, not where a checkpoint within one is resumed."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Cluster the images."""
+        if isinstance(pl_module, DeepClusterV2):
+            pl_module.cluster()
 
 
 class DeepClusterV2(SSLModule):
@@ -50,6 +60,7 @@ class DeepClusterV2(SSLModule):
     batch_norm = "global"
     zero_init_residual = False
     shardable = False  # the memory is filled before the first step
+    step_callbacks = (*SSLModule.step_callbacks, Clustering)
     prototypes: Tensor
 
     def __init__(
@@ -87,7 +98,7 @@ class DeepClusterV2(SSLModule):
         of_global_crops = embeddings.detach()[:2].transpose(0, 1).to(self.memory.rows.dtype)  # (B, 2, projector_dim)
         loss = losses.deepcluster_v2(scores, self._clusters(of_global_crops), self.temperature)
         if self.image_indices is not None:
-            self._pending += [self.image_indices, of_global_crops]
+            self.defer(indices=self.image_indices, embeddings=of_global_crops)
         return loss
 
     def _embeddings(self, views: Sequence[Tensor]) -> Tensor:
@@ -113,15 +124,12 @@ class DeepClusterV2(SSLModule):
 
     def update_teacher(self) -> None:
         """Let the embeddings of the step enter the memory."""
-        pending = self._take_pending()
-        for indices, embeddings in zip(pending[::2], pending[1::2], strict=True):
+        for indices, embeddings in zip(self.deferred("indices"), self.deferred("embeddings"), strict=True):
             self.memory.write(gather(indices), gather(embeddings))
 
-    def on_train_start(self) -> None:
+    def before_first_step(self) -> None:
         """Fill the memory, unless a checkpoint has done so."""
-        super().on_train_start()
-        images = getattr(self.trainer.datamodule, "train_images", None)  # type: ignore[attr-defined]
-        if images is None:  # refused at the first batch
+        if (images := self.train_images) is None:  # refused at the first batch
             return
         if len(self.memory.rows) == 0:
             self.memory.resize(len(images))
@@ -136,22 +144,22 @@ class DeepClusterV2(SSLModule):
             if getattr(batch, "indices", None) is None:  # refused at the first batch
                 return
             batch = trainer.strategy.batch_to_device(batch)
-            with self._seeded(number, len(batch[0][0])), trainer.precision_plugin.train_step_context():
+            randomness = self.randomness.of_batch(self.global_step, number, len(batch[0][0]))
+            with randomness, trainer.precision_plugin.train_step_context():
                 embeddings = self._embeddings(batch[0][:2])  # (2, B, projector_dim)
             rows = embeddings.transpose(0, 1).to(self.memory.rows.dtype)
             self.memory.write(gather(batch.indices), gather(rows.contiguous()))
 
     @torch.no_grad()
-    def on_train_epoch_start(self) -> None:
-        """Make the prototypes of the epoch; not where a checkpoint within one is resumed."""
+    def cluster(self) -> None:
+        """Make the prototypes of the epoch."""
         known = self.memory.known
         if len(known) == 0:
             return
-        with self._seeded(0, 0):  # the same on every process
+        with self.randomness.of_batch(self.global_step, 0, 0):  # the same on every process
             for number, centroids in enumerate(self.prototypes):
-                rows = known[:, number % 2]
-                found = spherical_kmeans(rows, len(centroids), self.kmeans_iterations, self.generator)
-                self.prototypes[number] = found
+                rows, clusters = known[:, number % 2], len(centroids)
+                self.prototypes[number] = spherical_kmeans(rows, clusters, self.kmeans_iterations, self.generator)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the memory of the checkpoint."""
@@ -162,9 +170,8 @@ class DeepClusterV2(SSLModule):
     def check(self, sizes: list[int], global_batch: int) -> None:
         """The images must be numbered, and more than the prototypes."""
         super().check(sizes, global_batch)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        images, clusters = getattr(data, "train_images", None), self.prototypes.shape[1]
-        if images is None and data is not None:
+        images, clusters = self.train_images, self.prototypes.shape[1]
+        if images is None and getattr(self.trainer, "datamodule", None) is not None:
             raise UserError("DeepClusterV2 remembers every image; train on images that are not a stream.")
         if images is not None and len(images) < clusters:
             raise UserError(f"{len(images)} images have no {clusters} clusters; set model.num_prototypes lower.")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.backbones.names import is_vit
+from ssl_lightning.backbones import initialization
+from ssl_lightning.backbones.names import vit_defaults
 from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_each
-from ssl_lightning.schedules import cosine, warmed_up
+from ssl_lightning.schedules import Warmup, cosine
 
 
 class DINO(SSLModule):
@@ -26,12 +27,12 @@ class DINO(SSLModule):
     Args:
         num_prototypes: Number of outputs K of the head.
         student_temperature: Divides the student's logits.
-        teacher_temperature: Divides the teacher's centred logits.
+        teacher_temperature: Divides the teacher's centered logits.
         warmup_teacher_temperature: Teacher temperature of the first epoch.
         warmup_teacher_temperature_epochs: Epochs in which the teacher temperature rises linearly to its final value.
         momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine. 0.9995 for batches
             of 256.
-        center_momentum: Share of the centre that stays at each step.
+        center_momentum: Share of the center that stays at each step.
         hidden_dim: Width of the head's hidden layers.
         bottleneck_dim: Width of the head's bottleneck.
         norm_last_layer: Whether the norms of the prototypes stay 1.
@@ -47,97 +48,67 @@ class DINO(SSLModule):
     views = "dino"
     collapsed_loss = 0.0
     remedies = "a teacher temperature of 0.04 to 0.07 with its warm-up, centering on, a lower learning rate"
-    global_views = 2
-    local_views = True
+    global_views, local_views = 2, True
     batch_norm = "global"
     zero_init_residual = False
 
     def __init__(
         self,
-        num_prototypes: int = 65536,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
-        warmup_teacher_temperature_epochs: int = 30,
-        momentum: float = 0.996,
-        center_momentum: float = 0.9,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        norm_last_layer: bool = True,
-        freeze_last_layer: int = 1,
-        clip_gradient: float = 3.0,
-        drop_path: float = 0.1,
-        backbone: str = "vit_small_patch16_224",
-        backbone_kwargs: dict[str, Any] | None = None,
-        optim: Optim = Optim(
-            "adamw", base_lr=5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True, end_lr_factor=0.001
-        ),
+        num_prototypes: int = 65536, student_temperature: float = 0.1, teacher_temperature: float = 0.07,
+        warmup_teacher_temperature: float = 0.04, warmup_teacher_temperature_epochs: int = 30,
+        momentum: float = 0.996, center_momentum: float = 0.9,
+        hidden_dim: int = 2048, bottleneck_dim: int = 256, norm_last_layer: bool = True,
+        freeze_last_layer: int = 1, clip_gradient: float = 3.0, drop_path: float = 0.1,
+        backbone: str = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        optim: Optim = Optim("adamw", 5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True,
+                             end_lr_factor=0.001),
         **kwargs: Any,
-    ) -> None:
-
-        if is_vit(backbone):
-            backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
-        class_token = getattr(self.backbone, "cls_token", None)
-        if class_token is not None and not (backbone_kwargs or {}).get("pretrained"):
-            nn.init.trunc_normal_(class_token, std=0.02)
-        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.warmup_teacher_temperature = warmup_teacher_temperature
-        self.warmup_teacher_temperature_epochs = warmup_teacher_temperature_epochs
+    ) -> None:  # fmt: skip
+        super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, drop_path_rate=drop_path), optim, **kwargs)
+        if getattr(self.backbone, "cls_token", None) is not None and not self.pretrained:
+            initialization.dino(self.backbone)
+        self.student_temperature = student_temperature
+        self.temperatures = Warmup(warmup_teacher_temperature, teacher_temperature, warmup_teacher_temperature_epochs)
         self.momentum, self.center_momentum = momentum, center_momentum
         self.freeze_last_layer, self.clip_gradient = freeze_last_layer, clip_gradient
         self.projector = DINOHead(self.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
         self.teacher_backbone = ema.teacher_of(self.backbone)
         self.teacher_projector = ema.teacher_of(self.projector)
-        self.center: Tensor
-        self.register_buffer("center", torch.zeros(num_prototypes))
-
-    @property
-    def evaluated_backbone(self) -> nn.Module:
-        """The teacher."""
-        return self.teacher_backbone
+        self.center = nn.Buffer(torch.zeros(num_prototypes))
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropy between the teacher on global crops and the student on all others (algorithm 1)."""
         with torch.no_grad():
             teacher = self.teacher_projector(self.teacher_backbone(torch.cat(list(views[:2]))))  # (2B, K)
         student = self.projector(multi_crop(self.backbone, views))  # (V * B, K)
-        self._pending.append(teacher.to(self.center.dtype).mean(0))
+        self.defer(means=teacher.to(self.center.dtype).mean(0))
         student, teacher = student.unflatten(0, (len(views), -1)), teacher.unflatten(0, (2, -1))
         return losses.dino(student, teacher, self.center, self.student_temperature, self.current_teacher_temperature)
+
+    def update_teacher(self) -> None:
+        """Move the teacher with the momentum of the step just taken, and the center by the teacher's mean logits."""
+        ema.follow_all(self, self.teacher_momentum(self.progress))
+        ema.follow_mean(self.center, self.deferred("means"), self.center_momentum)
+
+    def edit_gradients(self) -> None:
+        """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
+        clip_each(self.parameters(), self.clip_gradient)
+        if self.current_epoch < self.freeze_last_layer:
+            self.projector.drop_prototype_gradients()
+
+    @property
+    def evaluated_backbone(self) -> nn.Module:
+        """The teacher."""
+        return self.teacher_backbone
 
     @property
     def current_teacher_temperature(self) -> float:
         """Teacher temperature of this epoch."""
-        return warmed_up(
-            self.warmup_teacher_temperature,
-            self.teacher_temperature,
-            self.current_epoch,
-            self.warmup_teacher_temperature_epochs,
-        )
+        return self.temperatures(self.current_epoch)
 
     def teacher_momentum(self, progress: float) -> float:
         """Rises to 1 along a cosine."""
         return cosine(self.momentum, 1.0, progress)
-
-    def update_teacher(self) -> None:
-        """Move the teacher with the momentum of the step just taken, and the centre by the teacher's mean logits."""
-        momentum = self.teacher_momentum(self.progress)
-        ema.follow(self.teacher_backbone, self.backbone, momentum)
-        ema.follow(self.teacher_projector, self.projector, momentum)
-        ema.follow_mean(self.center, self._take_pending(), self.center_momentum)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        clip_each(self.parameters(), self.clip_gradient)
-        if self.current_epoch < self.freeze_last_layer:
-            self.projector.drop_prototype_gradients()
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Entropy of the teacher's assignments, at most ln K, and the share of prototypes that are first of a view."""

@@ -51,12 +51,7 @@ class GramAnchoring(DINOv2):
         super().__init__(**kwargs)
         self.gram_weight, self.gram_snapshot, self.gram_start = gram_weight, gram_snapshot, gram_start
         self.gram_every, self.gram_updates = gram_every, gram_updates
-        self.gram_backbone = ema.teacher_of(self.teacher_backbone)
-
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        """The blocks of student, teacher and anchor."""
-        return [*super().compiled_parts, self.gram_backbone.blocks]  # type: ignore[list-item]
+        self.gram_backbone = ema.teacher_of(self.teacher_backbone)  # the anchor
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """DINOv2's loss, and the similarities of patches once the anchor holds (eq. 2 and 3)."""
@@ -66,23 +61,43 @@ class GramAnchoring(DINOv2):
             return loss
         return loss + self.gram_weight * losses.gram(patches, self._anchors(torch.cat(list(crops)), views[0].shape[-1]))
 
+    def before_first_step(self) -> None:
+        """Let the anchor begin as the teacher, whose weights may have come from ``init_from``."""
+        if self.global_step == 0:
+            ema.follow(self.gram_backbone, self.teacher_backbone, 0.0)
+
+    def update_teacher(self) -> None:
+        """Move the teacher, and keep it as the anchor where that is due."""
+        super().update_teacher()
+        done = self.global_step + 1
+        held = done - self._step_of(self.gram_start)  # steps that the anchor has held
+        again = held > 0 and held % self.gram_every == 0 and held // self.gram_every <= self.gram_updates
+        if again or done == self._step_of(self.gram_snapshot):
+            ema.follow(self.gram_backbone, self.teacher_backbone, 0.0)
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The blocks of student, teacher and anchor."""
+        return [*super().compiled_parts, self.gram_backbone.blocks]
+
     @torch.no_grad()
     def _anchors(self, crops: Tensor, side: int) -> Tensor:
         """The anchor's features ``(2B, N, embed_dim)`` of the patches that crops of another side would have."""
-        features = self.gram_backbone.forward_features(crops)  # type: ignore[operator]
+        features = self.gram_backbone.forward_features(crops)
         grid = as_map(self.gram_backbone, features, crops)  # (2B, embed_dim, rows, columns)
         if crops.shape[-1] != side:
-            grid = F.interpolate(grid, size=(side // self.patch_side,) * 2, mode="bicubic")
+            grid = F.interpolate(grid, size=(side // self.backbone.patch_side,) * 2, mode="bicubic")
         return grid.flatten(2).mT
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """Views must be DINOv2's, and perhaps two for the anchor."""
         of_student, of_anchor = _split(sizes)
         super().check(list(of_student), global_batch)
-        if of_anchor[0] % self.patch_side:
+        patch = self.backbone.patch_side
+        if of_anchor[0] % patch:
             raise UserError(
-                f"the backbone's patches of {self.patch_side} px do not divide the anchor's crops of {of_anchor[0]} "
-                "px; set their size in data.views, or model.backbone_kwargs.patch_size."
+                f"the backbone's patches of {patch} px do not divide the anchor's crops of {of_anchor[0]} px; set "
+                "their size in data.views, or model.backbone_kwargs.patch_size."
             )
 
     def _step_of(self, share: float) -> float:
@@ -92,7 +107,7 @@ class GramAnchoring(DINOv2):
         return math.ceil(share * steps) if (steps := self.trainer.estimated_stepping_batches) < math.inf else math.inf
 
     def begin_with(self, source: str) -> None:
-        """Give student and teacher the backbone of a source, and the heads and centres that DINOv2 left beside it.
+        """Give student and teacher the backbone of a source, and the heads and centers that DINOv2 saved with it.
 
         Args:
             source: See ``init_from``.
@@ -105,7 +120,7 @@ class GramAnchoring(DINOv2):
         super().begin_with(source)
         weights = weights_in(source).get("state_dict", {}) if Path(source).is_file() else {}
         if not any(name.startswith("teacher_projector.") for name in weights):
-            rank_zero_warn(f"{source} has no heads of DINOv2, so they begin anew.")
+            rank_zero_warn(f"{source} has no heads of DINOv2, so they start from scratch.")
             return
         heads = {}
         for name, mine in self.state_dict().items():
@@ -120,21 +135,6 @@ class GramAnchoring(DINOv2):
                 )
             heads[name] = theirs
         set_model_state_dict(self, heads, options=StateDictOptions(full_state_dict=True, strict=False))
-
-    def on_train_start(self) -> None:
-        """Begin with the weights of ``init_from``, the anchor included."""
-        super().on_train_start()
-        if self.global_step == 0:
-            ema.follow(self.gram_backbone, self.teacher_backbone, 0.0)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, and keep the teacher as the anchor where that is due."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        done = self.global_step + 1
-        held = done - self._step_of(self.gram_start)  # steps that the anchor has held
-        again = held > 0 and held % self.gram_every == 0 and held // self.gram_every <= self.gram_updates
-        if again or done == self._step_of(self.gram_snapshot):
-            ema.follow(self.gram_backbone, self.teacher_backbone, 0.0)
 
 
 def _split(views: Sequence[View]) -> tuple[Sequence[View], Sequence[View]]:

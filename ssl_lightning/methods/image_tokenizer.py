@@ -81,13 +81,14 @@ class ImageTokenizer(SSLModule):
         """Error of the reconstruction, and distances of codes and vectors (eq. 3)."""
         images = views[0]
         codes, vectors, ids = self._encoded(images)
-        self._pending.append(self._counts_and_codes(codes.detach(), ids))
+        self.defer(counts=self._counts(ids), codes=self._drawn(codes.detach()))
         straight = codes + (vectors - codes).detach()  # the gradient passes by the choice
         return losses.vector_quantization(self.decoder(straight), images, codes, vectors, self.commitment)
 
     def _map(self, images: Tensor) -> Tensor:
         """Features ``(B, embed_dim, rows, columns)``."""
-        return as_map(self.backbone, self.backbone.forward_features(images), images)  # type: ignore[operator]
+        encoder: Any = self.backbone
+        return as_map(encoder, encoder.forward_features(images), images)
 
     def _encoded(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes and the vectors nearest to them, ``(B, token_dim, rows, columns)``, and these vectors' numbers."""
@@ -96,26 +97,26 @@ class ImageTokenizer(SSLModule):
         ids = torch.einsum("bdhw,kd->bhwk", codes, vectors).argmax(3)  # (B, rows, columns)
         return codes, vectors[ids].permute(0, 3, 1, 2), ids
 
-    def _counts_and_codes(self, codes: Tensor, ids: Tensor) -> Tensor:
-        """How often each vector is chosen here, and beside it a code of the global batch: 0 where another has it."""
+    def _counts(self, ids: Tensor) -> Tensor:
+        """How often each vector is chosen on this process: ``(K,)``."""
         chosen = ids.flatten()
-        counts = torch.zeros_like(self.usage).index_add_(0, chosen, self.usage.new_ones(len(chosen)))
+        return torch.zeros_like(self.usage).index_add_(0, chosen, self.usage.new_ones(len(chosen)))
+
+    def _drawn(self, codes: Tensor) -> Tensor:
+        """A code of the global batch for each vector, ``(K, token_dim)``; 0 where another process has it."""
         places = codes.permute(0, 2, 3, 1).flatten(0, 2)  # (B * N, token_dim), image by image
         drawn = torch.randint(len(places) * world_size(), (self.num_tokens,), generator=self.generator)
         local = drawn - rank() * len(places)
         own = self.random_to_device((local >= 0) & (local < len(places)))
         local = self.random_to_device(local.clamp(0, len(places) - 1))
-        return torch.cat([counts[:, None], (places[local] * own[:, None]).to(counts.dtype)], dim=1)
+        return (places[local] * own[:, None]).to(self.usage.dtype)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Let vectors that are hardly chosen begin anew as codes of the batch."""
-        if pending := self._take_pending():
-            counts = torch.stack([of_batch[:, :1] for of_batch in pending]).sum(0)
-            counts, codes = reduced(torch.cat([counts, pending[-1][:, 1:]], dim=1)).split(
-                [1, self.prototypes.shape[1]], 1
-            )
-            self.usage.lerp_(counts[:, 0] / counts.sum(), 0.05)
+        """Restart vectors that are hardly ever chosen as codes of the batch."""
+        if batches := self.deferred("counts"):
+            counts, codes = reduced(torch.stack(batches).sum(0)), reduced(self.deferred("codes")[-1])
+            self.usage.lerp_(counts / counts.sum(), 0.05)
             unused = self.usage < self.restart_below / self.num_tokens
             self.prototypes.copy_(torch.where(unused[:, None], codes, self.prototypes))
             self.usage.masked_fill_(unused, 1 / self.num_tokens)
@@ -139,7 +140,7 @@ class ImageTokenizer(SSLModule):
             )
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
-        """The images as their words alone tell them."""
+        """The images as the decoder makes them from their words only."""
         _, vectors, _ = self._encoded(images)
         return {"reconstructed": self.decoder(vectors).to(images.dtype)}
 

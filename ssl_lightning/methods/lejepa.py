@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import losses
-from ssl_lightning.backbones.names import is_vit
+from ssl_lightning.backbones.names import vit_defaults
 from ssl_lightning.backbones.tokens import multi_crop
-from ssl_lightning.distributed import world_size
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -62,12 +61,9 @@ class LeJEPA(SSLModule):
         **kwargs: Any,
     ) -> None:
 
-        if is_vit(backbone):
-            backbone_kwargs = {"drop_path_rate": drop_path, **(backbone_kwargs or {})}
-        super().__init__(backbone, backbone_kwargs, optim, **kwargs)
+        super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, drop_path_rate=drop_path), optim, **kwargs)
         self.sigreg_weight, self.num_slices = sigreg_weight, num_slices
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projection_dim], bias=True, last_bias=True)
-        self._images: int | None = None
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Squared distance from the centre of the global views, and SIGReg of each view (algorithm 2)."""
@@ -76,7 +72,6 @@ class LeJEPA(SSLModule):
 
     def _parts(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
-        self._images = len(views[0]) * world_size()
         embeddings = self.projector(multi_crop(self.backbone, views)).unflatten(0, (len(views), -1))  # (V, B, D)
         directions = torch.randn(embeddings.shape[2], self.num_slices, generator=self.generator)
         directions = self.random_to_device(directions)
@@ -91,7 +86,7 @@ class LeJEPA(SSLModule):
     @property
     def chance_loss(self) -> float | None:
         """The loss of embeddings that are all zero, in proportion to the batch; known once a batch has been seen."""
-        if self._images is None:
+        if self.global_batch is None:
             return None
         statistic = math.sqrt(2 * math.pi) * (1 - math.sqrt(2) + 1 / math.sqrt(3))
-        return self.sigreg_weight * statistic * self._images
+        return self.sigreg_weight * statistic * self.global_batch

@@ -69,7 +69,7 @@ class MoCoV2(SSLModule):
         """InfoNCE of the first view's queries with the second view's keys (algorithm 1)."""
         queries = self.projector(self.backbone(views[0]))  # (B, projector_dim)
         all_keys = self._keys(views[1])  # (N, projector_dim): those of all processes
-        self._pending.append(all_keys)
+        self.defer(keys=all_keys)
         return losses.info_nce(queries, own_part(all_keys), self.queue.rows, self.temperature)
 
     @torch.no_grad()
@@ -93,9 +93,8 @@ class MoCoV2(SSLModule):
 
         The released code moves it at the start of the next step, which is the same.
         """
-        ema.follow(self.teacher_backbone, self.backbone, self.momentum)
-        ema.follow(self.teacher_projector, self.projector, self.momentum)
-        for keys in self._take_pending():
+        ema.follow_all(self, self.momentum)
+        for keys in self.deferred("keys"):
             self.queue.push(keys)
 
     def check(self, sizes: list[int], global_batch: int) -> None:
@@ -148,12 +147,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def _split_batch_norm(backbone: nn.Module, splits: int) -> None:
-    plain = [module for module in backbone.modules() if type(module) is nn.BatchNorm2d]
+    plain: list[Any] = [module for module in backbone.modules() if type(module) is nn.BatchNorm2d]
     if _has_batch_norm(backbone) and not plain:
-        raise UserError("model.bn_splits knows torch's BatchNorm2d alone, which this backbone lacks; leave it at 1.")
+        raise UserError("model.bn_splits supports only nn.BatchNorm2d, and this backbone has none; leave it at 1.")
     for module in plain:
         module.__class__ = SplitBatchNorm2d
-        module.splits = splits  # type: ignore[assignment]
+        module.splits = splits
 
 
 def _has_batch_norm(backbone: nn.Module) -> bool:

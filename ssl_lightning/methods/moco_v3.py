@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.backbones.initialization import init_patch_projection
-from ssl_lightning.backbones.names import is_vit
-from ssl_lightning.distributed import world_size
-from ssl_lightning.errors import UserError
+from ssl_lightning.backbones import initialization
+from ssl_lightning.backbones.names import is_vit, plain_vit
 from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -69,14 +67,13 @@ class MoCoV3(SSLModule):
         if vit:
             self.views = "moco_v3_vit"
             if not pretrained:
-                _fix_patches_and_positions(self.backbone, backbone)
+                initialization.moco_v3(plain_vit("MoCoV3", backbone, self.backbone))
         layers = 3 if vit else 2
         last_norms = [nn.BatchNorm1d(projector_dim, affine=False) for _ in range(2)]
         self.projector = mlp([self.embed_dim] + [hidden_dim] * (layers - 1) + [projector_dim], last_norm=last_norms[0])
         self.predictor = mlp([projector_dim, hidden_dim, projector_dim], last_norm=last_norms[1] if vit else None)
         self.teacher_backbone = ema.teacher_of(self.backbone)
         self.teacher_projector = ema.teacher_of(self.projector)
-        self._candidates: int | None = None
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """InfoNCE of queries with the other view's keys, in both directions (algorithm 1).
@@ -88,7 +85,6 @@ class MoCoV3(SSLModule):
         with torch.no_grad():
             h1, h2 = (encode_in_chunks(self.teacher_backbone, [view], self.chunk_size) for view in views)
             k1, k2 = (self.teacher_projector(h) for h in (h1, h2))
-        self._candidates = len(q1) * world_size()
         loss12 = losses.moco_v3(q1, k2, self.temperature, self.chunk_size)
         return loss12 + losses.moco_v3(q2, k1, self.temperature, self.chunk_size)
 
@@ -99,22 +95,9 @@ class MoCoV3(SSLModule):
     def update_teacher(self) -> None:
         """Move the teacher with the momentum of the next step: the released code moves it as that step starts."""
         momentum = self.teacher_momentum(self.progress_of(self.global_step + 1))
-        ema.follow(self.teacher_backbone, self.backbone, momentum)
-        ema.follow(self.teacher_projector, self.projector, momentum)
+        ema.follow_all(self, momentum)
 
     @property
     def chance_loss(self) -> float | None:
         """4 * temperature * ln N: every candidate is as likely as the key; known once a batch has been seen."""
-        return None if self._candidates is None else 4 * self.temperature * math.log(self._candidates)
-
-
-def _fix_patches_and_positions(vit: nn.Module, name: str) -> None:
-    """Patch projection frozen at its random values, sine-cosine positions (section 4 and appendix of the paper)."""
-    from ssl_lightning.backbones.vit import AnySizeViT
-
-    if not isinstance(vit, AnySizeViT) or not vit.is_plain:
-        raise UserError(f"MoCoV3 knows ViTs with a class token alone, not {name}; take e.g. vit_small_patch16_224.")
-    init_patch_projection(vit)
-    nn.init.zeros_(vit.patch_embed.proj.bias)
-    vit.patch_embed.requires_grad_(False)
-    vit.fix_positions(rows_first=True)
+        return None if self.global_batch is None else 4 * self.temperature * math.log(self.global_batch)

@@ -55,7 +55,6 @@ class NNCLR(SSLModule):
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projector_dim], last_norm=last_norm)
         self.predictor = mlp([projector_dim, predictor_dim, projector_dim], last_bias=True)
         self.queue = Queue(F.normalize(torch.randn(queue_length, projector_dim), dim=1))
-        self._candidates: int | None = None
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Each view's neighbour finds the prediction of the other view, mean of both directions (algorithm 1).
@@ -65,8 +64,7 @@ class NNCLR(SSLModule):
         z1, z2 = (self.projector(self.backbone(view)) for view in views)  # (B, projector_dim)
         p1, p2 = self.predictor(z1), self.predictor(z2)  # (B, projector_dim)
         nn1, nn2 = (self.queue.rows[self._nearest(z)] for z in (z1, z2))  # (B, projector_dim)
-        self._pending.append(F.normalize(z1.detach().to(self.queue.rows.dtype), dim=1))
-        self._candidates = len(z1) * world_size()
+        self.defer(projections=F.normalize(z1.detach().to(self.queue.rows.dtype), dim=1))
         return losses.nnclr(nn1, p2, self.temperature) / 2 + losses.nnclr(nn2, p1, self.temperature) / 2
 
     @torch.no_grad()
@@ -77,7 +75,7 @@ class NNCLR(SSLModule):
 
     def update_teacher(self) -> None:
         """Let the projections of the step's first views enter the queue."""
-        for projections in self._take_pending():
+        for projections in self.deferred("projections"):
             self.queue.push(gather(projections))
 
     def check(self, sizes: list[int], global_batch: int) -> None:
@@ -94,4 +92,4 @@ class NNCLR(SSLModule):
     @property
     def chance_loss(self) -> float | None:
         """The entropy ln N: every prediction of the batch is as likely; known once a batch has been seen."""
-        return None if self._candidates is None else math.log(self._candidates)
+        return None if self.global_batch is None else math.log(self.global_batch)

@@ -73,7 +73,7 @@ class NPID(SSLModule):
             found = losses.nce_normalizer(features, self.memory.rows, candidates, self.temperature)
             normalizer = torch.where(normalizer == 0, found, normalizer)
             loss = losses.nce(features, self.memory.rows, candidates, self.temperature, normalizer)
-        self._pending += [gather(indices), gather(features.detach()), normalizer]
+        self.defer(indices=gather(indices), features=gather(features.detach()), normalizer=normalizer)
         return loss
 
     def _indices(self) -> Tensor:
@@ -93,8 +93,8 @@ class NPID(SSLModule):
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Move the rows of the images that were seen towards their features; Z stays that of the first batch."""
-        pending = self._take_pending()
-        for indices, features, normalizer in zip(pending[::3], pending[1::3], pending[2::3], strict=True):
+        batches = (self.deferred(name) for name in ("indices", "features", "normalizer"))
+        for indices, features, normalizer in zip(*batches, strict=True):
             remembered = self.memory.rows[indices]
             rows = self.momentum * remembered + (1 - self.momentum) * features.to(remembered.dtype)
             self.memory.write(indices, F.normalize(rows, dim=1))
@@ -109,7 +109,7 @@ class NPID(SSLModule):
 
     def setup(self, stage: str) -> None:
         """Make the memory, where none has been read; a checkpoint to resume is read after this."""
-        images = getattr(self.trainer.datamodule, "train_images", None)  # type: ignore[attr-defined]
+        images = self.train_images
         if stage == "fit" and images is not None:
             if not len(self.memory.rows):
                 self.remember(len(images))

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ssl_lightning import losses
-from ssl_lightning.distributed import world_size
 from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -57,19 +56,17 @@ class SimCLR(SSLModule):
         for layer in self.projector:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.01)
-        self._candidates: int | None = None
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """NT-Xent between the two views of each image (algorithm 1)."""
         # (2B, embed_dim): in one chunk, both views share their BatchNorm statistics
         h = encode_in_chunks(self.backbone, views, self.chunk_size)
         z0, z1 = self.projector(h).chunk(2)  # (B, projector_dim)
-        self._candidates = 2 * len(z0) * world_size() - 1
         return losses.nt_xent(z0, z1, self.temperature, self.reduction, self.chunk_size)
 
     @property
     def chance_loss(self) -> float | None:
         """ln(2N - 1): every candidate is as likely as the positive; known once a batch has been seen."""
-        if self._candidates is None:
+        if self.global_batch is None:
             return None
-        return math.log(self._candidates) * (1 if self.reduction == "mean" else 2)
+        return math.log(2 * self.global_batch - 1) * (1 if self.reduction == "mean" else 2)

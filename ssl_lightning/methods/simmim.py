@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ssl_lightning import losses
 from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_swin, is_vit
 from ssl_lightning.backbones.tokens import as_map, called_blocks, masked_tokens
-from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
+from ssl_lightning.masks import checked_ratio
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
@@ -75,13 +75,11 @@ class SimMIM(SSLModule):
         super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
         encoder: Any = self.backbone
         self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
         if mask_unit % self.patch_side:
             raise UserError(
                 f"model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."
             )
-        self.mask_ratio, self.mask_unit, self.probe_every = mask_ratio, mask_unit, probe_every
+        self.mask_ratio, self.mask_unit, self.probe_every = checked_ratio(mask_ratio), mask_unit, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Sequential(nn.Conv2d(self.embed_dim, self.stride**2 * 3, 1), nn.PixelShuffle(self.stride))
@@ -111,9 +109,9 @@ class SimMIM(SSLModule):
     def _units(self, images: Tensor) -> Tensor:
         """Which units to mask, ``(B, rows, columns)`` bool: as many in each image."""
         rows, columns = (side // self.mask_unit for side in images.shape[2:])
-        noise = torch.rand(len(images) * world_size(), rows * columns, generator=self.generator)
+        noise = self.uniform(len(images), rows * columns)
         masked = noise.argsort(dim=1).argsort(dim=1) < math.ceil(self.mask_ratio * rows * columns)
-        return self.random_to_device(own_part(masked).unflatten(1, (rows, columns)))
+        return self.random_to_device(masked.unflatten(1, (rows, columns)))
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """Views must be a whole number of units."""

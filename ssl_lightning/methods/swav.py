@@ -87,7 +87,7 @@ class SwAV(SSLModule):
         assignments = torch.stack([self._assignments(scores, crop) for crop in range(2)])  # (2, B, K)
         if self.queue is not None and self.current_epoch >= self.queue_start_epoch:
             of_global_crops = embeddings.detach().unflatten(0, (len(views), -1))[:2]
-            self._pending.append(of_global_crops.transpose(0, 1))  # (B, 2, projector_dim)
+            self.defer(embeddings=of_global_crops.transpose(0, 1))  # (B, 2, projector_dim)
         return losses.swav(scores, assignments, self.temperature)
 
     @torch.no_grad()
@@ -99,17 +99,16 @@ class SwAV(SSLModule):
             batch = torch.cat([self.prototypes(earlier), batch])
         return losses.sinkhorn(batch, self.epsilon, self.sinkhorn_iterations)[-scores.shape[1] :]
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let frozen prototypes have no gradient, so that neither momentum nor decay moves them."""
-        super().on_before_optimizer_step(optimizer)
-        if self.trainer.global_step < self.freeze_prototypes_steps:
-            self.prototypes.weight.grad = None
-
     def update_teacher(self) -> None:
         """Let the embeddings of the step enter the queue."""
-        for embeddings in self._take_pending():
+        for embeddings in self.deferred("embeddings"):
             assert self.queue is not None
             self.queue.push(gather(embeddings))
+
+    def edit_gradients(self) -> None:
+        """Let frozen prototypes have no gradient, so that neither momentum nor decay moves them."""
+        if self.global_step < self.freeze_prototypes_steps:
+            self.prototypes.weight.grad = None
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """The queue must hold a whole number of global batches."""

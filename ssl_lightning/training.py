@@ -1,0 +1,277 @@
+"""What surrounds the steps of every method: callbacks that ``SSLModule`` brings along to any Trainer.
+
+They hold what must not depend on hooks of the method: a subclass may override any hook of Lightning without ``super()``
+and trains to the same weights. They keep nothing of a method between two trainings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.tokens import only_size
+from ssl_lightning.batch_norm import SyncBatchNorm
+from ssl_lightning.checkpoints import describe, settle_progress, weights_for
+from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.errors import UserError
+
+
+class Steps(L.Callback):
+    """Seeds the steps, and calls ``edit_gradients`` before and ``update_teacher`` after each optimizer step.
+
+    It does so in hooks of the optimizer: they run once per real step, also with accumulated batches, and not for a step
+    that 16-mixed skips because its gradients overflowed.
+    """
+
+    def __init__(self) -> None:
+        self._loaded_seed: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Agree on the seed, and hook into the optimizer."""
+        seed = torch.initial_seed() % 2**63 if self._loaded_seed is None else self._loaded_seed
+        pl_module.randomness.seed, self._loaded_seed = trainer.strategy.broadcast(seed), None
+        parts = pl_module.modules() if world_size() > 1 else ()
+        pl_module.randomness.drop_paths = [part for part in parts if isinstance(part, DropPath)]
+        pl_module.forget_deferred()  # values of a step that was interrupted
+
+        def before(_optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (closure := kwargs.get("closure")) is None:  # 16-mixed computes the gradients before the step
+                pl_module.edit_gradients()
+                return None
+
+            def then_edit() -> Any:
+                result = closure()  # forward, backward, and Lightning's clipping
+                pl_module.edit_gradients()
+                return result
+
+            return args, {**kwargs, "closure": then_edit}
+
+        def after(optimizer: Any, *_: Any) -> None:
+            if not getattr(optimizer, "found_inf", None):  # set by 16-mixed for optimizers that skip steps themselves
+                pl_module.update_teacher()
+
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(before)
+            optimizer.register_step_post_hook(after)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Set the weight decay of the step."""
+        pl_module.optim.set_weight_decay(optimizer, pl_module.progress)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the seed, what the weights are, and the progress as it will be after this batch."""
+        checkpoint["step_seed"] = pl_module.randomness.seed
+        describe(pl_module, checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING:
+            settle_progress(checkpoint["loops"]["fit_loop"], trainer.fit_loop)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Restore the seed."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._loaded_seed = checkpoint.get("step_seed")
+
+
+class InitFrom(L.Callback):
+    """Lets a method begin with the weights of ``init_from``, unless a checkpoint has brought others."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Read the weights, and let the method prepare its first step."""
+        self._begin(pl_module)
+        pl_module.before_first_step()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Read the weights."""
+        self._begin(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _begin(self, pl_module: Any) -> None:
+        source, pl_module.init_from = pl_module.init_from, None  # once: a second training goes on with what it has
+        if source is not None:
+            pl_module.begin_with(source)
+
+
+class Checks(L.Callback):
+    """Checks views, batch, precision and BatchNorm against what the paper prescribes, before the first step."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check what is known before the first batch.
+
+        Raises:
+            UserError: The method cannot train like this; says what to change.
+        """
+        if hasattr(pl_module, "teacher_backbone") and pl_module.dtype in (torch.float16, torch.bfloat16):
+            raise UserError("a teacher in half precision never moves; set trainer.precision to bf16-mixed or 32-true.")
+        check_batch_norm(pl_module, trainer.world_size)
+        data: Any = getattr(trainer, "datamodule", None)
+        specs = getattr(data, "view_specs", None)
+        self._checked = specs is not None
+        if specs is not None:
+            sizes = [spec.size for spec in specs for _ in range(spec.count)]
+            pl_module.check(sizes, data.batch_size * trainer.world_size)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Check the first batch of a loader that does not say which views it makes."""
+        if not self._checked:
+            pl_module.check([view.shape[-1] for view in batch[0]], len(batch[0][0]) * trainer.world_size)
+            self._checked = True
+
+
+class FiniteLoss(L.Callback):
+    """Stops at a loss that is not finite on any process, before it reaches the weights of all."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget the losses of a step that was interrupted."""
+        pl_module.host_losses.clear()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the losses of the step.
+
+        Raises:
+            UserError: A loss is nan or infinite.
+        """
+        for loss in pl_module.host_losses.take():
+            pl_module.last_loss = loss
+            if not abs(loss) < float("inf"):
+                raise UserError(
+                    f"the loss is {loss} at step {trainer.global_step} (epoch {trainer.current_epoch}); the weights "
+                    "are as before that step. Lower model.optim.base_lr or lengthen the warm-up, and under 16-mixed "
+                    "try trainer.precision bf16-mixed or 32."
+                )
+
+
+class HostLosses:
+    """Losses on their way from the device to the host; the device does not wait."""
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[Tensor, torch.Event | None]] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Start copying the mean of a loss over the processes.
+
+        Args:
+            loss: Scalar.
+        """
+        total = reduced(loss.detach().float())
+        if not total.is_cuda:
+            self._copies.append((total.cpu(), None))
+            return
+        host = torch.empty_like(total, device="cpu", pin_memory=True).copy_(total, non_blocking=True)
+        copied = torch.Event(total.device)
+        copied.record()
+        self._copies.append((host, copied))
+
+    def take(self) -> list[float]:
+        """The losses since the last call; waits for the forward pass, not for the backward pass behind it."""
+        copies, self._copies = self._copies, []
+        for _, copied in copies:
+            if copied is not None:
+                copied.synchronize()
+        return [float(host.numpy()) / world_size() for host, _ in copies]
+
+    def clear(self) -> None:
+        """Forget all losses."""
+        self._copies = []
+
+
+def check_batch_norm(method: Any, processes: int) -> None:
+    """Check whose images BatchNorm sees.
+
+    Args:
+        method: Its ``batch_norm`` says what the paper does.
+        processes: Number of processes that train together.
+
+    Raises:
+        UserError: BatchNorm is synchronized where the paper's is per process.
+    """
+    name = type(method).__name__
+    layers = [module for module in method.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    synced = [layer for layer in layers if isinstance(layer, nn.SyncBatchNorm | SyncBatchNorm)]
+    if method.batch_norm == "per_process" and synced:
+        raise UserError(f"{name}'s BatchNorm is per process; set trainer.sync_batchnorm to false.")
+    if method.batch_norm == "global" and len(synced) < len(layers) and processes > 1:
+        rank_zero_warn(f"{name}'s BatchNorm is global; set trainer.sync_batchnorm to true.")
+
+
+def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
+    """Check whether a method can train on such views.
+
+    Args:
+        method: Says how many views it takes; its backbone, which sizes.
+        sizes: Side of each view in pixels.
+        global_batch: Images per batch over all processes.
+
+    Raises:
+        UserError: It cannot; says which argument to change.
+    """
+    count = method.global_views
+    if count is not None and (
+        list(sizes[:count]) != [max(sizes)] * count or (len(sizes) > count and not method.local_views)
+    ):
+        others = "smaller ones may follow" if method.local_views else "and no others"
+        raise UserError(
+            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; data.views gives "
+            f"{', '.join(f'{size} px' for size in sizes)}."
+        )
+    if global_batch < 2:
+        raise UserError("a batch of 1 image has no BatchNorm and no negatives; set data.batch_size to 2 or more.")
+    patch = getattr(method.backbone, "patch_side", 1)
+    for size in sizes:
+        if size % patch:
+            raise UserError(
+                f"the backbone's patches of {patch} px do not divide views of {size} px; set data.image_size, "
+                "the sizes in data.views, or model.backbone_kwargs.patch_size."
+            )
+        if (only := only_size(method.backbone)) not in (None, size):
+            raise UserError(
+                f"the backbone takes images of {only} px only, not views of {size} px; set "
+                "model.backbone_kwargs.img_size, data.image_size or the sizes in data.views."
+            )
+
+
+def begin_with(method: Any, source: str) -> None:
+    """Give the backbone of a method and its teacher the weights of a source.
+
+    Args:
+        method: Has a ``backbone``, and perhaps a ``teacher_backbone``.
+        source: As ``init_from``.
+
+    Raises:
+        UserError: They are not those of such a backbone; says what differs.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    try:
+        weights: Any = weights_for(source, method.hparams["backbone"], method.hparams["backbone_kwargs"])
+    except UserError as error:
+        raise UserError(f"model.init_from {source} does not fit the model: {error}") from error
+    for part in (method.backbone, getattr(method, "teacher_backbone", None)):
+        if part is not None:
+            set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
+    rank_zero_info(f"{type(method).__name__} begins with the backbone of {source}")
+
+
+def prepare(method: Any, compile: bool) -> None:  # noqa: A002 # the word that people look for
+    """Check the strategy of the trainer, and compile in place, which changes no name in the state.
+
+    Args:
+        method: Its ``compiled_parts`` are compiled.
+        compile: Whether they are.
+
+    Raises:
+        UserError: The strategy shards by itself.
+    """
+    if type(method.trainer.strategy) in (FSDPStrategy, ModelParallelStrategy):
+        raise UserError("methods are sharded by this package's strategy; set trainer.strategy to fsdp2.")
+    for part in method.compiled_parts if compile else ():
+        if part._compiled_call_impl is None:
+            part.compile()

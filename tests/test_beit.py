@@ -87,7 +87,7 @@ def test_only_masked_patches_are_predicted_and_they_are_not_seen() -> None:
     images = torch.rand(2, 3, 32, 32)
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[0, 5], mask[1, 2], mask[1, 11] = True, True, True
-    method._mask = lambda _: mask
+    method.draw_masks = lambda _: mask
     logits, words = method._logits_and_words(images)
     assert torch.equal(words, method.words(images)[mask])  # of the same patches, in the same order
     hidden = images.clone()
@@ -273,8 +273,8 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
     method = beit(optim=Optim("adamw", base_lr=1e-3, lr_scaling="none", weight_decay=0.5)).double()
     vit: Any = method.backbone
     drawn: list[Tensor] = []
-    draw = method._mask
-    method._mask = lambda images: drawn.append(draw(images)) or drawn[-1]
+    draw = method.draw_masks
+    method.draw_masks = lambda images: drawn.append(draw(images)) or drawn[-1]
 
     def loss_of(weights: Weights, views: list[Tensor]) -> Tensor:
         terms = []

@@ -143,8 +143,8 @@ def test_centres_follow_class_tokens_and_masked_patches() -> None:
     method = small(DINOv2, separate_heads=True)
     views = [torch.rand(4, 3, size, size) for size in (32, 32, 16)]
     masks: list[Tensor] = []
-    draw = method._masks
-    method._masks = lambda crops: masks.append(draw(crops)) or masks[-1]  # type: ignore[func-returns-value]
+    draw = method.draw_masks
+    method.draw_masks = lambda crops: masks.append(draw(crops)) or masks[-1]  # type: ignore[func-returns-value]
     tokens = method.teacher_backbone.forward_features(torch.cat(views[:2]))
     method.training_loss(views)
     method.update_teacher()
@@ -181,8 +181,8 @@ def test_whole_steps_equal_a_plain_restatement(separate: bool) -> None:
     method = small(DINOv2, **arguments).double()
     vit: Any = method.backbone
     masks: list[Tensor] = []
-    draw = method._masks
-    method._masks = lambda crops: masks.append(draw(crops)) or masks[-1]  # type: ignore[func-returns-value]
+    draw = method.draw_masks
+    method.draw_masks = lambda crops: masks.append(draw(crops)) or masks[-1]  # type: ignore[func-returns-value]
     center, patch_center = torch.zeros(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
 
     def tokens_of(images: Tensor, weights: Weights, name: str, mask: Tensor) -> Tensor:

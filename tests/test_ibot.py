@@ -172,7 +172,7 @@ def test_whole_steps_equal_a_plain_restatement(shared: bool) -> None:
         masks[-1][1] = False
         return masks[-1]
 
-    method._masks = draw
+    method.draw_masks = draw
     center, patch_center = torch.zeros(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
 
     def tokens_of(image: Tensor, weights: Weights, name: str, mask: Tensor | None = None) -> Tensor:

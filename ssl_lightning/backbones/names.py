@@ -130,7 +130,7 @@ def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
         return backbone
     raise UserError(
         f"{method} needs a ViT of timm with a class token and no other tokens, which backbone={name!r} is not; set "
-        "model.backbone to e.g. vit_base_patch16_224."
+        "model.backbone to a ViT, e.g. vit_base_patch16_224."
     )
 
 

@@ -62,7 +62,7 @@ class BEiT(SSLModule):
         elif is_beit(backbone):
             defaults = BEIT_IN_PRETRAINING
         else:
-            raise UserError(f"BEiT needs a ViT or BEiT of timm, not backbone={backbone!r}; set model.backbone.")
+            raise UserError(f"backbone={backbone!r} has no patches to mask; set model.backbone to a ViT or BEiT.")
         super().__init__(backbone, {**defaults, "drop_path_rate": 0.1, **(backbone_kwargs or {})}, optim, **kwargs)
         self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
         self.num_tokens, self.mask_ratio = num_tokens, checked_ratio(mask_ratio)

@@ -113,7 +113,7 @@ def rename(state: dict[str, Any], renamed: dict[str, str]) -> None:
         renamed: Old prefixes and what takes their place.
     """
     for key in list(state):
-        old = next((old for old in renamed if key.startswith(f"{old}.")), None)
+        old = next((old for old in renamed if f"{key}.".startswith(f"{old}.")), None)
         state[key if old is None else renamed[old] + key.removeprefix(old)] = state.pop(key)
 
 

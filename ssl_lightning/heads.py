@@ -14,13 +14,18 @@ def mlp(
 ) -> nn.Sequential:
     """Linear layers with BatchNorm and ReLU between them: the projector and predictor of most methods.
 
-    Own code because lightly's heads differ from the papers' in biases and in the last BatchNorm.
+    These are not lightly's heads because those differ from the papers' in biases and in the last BatchNorm.
 
     Args:
         widths: Input width, hidden widths, output width.
         bias: Whether the hidden linear layers have a bias.
         last_bias: Whether the last linear layer has a bias.
         last_norm: Module after the last linear layer, if the paper has one.
+
+    Example:
+        >>> projector = mlp([2048, 4096, 256], bias=True)  # BYOL's
+        >>> sum(parameter.numel() for parameter in projector.parameters())
+        9449472
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths[:-1]):
@@ -34,15 +39,21 @@ def mlp(
 class DINOHead(nn.Module):
     """MLP with GELU, a bottleneck of unit norm, and similarities to prototypes of unit norm.
 
-    Caron et al. 2021, DINO, section 3.1. Own code because lightly's is built on torch's old weight norm: it cannot be
-    copied into a teacher once it has run. The new one cannot be pickled.
+    Caron et al. 2021, DINO, section 3.1. This is not lightly's head because that one uses torch's old weight norm,
+    which cannot be copied into a teacher once it has run; torch's new one cannot be pickled.
 
     Args:
         embed_dim: Width of the features.
         hidden_dim: Width of the two hidden layers.
         bottleneck_dim: Width of the bottleneck.
         num_prototypes: Number of outputs K.
-        norm_last_layer: Whether the norm of the prototypes stays 1, or is learnt.
+        norm_last_layer: Whether the norms of the prototypes stay 1; otherwise they are learned.
+
+    Example:
+        >>> head = DINOHead(8, hidden_dim=16, bottleneck_dim=4, num_prototypes=32, norm_last_layer=True)
+        >>> logits = head(torch.randn(2, 8))  # cosine similarities
+        >>> logits.shape, bool(logits.abs().max() < 1.001)
+        (torch.Size([2, 32]), True)
     """
 
     def __init__(
@@ -71,7 +82,7 @@ class DINOHead(nn.Module):
         return self(features)
 
     def drop_prototype_gradients(self) -> None:
-        """Let the next step leave the prototypes as they are, weight decay included."""
+        """Leave the prototypes out of the next optimizer step, including its weight decay."""
         for name, parameter in self.named_parameters():
             if "prototype" in name:
                 parameter.grad = None
@@ -82,16 +93,22 @@ class DINOHead(nn.Module):
 
 
 class IBOTHead(DINOHead):
-    """DINO's head with further prototypes for patches.
+    """DINO's head with a second set of prototypes, for patches.
 
-    Zhou et al. 2022, iBOT, section 3.2: the head that is not shared; only the last layer differs.
+    Zhou et al. 2022, iBOT, section 3.2: the head that is not shared. Only the last layer differs between class token
+    and patches.
 
     Args:
         embed_dim: Width of the features.
         hidden_dim: Width of the two hidden layers.
         bottleneck_dim: Width of the bottleneck.
         num_prototypes: Number of outputs K, for the class token and for patches.
-        norm_last_layer: Whether the norms of the prototypes stay 1, or are learnt.
+        norm_last_layer: Whether the norms of the prototypes stay 1; otherwise they are learned.
+
+    Example:
+        >>> head = IBOTHead(8, hidden_dim=16, bottleneck_dim=4, num_prototypes=32, norm_last_layer=True)
+        >>> head(torch.randn(2, 8)).shape, head.of_patches(torch.randn(2, 9, 8)).shape
+        (torch.Size([2, 32]), torch.Size([2, 9, 32]))
     """
 
     def __init__(
@@ -113,11 +130,18 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into patches, row by row; inside a patch the order is (row, column, channel).
 
     Args:
-        images: ``(B, C, H, W)``, sides divisible by the patch.
+        images: ``(B, C, H, W)``, sides divisible by the patch size.
         patch_size: Side P of the patches in pixels.
 
     Returns:
         ``(B, N, P*P*C)``.
+
+    Example:
+        >>> patches = patchify(torch.arange(48).view(1, 3, 4, 4), patch_size=2)
+        >>> patches.shape
+        torch.Size([1, 4, 12])
+        >>> patches[0, 0].tolist()
+        [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
     """
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
@@ -125,12 +149,17 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, shape: Sequence[int]) -> Tensor:
-    """Put patches together again: the way back from ``patchify``.
+    """Assemble images from patches: the inverse of ``patchify``.
 
     Args:
         patches: ``(B, N, P*P*C)``.
         patch_size: Side P of the patches in pixels.
-        shape: Of the images, ``(B, C, H, W)``.
+        shape: Shape of the images, ``(B, C, H, W)``.
+
+    Example:
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(unpatchify(patchify(images, 4), 4, images.shape), images)
+        True
     """
     batch, channels, height, width = shape
     grid = patches.reshape(batch, height // patch_size, width // patch_size, patch_size, patch_size, channels)

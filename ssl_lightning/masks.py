@@ -27,18 +27,23 @@ def checked_ratio(mask_ratio: float) -> float:
 def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, seed: int) -> Tensor:
     """Mask rectangles of patches until enough are masked.
 
-    Bao et al. 2022, BEiT, algorithm 1; iBOT and DINOv2 have it with other sizes. A few less than ``count`` where ten
-    rectangles in a row do not fit.
+    Bao et al. 2022, BEiT, algorithm 1; iBOT and DINOv2 use other sizes. Slightly fewer than ``count`` are masked where
+    ten rectangles in a row do not fit.
 
     Args:
         grid: Rows and columns of patches.
-        count: Patches to mask.
-        smallest: Smallest area of a rectangle.
-        largest: Largest area of a rectangle.
-        seed: Of the random numbers.
+        count: Number of patches to mask.
+        smallest: Smallest area of a rectangle, in patches.
+        largest: Largest area of a rectangle, in patches.
+        seed: Seed of the random numbers.
 
     Returns:
         ``(rows, columns)`` bool, true where masked.
+
+    Example:
+        >>> mask = block_mask((14, 14), count=75, smallest=16, largest=75, seed=0)
+        >>> mask.shape, bool(60 <= mask.sum() <= 75)
+        (torch.Size([14, 14]), True)
     """
     random = np.random.Generator(np.random.Philox(seed))
     mask = np.zeros(grid, dtype=bool)
@@ -65,11 +70,15 @@ def random_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
 
     Args:
         grid: Rows and columns of patches.
-        count: Patches to mask.
-        seed: Of the random numbers.
+        count: Number of patches to mask.
+        seed: Seed of the random numbers.
 
     Returns:
         ``(rows, columns)`` bool, true where masked.
+
+    Example:
+        >>> random_mask((4, 4), count=6, seed=0).sum()
+        tensor(6)
     """
     chosen = np.random.Generator(np.random.Philox(seed)).permutation(grid[0] * grid[1]) < count
     return torch.from_numpy(chosen.reshape(grid))
@@ -89,6 +98,10 @@ def block_masks(
 
     Returns:
         ``(B, rows * columns)`` bool on the CPU, true where masked.
+
+    Example:
+        >>> block_masks((14, 14), counts=[75, 0], smallest=16, largest=75, seeds=[0, 1]).sum(1)  # BEiT's sizes
+        tensor([75,  0])
     """
     masks = [block_mask(grid, count, smallest, largest, seed) for count, seed in zip(counts, seeds, strict=True)]
     return torch.stack(masks).flatten(1)
@@ -109,13 +122,18 @@ def random_masks(grid: tuple[int, int], counts: Iterable[int], seeds: Iterable[i
 
 
 def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the masked patches are, and what divides each in a mean over the patches of an image, then over images.
+    """Indices of the masked patches, and the divisor of each in a mean over the patches of an image, then over images.
 
     Args:
-        mask: ``(B, N)`` bool, true where masked; on the CPU, as the device would have to be waited for.
+        mask: ``(B, N)`` bool, true where masked. On the CPU: on a device, finding the indices would make the host wait.
 
     Returns:
-        Indices ``(M,)`` among all ``B * N`` patches, and ``(M,)`` of masked patches of its image * B.
+        ``(M,)`` indices among all ``B * N`` patches, and ``(M,)`` divisors: masked patches of the image, times B.
+
+    Example:
+        >>> mask = torch.tensor([[True, False, True], [False, True, False]])
+        >>> masked_patches(mask)
+        (tensor([0, 2, 4]), tensor([4, 4, 2]))
     """
     rows, columns = mask.numpy().nonzero()
     counts = mask.numpy().sum(1)[rows] * len(mask)
@@ -132,25 +150,32 @@ def multi_block(
     min_context: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of patches to predict, and one block to predict them from that leaves them out.
+    """Blocks of patches to predict, and the context: one block to predict them from, without the patches to predict.
 
-    Assran et al. 2023, I-JEPA, section 3 and its released code: all images share the sizes of the blocks, one random
-    number setting area and aspect; no block reaches both the first and the last place it could have, as the code draws
-    corners below an exclusive bound; all are cut to the shortest by leaving out their last patches. Where a context
-    stays too small after 20 draws, the last target is allowed to overlap it, then the one before.
+    Assran et al. 2023, I-JEPA, section 3 and its released code. All images share the sizes of the blocks, and one
+    random number sets both area and aspect. No block touches the last row or column, as the code draws corners below an
+    exclusive bound. All blocks are cut to the shortest by dropping their last patches. Where a context stays too small
+    after 20 draws, it may overlap the last target, then also the one before, and so on.
 
     Args:
         images: Number of images.
         grid: Rows and columns of patches.
-        targets: Blocks to predict for each image.
+        targets: Number of blocks to predict in each image.
         target_scale: Smallest and largest share of patches in such a block.
         target_aspect: Smallest and largest height / width of such a block.
-        context_scale: Smallest and largest share of patches in the block to predict from, a square.
+        context_scale: Smallest and largest share of patches in the context before targets are removed; it is a square.
         min_context: Contexts with no more patches than this are drawn again.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
 
     Returns:
         Indices ``(images, C)`` of the context and ``(images, targets, P)`` of the patches to predict, ascending.
+
+    Example:
+        >>> contexts, targets = multi_block(2, (16, 16), 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10, seed=0)
+        >>> targets.shape[:2]
+        torch.Size([2, 4])
+        >>> [set(context.tolist()) & set(blocks.flatten().tolist()) for context, blocks in zip(contexts, targets)]
+        [set(), set()]
     """
     random = np.random.Generator(np.random.Philox(seed))
     target_size = _block_size(grid, target_scale, target_aspect, random.random())
@@ -169,7 +194,7 @@ def multi_block(
 def _block_size(
     grid: tuple[int, int], scale: tuple[float, float], aspect: tuple[float, float], share: float
 ) -> tuple[int, int]:
-    """Height and width of a block, smaller than the grid; ``share`` places area and aspect in their ranges."""
+    """Height and width of a block, smaller than the grid; ``share`` sets where area and aspect lie in their ranges."""
     area = int(grid[0] * grid[1] * (scale[0] + share * (scale[1] - scale[0])))
     ratio = aspect[0] + share * (aspect[1] - aspect[0])
     sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -188,7 +213,7 @@ def _blocks(
 
 
 def _indices(masks: np.ndarray) -> Tensor:
-    """Indices of the first true entries along the last axis, as many as the mask with the fewest has."""
+    """Indices of the first true entries along the last axis, cut to the length of the mask with the fewest."""
     order = np.argsort(~masks, axis=-1, kind="stable")
     return torch.from_numpy(order[..., : masks.sum(-1).min()])
 
@@ -203,6 +228,11 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
     Returns:
         Indices ``(B, visible)`` of the visible patches, indices ``(B, N)`` that bring visible and masked patches back
         into their order, and the mask ``(B, N)``, 1 where masked.
+
+    Example:
+        >>> visible, restore, mask = random_masking(torch.tensor([[0.3, 0.1, 0.9, 0.5, 0.7, 0.2, 0.8, 0.4]]), 0.75)
+        >>> visible, mask
+        (tensor([[1, 5]]), tensor([[1., 0., 1., 1., 1., 0., 1., 1.]]))
     """
     visible = max(1, int(noise.shape[1] * (1 - mask_ratio)))
     shuffle = noise.argsort(dim=1)
@@ -211,10 +241,15 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
 
 
 def taken(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens ``(B, M, D)`` at some places of each image.
+    """Tokens ``(B, M, D)`` at some positions of each image.
 
     Args:
         tokens: ``(B, N, D)``.
-        indices: ``(B, M)``.
+        indices: ``(B, M)`` positions.
+
+    Example:
+        >>> taken(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, 0]]))
+        tensor([[[3.],
+                 [1.]]])
     """
     return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))

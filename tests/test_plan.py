@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ssl_lightning import BYOL, MoCoV2, Optim
 from ssl_lightning.commands.plan import plan
 from tests.small import digits, simclr, small, trainer
@@ -56,3 +58,12 @@ def test_a_plan_is_no_training(tmp_path: Path) -> None:
     running = trainer(tmp_path, max_epochs=10)
     plan(running, simclr(), digits())
     assert running.global_step == 3
+
+
+def test_a_plan_leaves_out_memory_where_the_platform_does_not_report_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    rows = plan(trainer(tmp_path, max_epochs=1), simclr(), digits()).rows
+    assert "time" in rows
+    assert "memory" not in rows

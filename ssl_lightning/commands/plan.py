@@ -2,7 +2,7 @@
 
 import inspect
 import math
-import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,12 +71,20 @@ class _Measure(L.Callback):
         steps = len(self.times) - 1
         seconds = (self.times[-1] - self.times[min(1, steps - 1)]) / max(1, steps - 1)
         hours = seconds * trainer.accumulate_grad_batches * trainer.estimated_stepping_batches / 3600
-        if pl_module.device.type == "cuda":
-            memory = f"{torch.cuda.max_memory_allocated(pl_module.device) / 1e9:.1f} GB of the GPU"
-        else:
-            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of the process"
-        self.plan.rows["memory"] = memory
+        self.plan.rows |= _memory(pl_module.device)
         self.plan.rows["time"] = f"{seconds:.2f} s a batch, {hours:.2g} hours in all without validation"
+
+
+def _memory(device: torch.device) -> dict[str, str]:
+    """The most memory in use so far, where the platform reports it."""
+    if device.type == "cuda":
+        return {"memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of the GPU"}
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return {}
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on macOS, kilobytes elsewhere
+    return {"memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of the process"}
 
 
 def _schedule(trainer: L.Trainer, module: Any) -> dict[str, str]:

@@ -11,18 +11,27 @@ from ssl_lightning.losses.precision import full_precision
 @full_precision
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = False) -> Tensor:
-    """Assign the global batch to prototypes, all of them about equally often (Sinkhorn-Knopp).
+    """Assign the global batch to prototypes so that all prototypes are used about equally often (Sinkhorn-Knopp).
 
     Source: Caron et al. 2020, SwAV, section 3.1 and its released code.
 
     Args:
         scores: ``(B, K)``, this process's rows.
         epsilon: Smoothness: scores are divided by it.
-        iterations: Normalisations over prototypes and rows.
+        iterations: Number of normalizations, each over prototypes and then over rows.
         uneven: Whether processes may have different numbers of rows, or none.
 
     Returns:
         ``(B, K)``; each row sums to 1.
+
+    Example:
+        >>> scores = torch.tensor([[1.0, 0.0], [0.9, 0.3], [0.5, 0.4]])
+        >>> sinkhorn(scores, epsilon=0.5, iterations=3)
+        tensor([[0.7030, 0.2970],
+                [0.5155, 0.4845],
+                [0.2813, 0.7187]])
+        >>> sinkhorn(scores, epsilon=0.5, iterations=3).sum(0)
+        tensor([1.4998, 1.5002])
     """
     largest = scores.max() if len(scores) else scores.new_tensor(float("-inf"))
     assignments = torch.exp((scores - reduced(largest, "max")) / epsilon)
@@ -48,6 +57,12 @@ def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         logits: ``(V, B, K)`` of all views.
         targets: ``(A, B, K)`` distributions of the first A views.
         temperature: Divides the logits.
+
+    Example:
+        >>> logits = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # 2 views of 1 image
+        >>> targets = torch.tensor([[[1.0, 0.0]]])  # of the first view, which the second predicts: ln(1 + e)
+        >>> cross_view(logits, targets, temperature=1.0)
+        tensor(1.3133)
     """
     predictions, targets = F.log_softmax(logits / temperature, dim=-1), targets.detach()
     across = (targets.sum(0) * predictions.sum(0)).sum()
@@ -66,6 +81,12 @@ def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
         scores: ``(V, B, K)`` cosine similarities of all crops to the prototypes.
         assignments: ``(A, B, K)`` of the first A crops.
         temperature: Divides the scores.
+
+    Example:
+        >>> assignments = sinkhorn(torch.tensor([[1.0, 0.0], [0.9, 0.3], [0.5, 0.4]]), epsilon=0.5, iterations=3)
+        >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+        >>> swav(scores.expand(2, 3, 2), assignments.expand(2, 3, 2), temperature=0.1)  # two equal crops of 3 images
+        tensor(2.0548)
     """
     return cross_view(scores, assignments, temperature)
 
@@ -83,7 +104,13 @@ def dino(
         teacher: ``(G, B, K)`` logits of the global crops, which come first.
         center: ``(K,)`` subtracted from the teacher's logits.
         student_temperature: Divides the student's logits.
-        teacher_temperature: Divides the teacher's centred logits.
+        teacher_temperature: Divides the teacher's centered logits.
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.5, 0.5]]])  # 3 crops of 1 image
+        >>> teacher = torch.tensor([[[0.5, 0.3]], [[0.1, 0.2]]])  # the first 2 are global
+        >>> dino(student, teacher, torch.zeros(2), student_temperature=0.1, teacher_temperature=0.04)
+        tensor(5.1402)
     """
     targets = F.softmax((teacher.detach() - center) / teacher_temperature, dim=-1)
     return cross_view(student, targets, student_temperature)
@@ -91,7 +118,7 @@ def dino(
 
 @full_precision
 def deepcluster_v2(scores: Tensor, clusters: Tensor, temperature: float) -> Tensor:
-    """Predict the image's cluster in each set from every crop.
+    """Predict the image's cluster in each set of prototypes from every crop.
 
     Source: Caron et al. 2020, SwAV, appendix on DeepCluster-v2 and its released code.
 
@@ -99,6 +126,11 @@ def deepcluster_v2(scores: Tensor, clusters: Tensor, temperature: float) -> Tens
         scores: ``(H, V, B, K)`` cosine similarities of all crops to the prototypes of H sets.
         clusters: ``(H, B)`` index of the image's prototype in each set.
         temperature: Divides the scores.
+
+    Example:
+        >>> scores = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]]]])  # 1 set, 2 crops of 1 image, 2 prototypes
+        >>> deepcluster_v2(scores, clusters=torch.tensor([[0]]), temperature=1.0)  # (ln(1 + 1/e) + ln 2) / 2
+        tensor(0.5032)
     """
     targets = clusters[:, None].expand(scores.shape[:-1])  # (H, V, B)
     return F.cross_entropy((scores / temperature).flatten(0, 2), targets.flatten())
@@ -112,10 +144,17 @@ def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: floa
 
     Args:
         student: ``(M, K)`` logits of the masked patches of all images.
-        assignments: ``(M, K)``, the teacher's distributions on the same patches.
-        counts: ``(M,)``, what each patch is divided by: masked patches of its image * images. Images without masked
-            patches count as images.
+        assignments: ``(M, K)`` distributions of the teacher on the same patches.
+        counts: ``(M,)`` divisor of each patch: number of masked patches in its image, times number of images. Images
+            without masked patches count as images.
         temperature: Divides the student's logits.
+
+    Example:
+        >>> student = torch.tensor([[0.1, 0.0], [0.2, 0.1], [0.1, 0.3]])
+        >>> assignments = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+        >>> counts = torch.tensor([4, 4, 2])  # of 2 images, one has 2 masked patches and the other has 1
+        >>> ibot(student, assignments, counts, temperature=0.1)
+        tensor(0.7451)
     """
     errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
     return (errors / counts).sum()
@@ -125,15 +164,23 @@ def entropy(assignments: Tensor) -> Tensor:
     """Mean entropy of assignments, from 0 (one-hot) to ln K.
 
     Args:
-        assignments: ``(B, K)``, rows summing to 1.
+        assignments: ``(B, K)``; each row sums to 1.
+
+    Example:
+        >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))  # (0 + ln 2) / 2
+        tensor(0.3466)
     """
     return -torch.xlogy(assignments, assignments).sum(1).mean()
 
 
 def share_in_use(assignments: Tensor) -> Tensor:
-    """Share of the prototypes that are the first of some row, of as many as there can be.
+    """Number of prototypes that are the largest of at least one row, divided by the most that B rows can use.
 
     Args:
         assignments: ``(B, K)``.
+
+    Example:
+        >>> share_in_use(torch.tensor([[0.9, 0.1], [0.6, 0.4]]))  # only the first of two
+        tensor(0.5000)
     """
     return assignments.argmax(1).unique().numel() / torch.tensor(float(min(assignments.shape)))

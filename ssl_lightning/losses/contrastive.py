@@ -1,4 +1,4 @@
-"""Losses that tell an image from others."""
+"""Losses that distinguish an image from other images."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,11 +20,11 @@ def nt_xent(
     reduction: Literal["mean", "sum"] = "mean",
     chunk: int | None = None,
 ) -> Tensor:
-    """Normalised temperature-scaled cross entropy: each row finds its positive among all 2N - 1 other rows.
+    """Normalized temperature-scaled cross entropy: each row identifies its positive among all 2N - 1 other rows.
 
     Negatives come from all processes, with the exact gradient (the result is this process's share: average over
-    processes). Source: Chen et al. 2020, SimCLR, eq. 1; own code because lightly's masks rows with boolean indexing,
-    which waits on the device, and builds the mask on the CPU when distributed.
+    processes). Source: Chen et al. 2020, SimCLR, eq. 1. This is not lightly's loss because that one masks rows with
+    boolean indexing, which waits for the device, and builds the mask on the CPU when distributed.
 
     Args:
         z0: ``(B, D)`` projections of the first view, any scale.
@@ -32,8 +32,18 @@ def nt_xent(
         temperature: Divides the cosine similarities.
         reduction: ``mean`` over the 2N anchors as in the paper, or the ``sum`` of the means of both views as in the
             released code (twice the value).
-        chunk: Anchors per block of the logits: only one block is held at a time, and computed again for the gradient.
-            None holds all ``(2B, 2N)`` of them.
+        chunk: Anchors per block of logits. Only one block is in memory at a time, and it is computed again for the
+            gradient. None keeps all ``(2B, 2N)`` logits.
+
+    Example:
+        >>> z0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> z1 = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        >>> nt_xent(z0, z1, temperature=0.5)
+        tensor(0.6680)
+        >>> nt_xent(z0, z1, temperature=0.5, reduction="sum")
+        tensor(1.3361)
+        >>> nt_xent(torch.ones(4, 3), torch.ones(4, 3), temperature=0.5)  # collapsed: ln 7
+        tensor(1.9459)
     """
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     all0, all1 = gather(z0), gather(z1)  # (N, D)
@@ -55,7 +65,7 @@ def nt_xent(
 def _mean_in_blocks(
     summed: Callable[..., Tensor], chunk: int | None, anchors: Tensor, target: Tensor, *candidates: Tensor
 ) -> Tensor:
-    """Mean of a loss over anchors that never holds the logits of more than one block of them.
+    """Mean of a loss over anchors, with the logits of only one block of anchors in memory at a time.
 
     Args:
         summed: The loss of some anchors with their targets and all candidates, summed.
@@ -74,7 +84,7 @@ def _mean_in_blocks(
 
 @full_precision
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Each query finds its key among the negatives of a queue.
+    """Each query identifies its key among the negatives of a queue.
 
     Source: He et al. 2020, MoCo, eq. 1.
 
@@ -83,6 +93,12 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
         keys: ``(B, D)``, any scale; row i is the positive of query i.
         negatives: ``(K, D)`` with rows of unit norm.
         temperature: Divides the cosine similarities.
+
+    Example:
+        >>> queries, keys = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+        >>> negatives = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> info_nce(queries, keys, negatives, temperature=0.2)  # cosines 0.6, 0, -1
+        tensor(0.0489)
     """
     queries, keys = F.normalize(queries, dim=1), F.normalize(keys.detach(), dim=1)
     positive = (queries * keys).sum(1, keepdim=True)  # (B, 1)
@@ -92,7 +108,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 @full_precision
 def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None = None) -> Tensor:
-    """Each query finds its key among those of the global batch: one direction, times 2 * temperature.
+    """Each query identifies its key among the keys of the global batch: one direction, times 2 * temperature.
 
     Source: Chen et al. 2021, MoCo v3, algorithm 1.
 
@@ -101,6 +117,14 @@ def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None
         keys: ``(B, D)`` of the other view, any scale; row i is the positive of query i.
         temperature: Divides the cosine similarities.
         chunk: Queries per block of the logits, as in ``nt_xent``.
+
+    Example:
+        >>> queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> keys = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        >>> moco_v3(queries, keys, temperature=0.2)
+        tensor(0.2628)
+        >>> moco_v3(queries, keys, temperature=1.0)
+        tensor(1.0186)
     """
     queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys.detach(), dim=1))
     target = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
@@ -112,25 +136,31 @@ def moco_v3(queries: Tensor, keys: Tensor, temperature: float, chunk: int | None
 
 
 @full_precision
-def nnclr(neighbours: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """Each neighbour of one view finds its image's prediction of the other view in the global batch: one direction.
+def nnclr(neighbors: Tensor, predictions: Tensor, temperature: float) -> Tensor:
+    """Each neighbor of one view identifies the prediction of its image's other view in the global batch: one direction.
 
     Predictions come from all processes, with the exact gradient. Source: Dwibedi et al. 2021, NNCLR, eq. 4 and
     algorithm 1.
 
     Args:
-        neighbours: ``(B, D)`` nearest neighbours of one view, any scale.
-        predictions: ``(B, D)`` of the other view, any scale; row i belongs to neighbour i.
+        neighbors: ``(B, D)`` nearest neighbors of one view, any scale.
+        predictions: ``(B, D)`` of the other view, any scale; row i belongs to neighbor i.
         temperature: Divides the cosine similarities.
+
+    Example:
+        >>> neighbors = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> predictions = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        >>> nnclr(neighbors, predictions, temperature=1.0)  # cosines 0.6, -0.8 and 0.8, 0.6
+        tensor(0.5093)
     """
-    neighbours, predictions = F.normalize(neighbours.detach(), dim=1), gather(F.normalize(predictions, dim=1))
-    target = torch.arange(len(neighbours), device=neighbours.device) + rank() * len(neighbours)
-    return F.cross_entropy(neighbours @ predictions.T / temperature, target)
+    neighbors, predictions = F.normalize(neighbors.detach(), dim=1), gather(F.normalize(predictions, dim=1))
+    target = torch.arange(len(neighbors), device=neighbors.device) + rank() * len(neighbors)
+    return F.cross_entropy(neighbors @ predictions.T / temperature, target)
 
 
 @full_precision
 def instance_discrimination(features: Tensor, memory: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """Each feature finds the row of its image among all rows of a memory.
+    """Each feature identifies the row of its image among all rows of a memory.
 
     Source: Wu et al. 2018, NPID, eq. 2.
 
@@ -139,22 +169,34 @@ def instance_discrimination(features: Tensor, memory: Tensor, indices: Tensor, t
         memory: ``(M, D)``, one row for each image.
         indices: ``(B,)`` rows of the images.
         temperature: Divides the cosine similarities.
+
+    Example:
+        >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> features, indices = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+        >>> instance_discrimination(features, memory, indices, temperature=1.0)  # ln(1 + 1/e)
+        tensor(0.3133)
     """
     return F.cross_entropy(features @ memory.detach().T / temperature, indices)
 
 
 @full_precision
 def nce(features: Tensor, memory: Tensor, candidates: Tensor, temperature: float, normalizer: Tensor) -> Tensor:
-    """Each feature tells the row of its image from rows that are noise; the sum over them, mean over features.
+    """Each feature distinguishes the row of its image from drawn rows: summed over rows, mean over features.
 
     Source: Wu et al. 2018, NPID, eq. 4 to 7, and its released code.
 
     Args:
         features: ``(B, D)`` of unit norm.
         memory: ``(M, D)``, one row for each image.
-        candidates: ``(B, 1 + K)`` rows: that of the image, then K drawn ones.
+        candidates: ``(B, 1 + K)`` indices of rows: the image's own, then K drawn ones.
         temperature: Divides the cosine similarities.
         normalizer: Z, a scalar, see ``nce_normalizer``.
+
+    Example:
+        >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])
+        >>> features, candidates = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 1, 2]])
+        >>> nce(features, memory, candidates, temperature=1.442695, normalizer=torch.tensor(4.0))  # exp(1/1.442695) = 2
+        tensor(1.5041)
     """
     return nce_of(_unnormalized(features, memory, candidates, temperature) / normalizer, len(memory))
 
@@ -166,6 +208,10 @@ def nce_of(probabilities: Tensor, images: int) -> Tensor:
     Args:
         probabilities: ``(B, 1 + K)``: of the image itself, then of K drawn ones.
         images: Number of images that the noise is drawn from.
+
+    Example:
+        >>> nce_of(torch.tensor([[0.5, 0.25, 0.25]]), images=4)  # -ln 1/2 - 2 ln 2/3
+        tensor(1.5041)
     """
     noise = (probabilities.shape[1] - 1) / images  # K / M
     of_data = probabilities[:, 0] / (probabilities[:, 0] + noise + 1e-7)
@@ -176,15 +222,21 @@ def nce_of(probabilities: Tensor, images: int) -> Tensor:
 @full_precision
 @torch.no_grad()
 def nce_normalizer(features: Tensor, memory: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    """Estimate of Z, with which the probabilities of all images sum to 1, from a batch of all processes.
+    """Estimate Z, for which the probabilities of all images sum to 1, from the global batch.
 
     Source: Wu et al. 2018, NPID, eq. 8.
 
     Args:
         features: ``(B, D)`` of unit norm.
-        memory: ``(M, D)``.
-        candidates: ``(B, 1 + K)`` rows.
+        memory: ``(M, D)``, one row for each image.
+        candidates: ``(B, 1 + K)`` indices of rows.
         temperature: Divides the cosine similarities.
+
+    Example:
+        >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]])
+        >>> features, candidates = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 1, 2]])
+        >>> nce_normalizer(features, memory, candidates, temperature=1.442695)  # 4 images * mean of 2, 1, 1
+        tensor(5.3333)
     """
     mean = _unnormalized(features, memory, candidates, temperature).mean()
     return reduced(mean) / world_size() * len(memory)

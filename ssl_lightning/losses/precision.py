@@ -1,4 +1,4 @@
-"""Losses are computed in full precision."""
+"""Computing losses in full precision."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,18 @@ from torch import Tensor
 
 
 def full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Run a loss outside autocast, with half-precision inputs widened: exp(1/0.05) overflows float16."""
+    """Decorate a loss to run outside autocast, with half-precision inputs in float32: exp(1/0.05) overflows float16.
+
+    Args:
+        loss: Any function of tensors.
+
+    Example:
+        >>> @full_precision
+        ... def exponential(scores, epsilon):
+        ...     return (scores / epsilon).exp()
+        >>> exponential(torch.ones(2, dtype=torch.float16), epsilon=0.05)
+        tensor([4.8517e+08, 4.8517e+08])
+    """
 
     def widen(value: Any) -> Any:
         half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)

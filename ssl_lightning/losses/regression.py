@@ -17,6 +17,10 @@ def byol(predictions: Tensor, targets: Tensor) -> Tensor:
     Args:
         predictions: ``(B, D)`` of the online network, any scale.
         targets: ``(B, D)`` of the teacher on the other view, any scale.
+
+    Example:
+        >>> byol(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))  # 2 - 2 * 3/5
+        tensor(0.8000)
     """
     return 2 + 2 * negative_cosine(predictions, targets)
 
@@ -30,32 +34,45 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     Args:
         predictions: ``(B, D)``, any scale.
         targets: ``(B, D)``, any scale.
+
+    Example:
+        >>> negative_cosine(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor(-0.8000)
     """
     return -(F.normalize(predictions, dim=1) * F.normalize(targets.detach(), dim=1)).sum(1).mean()
 
 
 @full_precision
 def ijepa(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Smooth L1 distance, mean over all entries: half the square below 1, then linear.
+    """Smooth L1 distance, mean over all entries: half the squared difference below 1, linear above.
 
-    Source: Assran et al. 2023, I-JEPA, whose released code has it in place of the paper's squared distance.
+    Source: the released code of Assran et al. 2023, I-JEPA; the paper has the squared distance instead.
 
     Args:
         predictions: Any shape.
-        targets: The same shape, of the teacher.
+        targets: Teacher's features, of the same shape.
+
+    Example:
+        >>> ijepa(torch.tensor([0.0, 0.0]), torch.tensor([0.5, 2.0]))  # (0.5 * 0.5**2 + 2 - 0.5) / 2
+        tensor(0.8125)
     """
     return F.smooth_l1_loss(predictions, targets.detach())
 
 
 @full_precision
 def lejepa(embeddings: Tensor, global_views: int) -> Tensor:
-    """Mean squared distance of all views from the centre of the global ones, gradients flowing through both.
+    """Mean squared distance of all views from the mean of the global views, with gradients through both.
 
     Source: Balestriero & LeCun 2025, LeJEPA, algorithm 2.
 
     Args:
         embeddings: ``(V, B, D)``, global views first.
         global_views: Number of global views.
+
+    Example:
+        >>> embeddings = torch.tensor([[[0.0]], [[2.0]], [[4.0]]])  # 3 views of 1 image
+        >>> lejepa(embeddings, global_views=2)  # distances from 1
+        tensor(3.6667)
     """
     return (embeddings - embeddings[:global_views].mean(0)).square().mean()
 
@@ -71,7 +88,16 @@ def mae(predictions: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm
         images: ``(B, 3, S, S)``.
         mask: ``(B, N)``, 1 where the patch was masked.
         patch_size: Side P of the patches in pixels.
-        normalize: Whether each target patch is normalised by its own mean and (unbiased) variance.
+        normalize: Whether each target patch is normalized by its own mean and (unbiased) variance.
+
+    Example:
+        >>> images = torch.tensor([[1.0, 2.0], [3.0, 0.0]]).expand(1, 3, 2, 2)
+        >>> mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+        >>> mae(torch.zeros(1, 4, 3), images, mask, patch_size=1, normalize=False)  # (1 + 9) / 2
+        tensor(5.)
+        >>> predictions, images = torch.zeros(1, 1, 768), torch.rand(1, 3, 16, 16)
+        >>> mae(predictions, images, torch.ones(1, 1), patch_size=16, normalize=True)  # 767/768 for any image
+        tensor(0.9987)
     """
     targets = patchify(images, patch_size)
     if normalize:
@@ -91,6 +117,11 @@ def simmim(predictions: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         predictions: ``(B, 3, S, S)``.
         images: ``(B, 3, S, S)``.
         mask: ``(B, S, S)``, true where masked.
+
+    Example:
+        >>> mask = torch.tensor([[[True, False], [False, False]]])
+        >>> simmim(torch.full((1, 3, 2, 2), 2.0), torch.zeros(1, 3, 2, 2), mask)
+        tensor(2.0000)
     """
     errors = (predictions - images).abs() * mask[:, None]
     return errors.sum() / (mask.to(errors.dtype).sum() + 1e-5) / images.shape[1]
@@ -100,7 +131,7 @@ def simmim(predictions: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 def vector_quantization(
     reconstructions: Tensor, images: Tensor, codes: Tensor, vectors: Tensor, commitment: float
 ) -> Tensor:
-    """Squared error of a reconstruction, of the vectors from the codes, and of the codes from the vectors.
+    """Squared errors of a reconstruction, of the vectors from the codes, and of the codes from the vectors.
 
     Source: van den Oord et al. 2017, VQ-VAE, eq. 3.
 
@@ -108,8 +139,14 @@ def vector_quantization(
         reconstructions: ``(B, 3, S, S)``.
         images: ``(B, 3, S, S)``.
         codes: ``(B, D, ...)`` of the encoder.
-        vectors: ``(B, D, ...)``, the nearest to them.
-        commitment: Weight of the last.
+        vectors: ``(B, D, ...)`` nearest to the codes.
+        commitment: Weight of the last error, whose gradient reaches the codes.
+
+    Example:
+        >>> reconstructions, images = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+        >>> codes, vectors = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]])
+        >>> vector_quantization(reconstructions, images, codes, vectors, commitment=0.25)  # 1 + 1.25 * (1 + 9)
+        tensor(13.5000)
     """
     distances = F.mse_loss(vectors, codes.detach()) + commitment * F.mse_loss(codes, vectors.detach())
     return F.mse_loss(reconstructions, images) + distances * codes.shape[1]  # summed over D, as in the paper

@@ -10,12 +10,16 @@ from ssl_lightning.losses.precision import full_precision
 
 @full_precision
 def koleo(features: Tensor) -> Tensor:
-    """Push each unit vector away from its nearest neighbour (Kozachenko-Leonenko estimate of the entropy, negated).
+    """Push each unit vector away from its nearest neighbor (Kozachenko-Leonenko estimate of the entropy, negated).
 
-    Source: Sablayrolles et al. 2019, Spreading vectors for similarity search, as DINOv2's released code has it.
+    Source: Sablayrolles et al. 2019, Spreading vectors for similarity search, as in DINOv2's released code.
 
     Args:
         features: ``(B, D)``, any scale; of one view of each image.
+
+    Example:
+        >>> koleo(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))  # nearest at 0.765: -ln 0.765
+        tensor(0.2674)
     """
     features = F.normalize(features, eps=1e-8, dim=1)
     with torch.no_grad():
@@ -26,17 +30,26 @@ def koleo(features: Tensor) -> Tensor:
 
 @full_precision
 def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float = 5.0) -> Tensor:
-    """Distance of the embeddings' distribution from an isotropic Gaussian, by their projections on random directions.
+    """Distance of the embeddings' distribution from an isotropic Gaussian, measured along random directions.
 
-    The Epps-Pulley test of each projection: the squared difference of its characteristic function from that of N(0, 1),
-    weighted by exp(-t^2 / 2), integrated by trapezoids, times the number of embeddings; mean over the directions. Over
-    all processes, with the exact gradient. Source: Balestriero & LeCun 2025, LeJEPA, section 4.
+    This is the Epps-Pulley test of each projection: the squared difference between its characteristic function and the
+    one of N(0, 1), weighted by exp(-t^2 / 2), integrated by the trapezoidal rule, times the number of embeddings. The
+    result is the mean over directions. It covers all processes, with the exact gradient. Source: Balestriero & LeCun
+    2025, LeJEPA, section 4.
 
     Args:
         embeddings: ``(B, D)`` of one view, this process's rows.
         directions: ``(D, S)``, any scale, the same on all processes.
         knots: Points of the integral, an odd number.
-        limit: The integral goes from minus this to this.
+        limit: The integral runs from minus this to this.
+
+    Example:
+        >>> collapsed = torch.zeros(4, 2)
+        >>> sigreg(collapsed, directions=torch.eye(2))  # 4 sqrt(2 pi) (1 - sqrt(2) + 1 / sqrt(3))
+        tensor(1.6357)
+        >>> spread = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> sigreg(spread, directions=torch.eye(2))
+        tensor(0.4374)
     """
     t = torch.linspace(0, limit, knots // 2 + 1, dtype=embeddings.dtype, device=embeddings.device)
     gaussian = torch.exp(-t.square() / 2)  # (T,)
@@ -52,11 +65,18 @@ def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float
 def gram(student: Tensor, anchor: Tensor) -> Tensor:
     """Keep the cosine similarities of all pairs of patches of an image: mean squared difference.
 
-    Source: Siméoni et al. 2025, DINOv3, eq. 2, whose squared Frobenius norm the released code divides by the entries.
+    Source: Siméoni et al. 2025, DINOv3, eq. 2. As in the released code, the squared Frobenius norm is divided by the
+    number of entries.
 
     Args:
         student: ``(B, N, D)`` patch features.
         anchor: ``(B, N, E)`` of the same patches, from an earlier teacher.
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # cosines 1, 0, 0, 1
+        >>> anchor = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])  # cosines 1, 1, 1, 1
+        >>> gram(student, anchor)
+        tensor(0.5000)
     """
     student, anchor = F.normalize(student, dim=-1), F.normalize(anchor.detach(), dim=-1)
     return (student @ student.mT - anchor @ anchor.mT).square().mean()  # of (B, N, N)

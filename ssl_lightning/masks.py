@@ -100,8 +100,8 @@ def block_masks(
         ``(B, rows * columns)`` bool on the CPU, true where masked.
 
     Example:
-        >>> block_masks((14, 14), counts=[75, 0], smallest=16, largest=75, seeds=[0, 1]).sum(1)  # BEiT's sizes
-        tensor([75,  0])
+        >>> block_masks((14, 14), counts=[75, 0], smallest=16, largest=75, seeds=[0, 1]).sum(1)  # a few may not fit
+        tensor([73,  0])
     """
     masks = [block_mask(grid, count, smallest, largest, seed) for count, seed in zip(counts, seeds, strict=True)]
     return torch.stack(masks).flatten(1)

@@ -9,7 +9,7 @@ from ssl_lightning.distributed import summed
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose mean and variance are those of all processes, with the exact gradient.
+    """BatchNorm with mean and variance over all processes, with the exact gradient.
 
     With a loss that is this process's share and gradients averaged over processes, everything equals one process that
     holds the whole batch. Own code because torch's refuses tensors on the CPU; on GPUs torch's is the faster one.
@@ -26,13 +26,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
         count = summed(wide.new_tensor(x.numel() / x.shape[1]))
         mean = summed(wide.sum(axes)) / count  # (C,)
-        centred = wide - mean.view(shape)
-        variance = summed(centred.square().sum(axes)) / count  # (C,)
+        centered = wide - mean.view(shape)
+        variance = summed(centered.square().sum(axes)) / count  # (C,)
         if self.track_running_stats:
             self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = (variance + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
-        out = centred * scale.view(shape)
+        out = centered * scale.view(shape)
         return (out if self.bias is None else out + self.bias.view(shape)).to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:

@@ -47,8 +47,8 @@ class _Gather(torch.autograd.Function):
 def gather(local: Tensor) -> Tensor:
     """Concatenate the rows of all processes in order of rank, with the exact gradient.
 
-    With a loss that averages over the local rows, and gradients averaged over processes, the gradient equals that of
-    one process holding the whole batch.
+    If the loss averages over the local rows and gradients are averaged over processes, the gradient equals the gradient
+    of one process that holds the whole batch.
 
     Args:
         local: ``(B, ...)``, the same shape on every process.
@@ -85,7 +85,7 @@ def summed(local: Tensor) -> Tensor:
 
 
 def own_part(rows: Tensor) -> Tensor:
-    """This process's rows of those of all processes: the way back from ``gather``.
+    """This process's part of the rows of all processes: the way back from ``gather``.
 
     Args:
         rows: ``(W * B, ...)``.
@@ -151,7 +151,7 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, of sharded ones that of the whole; all in a handful of calls.
+    """Euclidean norm of each tensor, of sharded tensors over all shards; all in a handful of calls.
 
     Args:
         tensors: All sharded alike, or none.

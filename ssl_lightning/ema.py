@@ -30,7 +30,7 @@ def teacher_of(student: Part) -> Part:
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the parameters of a teacher: momentum * teacher + (1 - momentum) * student, in one call for all tensors.
 
-    Buffers are left alone: a teacher's BatchNorm keeps the statistics of its own batches.
+    Buffers do not move: a teacher's BatchNorm keeps the statistics of its own batches.
 
     Args:
         teacher: Module to move.

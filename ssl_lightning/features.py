@@ -32,7 +32,7 @@ class FeatureRecorder:
             self._features, self._images = [], 0
 
     def record(self, features: Tensor) -> None:
-        """Keep features, unless those of all images are there.
+        """Keep features, unless all images have theirs.
 
         Args:
             features: ``(B, embed_dim)``.

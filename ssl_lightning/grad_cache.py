@@ -31,8 +31,8 @@ def encode_in_chunks(backbone: nn.Module, views: Sequence[Tensor], chunk_size: i
     """Features ``(V * B, embed_dim)`` of views, view by view, in memory for the activations of one chunk.
 
     Each chunk is computed twice: for its features, and again when their gradient is known. The gradient is exact:
-    random numbers and autocast are those of the first time, BatchNorm moves its running statistics once, and a
-    parameter gets one gradient, as DDP expects. With live BatchNorm the statistics are those of the chunk. Source: Gao
+    random numbers and autocast are the same both times, BatchNorm moves its running statistics once, and a
+    parameter gets one gradient, as DDP expects. With live BatchNorm the statistics are per chunk. Source: Gao
     et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, section 3, by torch's
     checkpoints.
 

@@ -12,7 +12,7 @@ _ROWS_AT_A_TIME = 16384
 class Memory(nn.Module):
     """The newest embedding of each image of a data set; the same on every process, saved with the method.
 
-    It begins without images: ``resize`` tells how many there are.
+    It begins without images: ``resize`` makes room for them.
 
     Args:
         shape: Shape of the embedding of an image.
@@ -47,7 +47,7 @@ class Memory(nn.Module):
         if len(self.rows) != images:
             raise UserError(
                 f"the memory is of {len(self.rows):,} images, not of {images:,}; go on with the images that the run "
-                "began with, or begin anew with model.init_from."
+                "began with, or start again with model.init_from."
             )
 
     def write(self, indices: Tensor, rows: Tensor) -> None:

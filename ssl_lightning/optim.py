@@ -130,10 +130,10 @@ class LARC(LARS):
 
 
 def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
-    """Clip the gradient of each parameter on its own, not that of all together (DINO's released code).
+    """Clip the gradient of each parameter on its own, not of all together (DINO's released code).
 
     Args:
-        parameters: Those without a gradient are left alone.
+        parameters: Parameters without a gradient are skipped.
         largest: Largest norm of a gradient; 0 for no clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -146,7 +146,7 @@ def clip_together(parameters: Iterable[Tensor], largest: float) -> None:
     """Clip the gradient of several parameters by the norm of all together.
 
     Args:
-        parameters: Those without a gradient are left alone.
+        parameters: Parameters without a gradient are skipped.
         largest: Largest norm; 0 for no clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -186,8 +186,8 @@ class Optim:
             the cosine.
         step_factor: See ``milestones``.
         per_epoch: Whether the cosine changes once per epoch (MoCo v2), not per optimizer step.
-        norm_and_bias_lr_scale: Learning rate of tensors of fewer than two dimensions (biases, norms), as a share of
-            that of the others (Barlow Twins).
+        norm_and_bias_lr_scale: Learning-rate multiplier of tensors of fewer than two dimensions: biases and norms
+            (Barlow Twins).
         constant_lr: Parts of the method whose learning rate stays at the peak, without warm-up and schedule, e.g.
             ``[predictor]`` (SimSiam).
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
@@ -267,7 +267,7 @@ class Optim:
         Args:
             module: The method; decay spares those that its ``undecayed`` names.
             global_batch: Images per optimizer step over all processes and accumulated batches.
-            lr_scale: Share of the learning rate of a parameter, by its name; None gives all the whole.
+            lr_scale: Learning-rate multiplier for a parameter, given its name. None means 1 for every parameter.
 
         Raises:
             UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names no part.

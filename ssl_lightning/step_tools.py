@@ -89,7 +89,7 @@ class StepTools(L.LightningModule):
         self.recorder.record(features)
 
     def defer(self, **values: Tensor) -> None:
-        """Keep values of this batch for ``update_teacher``; those of a step that was skipped are forgotten.
+        """Keep values of this batch for ``update_teacher``; values of a skipped step are dropped.
 
         Args:
             values: Tensors by name.

@@ -20,7 +20,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Torch's fully sharded data parallelism: a process holds its part of parameters, gradients and optimizer state.
 
     ``trainer.strategy: fsdp2``. The blocks of a ViT are gathered one by one as they compute, everything else for the
-    step. A checkpoint is one file, the same as that of other strategies: each resumes what another began.
+    step. A checkpoint is one file, as with other strategies: each resumes what another began.
 
     Own class because Lightning's ``ModelParallelStrategy`` shards nothing by itself, leaves ``sync_batchnorm`` and
     the extra state of modules out, and numbers the optimizer's state as no other strategy does; its ``FSDPStrategy``
@@ -45,7 +45,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert module is not None
         if not getattr(module, "shardable", True):
             raise UserError(
-                f"{type(module).__name__} sets or uses weights beside its step; set trainer.strategy to ddp."
+                f"{type(module).__name__} sets or uses weights outside its step; set trainer.strategy to ddp."
             )
         if self.precision_plugin.precision not in ("32-true", "bf16-mixed"):
             raise UserError("fsdp2 trains in 32-true and bf16-mixed; set trainer.precision to one of them.")

@@ -246,7 +246,7 @@ def begin_with(method: Any, source: str) -> None:
         source: As ``init_from``.
 
     Raises:
-        UserError: They are not those of such a backbone; says what differs.
+        UserError: They do not fit the backbone; says what differs.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

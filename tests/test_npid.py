@@ -141,7 +141,7 @@ def test_rows_are_those_of_the_images_whatever_their_order(tmp_path: Any) -> Non
 
 def test_a_loader_that_tells_no_indices_is_refused(tmp_path: Any) -> None:
     loader = torch.utils.data.DataLoader([([torch.rand(4, 3, 32, 32)], torch.zeros(4))] * 2, batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="this loader does not tell; train with a data module"):
+    with pytest.raises(UserError, match="this loader does not give; train with a data module"):
         trainer(tmp_path).fit(small(NPID), loader)
 
 

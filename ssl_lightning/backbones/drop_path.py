@@ -28,7 +28,7 @@ class DropPath(nn.Module):
         self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop the branch ``(V * B, ...)`` of some rows, and scale that of the others."""
+        """Drop the branch ``(V * B, ...)`` of some rows, and scale it for the others."""
         if self.drop_prob == 0.0 or not self.training:
             return x
         batch_size = self.batch_size if self.batch_size and len(x) % self.batch_size == 0 else len(x)

@@ -14,7 +14,7 @@ def residual_branches(backbone: nn.Module, scale: float) -> None:
     """Set the last BatchNorm weight of each residual branch of a ResNet: 0 starts with the identity (Goyal 2017).
 
     Args:
-        backbone: A ResNet of timm or torchvision; others are left alone.
+        backbone: A ResNet of timm or torchvision; others stay as they are.
         scale: 0 or 1.
     """
     for block in backbone.modules():

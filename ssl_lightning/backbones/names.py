@@ -16,7 +16,7 @@ from ssl_lightning.errors import UserError
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
-    """Build a backbone without its classifier, randomly initialised unless ``pretrained=True`` is given.
+    """Build a backbone without its classifier, randomly initialized unless ``pretrained=True`` is given.
 
     ViTs of timm take images of any size that their patch divides.
 
@@ -68,7 +68,7 @@ def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) ->
             setattr(model, head, nn.Flatten(1))  # some classifiers flatten too
             break
     was_training = model.training
-    with torch.no_grad():  # torchvision does not tell the width of its features
+    with torch.no_grad():  # torchvision does not say the width of its features
         sizes = [model.image_size] if hasattr(model, "image_size") else [224, 288]
         widths = {model.eval()(torch.zeros(1, 3, size, size)).shape[1] for size in sizes}
     if len(widths) > 1 or getattr(model, "aux_logits", False):
@@ -78,21 +78,21 @@ def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) ->
 
 
 def is_vit(name: str) -> bool:
-    """Whether a name is that of a plain ViT of timm, e.g. vit_small_patch16_224."""
+    """Whether a name is a plain ViT of timm, e.g. vit_small_patch16_224."""
     return _is_in(name, ["vision_transformer"])
 
 
 def is_beit(name: str) -> bool:
-    """Whether a name is that of timm's BEiT, a ViT with relative positions, e.g. beit_base_patch16_224."""
+    """Whether a name is timm's BEiT, a ViT with relative positions, e.g. beit_base_patch16_224."""
     return _is_in(name, ["beit"])
 
 
 BEIT_IN_PRETRAINING = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
-"""Arguments of timm's BEiT: all blocks share their positions, and tokens are normalised before they are pooled."""
+"""Arguments of timm's BEiT: all blocks share their positions, and tokens are normalized before they are pooled."""
 
 
 def is_swin(name: str) -> bool:
-    """Whether a name is that of a Swin of timm, e.g. swin_base_patch4_window7_224."""
+    """Whether a name is a Swin of timm, e.g. swin_base_patch4_window7_224."""
     return _is_in(name, ["swin_transformer", "swin_transformer_v2"])
 
 

@@ -53,7 +53,7 @@ class TokenPredictor(nn.Module):
 
         Args:
             tokens: ``(B, N, width)``.
-            last: Predict only the last so many tokens; None is all.
+            last: Number of tokens at the end to predict; None is all.
         """
         tokens = self.norm(self.blocks(tokens))
         return self.projection(tokens if last is None else tokens[:, -last:])

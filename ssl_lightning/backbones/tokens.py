@@ -18,7 +18,7 @@ class ViT(nn.Module):
         norm: After the last block.
         cls_token: ``(1, 1, D)``, or None.
         pos_embed: Positions ``(1, N, D)``.
-        num_prefix_tokens: Tokens before those of the patches: class token and registers.
+        num_prefix_tokens: Tokens before the patches: class token and registers.
         patch_side: Number of pixels that the sides of images must be divisible by.
     """
 
@@ -114,7 +114,7 @@ def only_size(backbone: nn.Module) -> int | None:
 
 
 def layer_scale(name: str, blocks: int, decay: float) -> float:
-    """Share of the learning rate of a parameter of a ViT: that of each block is ``decay`` times that of the next.
+    """Learning-rate multiplier of a parameter of a ViT: each block has ``decay`` times the rate of the next block.
 
     Embeddings come before the first block; norm, registers and whatever is no part of the ViT have the full rate, as in
     DINOv2's released code.
@@ -137,13 +137,13 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
     """Fixed two-dimensional sine and cosine positions, zero for the class token.
 
     Half of the width encodes the row, half the column, each as sines, then cosines, of D / 4 frequencies from 1 down
-    to 1 / 10000. Own code because MoCo v3 and MAE order the halves differently, and timm and lightly know MAE's alone.
+    to 1 / 10000. Own code because MoCo v3 and MAE order the halves differently, and timm and lightly have only MAE's.
 
     Args:
         dim: Width D, divisible by 4.
         grid: Rows and columns of patches.
         rows_first: Whether the first half encodes the row (MoCo v3) or the column (MAE).
-        device: Where they shall lie.
+        device: Device of the result.
 
     Returns:
         ``(1, 1 + rows * columns, D)``.

@@ -63,7 +63,7 @@ class AnySizeViT(VisionTransformer, ViT):
             self.tell_fixed_positions()
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Position embeddings ``(1, prefix + height * width, D)`` for a grid of patches; the prefix is that of tokens.
+        """Position embeddings ``(1, prefix + height * width, D)`` of a grid of patches; the prefix is for other tokens.
 
         Args:
             height: Rows of patches.

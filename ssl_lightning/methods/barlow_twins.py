@@ -15,8 +15,8 @@ class BarlowTwins(SSLModule):
     """Barlow Twins: the same dimension of two views agrees over the batch, different ones tell different things.
 
     Zbontar et al. 2021, Barlow Twins: Self-Supervised Learning via Redundancy Reduction,
-    https://arxiv.org/abs/2103.03230. BatchNorm is global, that of the loss included. Biases and norms have a learning
-    rate of their own: 0.0048 beside 0.2.
+    https://arxiv.org/abs/2103.03230. BatchNorm is global, also in the loss. Biases and norms have their own learning
+    rate: 0.0048 instead of 0.2.
 
     Args:
         lambd: Weight of the correlations of different dimensions.

@@ -50,10 +50,10 @@ class SSLModule(StepTools):
     """Whether smaller views may follow."""
 
     batch_norm: Literal["global", "per_process"] | None = None
-    """Whose images BatchNorm sees in the paper: those of all processes (``sync_batchnorm``) or of one."""
+    """Whose images BatchNorm sees in the paper: of all processes (``sync_batchnorm``) or of each process."""
 
     undecayed: tuple[str, ...] = ()
-    """Names of parameters without weight decay, besides those of fewer than two dimensions, e.g. cls_token."""
+    """Parameters without weight decay, besides all of fewer than two dimensions, e.g. cls_token."""
 
     zero_init_residual: bool = True
     """Whether the residual branches of a ResNet start at zero."""
@@ -224,12 +224,12 @@ class SSLModule(StepTools):
         describe(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the state its present names, and raise a UserError if it is not that of such a method."""
+        """Give the state its present names, and raise a UserError if it does not fit the method."""
         rename(checkpoint["state_dict"], self.renamed)
         if self._trainer is not None:  # else load_from_checkpoint, whose caller may want a part
             check_fit(self, checkpoint)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, which take the place of those of ``init_from``."""
+        """Load weights; ``init_from`` is not read any more."""
         self.init_from = None
         return super().load_state_dict(*args, **kwargs)

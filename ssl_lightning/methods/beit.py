@@ -152,7 +152,7 @@ class BEiT(SSLModule):
         _ = self.tokenizer
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """Share of the masked patches whose word is told."""
+        """Share of the masked patches whose word is predicted."""
         return {"pretext_accuracy": losses.accuracy(*self._logits_and_words(views[0]))}
 
     @property

@@ -18,7 +18,7 @@ class BYOL(SSLModule):
 
     Grill et al. 2020, Bootstrap Your Own Latent, https://arxiv.org/abs/2006.07733. The paper's online network is
     ``backbone``, ``projector`` and ``predictor``, its target network the teachers, which start as copies (in the
-    released code they are drawn anew). BatchNorm is global.
+    released code they are drawn independently). BatchNorm is global.
 
     Args:
         momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine. 0.99 for 300

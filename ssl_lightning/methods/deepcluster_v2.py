@@ -30,17 +30,17 @@ class Clustering(L.Callback):
 
 
 class DeepClusterV2(SSLModule):
-    """DeepCluster v2: predict the cluster of an image, clusters being those of all images at the start of the epoch.
+    """DeepCluster v2: predict the cluster of an image; all images are clustered at the start of each epoch.
 
     Caron et al. 2020, SwAV, appendix on DeepCluster-v2, https://arxiv.org/abs/2006.09882, and its released code. A
     memory holds the embeddings of the two global crops of each image as they were last; at the start of each epoch
-    spherical k-means makes several sets of prototypes of it, in turn from the first and from the second crops. No
+    spherical k-means makes several sets of prototypes of it, alternately from the first and the second crops. No
     gradient moves them. All crops predict. One pass over the images fills the memory before training. BatchNorm is
     global.
 
     The memory is the same on every process: 1 kB per image with the defaults. It needs data modules that number their
-    images, as those of this package do, but for streams. An image that the memory does not hold yet, as the last
-    incomplete batch is left out, is assigned by its embedding at hand.
+    images: all of this package, except streams. An image that is not in the memory yet, because the last incomplete
+    batch is left out, is assigned by its current embedding.
 
     Args:
         temperature: Divides the scores of the prediction.
@@ -108,7 +108,7 @@ class DeepClusterV2(SSLModule):
 
     @torch.no_grad()
     def _clusters(self, embeddings: Tensor) -> Tensor:
-        """The clusters ``(H, B)`` of the images in each set: those of the epoch's start, as each comes once an epoch.
+        """Clusters ``(H, B)`` of the images in each set, as of the start of the epoch.
 
         Args:
             embeddings: ``(B, 2, projector_dim)``, for images that the memory does not hold.

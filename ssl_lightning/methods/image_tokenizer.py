@@ -31,7 +31,7 @@ class ImageTokenizer(SSLModule):
         decoder_dim: Width of the decoder.
         commitment: Weight of the distance that draws the encoder to its vectors.
         restart_below: A vector that is chosen less often than this share of the mean, averaged over some 20 steps,
-            begins anew as one of the batch's codes; 0 for never.
+            restarts as a code of the batch; 0 for never.
         probe_every: Steps between those with features for the probes.
         backbone: Name of the encoder, a network of timm; its stride is the side of the grid's cells.
         optim: Optimizer and learning-rate schedule.
@@ -41,7 +41,7 @@ class ImageTokenizer(SSLModule):
     views = "beit"
     remedies = "fewer vectors or a smaller token_dim, a lower learning rate"
     global_views = 1
-    shardable = False  # vectors begin anew
+    shardable = False  # vectors restart
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ImageTokenizer(SSLModule):
         """Numbers ``(B, N)`` of the vectors, row by row.
 
         Args:
-            images: ``(B, 3, S, S)``, normalised as in training.
+            images: ``(B, 3, S, S)``, normalized as in training.
         """
         return self._encoded(images)[2].flatten(1)
 

@@ -15,15 +15,15 @@ from ssl_lightning.optim import Optim
 
 
 class Jigsaw(SSLModule):
-    """Jigsaw: tell in which order the nine patches of an image have been laid.
+    """Jigsaw: recognize in which order the nine patches of an image have been laid.
 
     Noroozi & Favaro 2016, Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles,
     https://arxiv.org/abs/1603.09246; for ResNets Goyal et al. 2019, https://arxiv.org/abs/1905.01235, whose recipe in
     VISSL this is. A view is cut into 3 x 3 cells and a patch is taken at a random place in each, so that lines do not
-    go on from one to the next; two thirds of the images are gray, so that colour fringes tell nothing. One
+    go on from one to the next; two thirds of the images are gray, so that color fringes give nothing away. One
     ``backbone`` sees all patches. BatchNorm may be global or per process.
 
-    The training forward sees patches alone, so the linear probe learns from features of whole views at every
+    The training forward sees only patches, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE.
 
     Args:
@@ -33,7 +33,7 @@ class Jigsaw(SSLModule):
         normalize_patches: Whether each patch has its own mean taken away and its deviation divided by, as in Noroozi &
             Favaro (section 3.3); not in VISSL.
         probe_every: Steps between those with features for the probes.
-        optim: Optimizer and learning-rate schedule; the milestones are those of 105 epochs.
+        optim: Optimizer and learning-rate schedule; the milestones are for 105 epochs.
         kwargs: See SSLModule.
     """
 
@@ -107,7 +107,7 @@ class Jigsaw(SSLModule):
             raise UserError(f"the backbone's patches of {side} px do not divide model.patch_size={self.patch_size}.")
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """Share of the permutations that are told."""
+        """Share of the permutations that are recognized."""
         return {"pretext_accuracy": losses.accuracy(*self._logits_and_orders(views[0]))}
 
     @property

@@ -23,8 +23,8 @@ class LeJEPA(SSLModule):
     the authors decay less: ``optim.weight_decay`` 5e-4.
 
     Args:
-        sigreg_weight: Weight of the regulariser; prediction has the rest of 1.
-        num_slices: Random directions that the regulariser looks along, new ones at each step.
+        sigreg_weight: Weight of the regularizer; the prediction error has weight 1 minus it.
+        num_slices: Random directions that the regularizer looks along, new ones at each step.
         hidden_dim: Width of the projector's two hidden layers.
         projection_dim: Width of the embeddings.
         drop_path: Stochastic depth of a ViT: rate of the last block, rising linearly from 0.
@@ -66,7 +66,7 @@ class LeJEPA(SSLModule):
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projection_dim], bias=True, last_bias=True)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """Squared distance from the centre of the global views, and SIGReg of each view (algorithm 2)."""
+        """Squared distance from the center of the global views, and SIGReg of each view (algorithm 2)."""
         prediction, regularizer = self._parts(views)
         return (1 - self.sigreg_weight) * prediction + self.sigreg_weight * regularizer
 

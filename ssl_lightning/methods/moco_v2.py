@@ -68,7 +68,7 @@ class MoCoV2(SSLModule):
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """InfoNCE of the first view's queries with the second view's keys (algorithm 1)."""
         queries = self.projector(self.backbone(views[0]))  # (B, projector_dim)
-        all_keys = self._keys(views[1])  # (N, projector_dim): those of all processes
+        all_keys = self._keys(views[1])  # (N, projector_dim) of all processes
         self.defer(keys=all_keys)
         return losses.info_nce(queries, own_part(all_keys), self.queue.rows, self.temperature)
 
@@ -106,8 +106,8 @@ class MoCoV2(SSLModule):
             raise UserError(f"model.bn_splits={self.bn_splits} does not divide the batch; data.batch_size is {batch}.")
         if self.trainer.world_size == 1 and self.bn_splits == 1 and _has_batch_norm(self.backbone):
             rank_zero_warn(
-                "on a single device MoCo v2's BatchNorm tells which key belongs to a query: the loss falls, features "
-                "do not follow. Set model.bn_splits to 8 to split the batch as several devices would."
+                "on a single device MoCo v2's BatchNorm gives away which key belongs to a query: the loss falls, but "
+                "features do not improve. Set model.bn_splits to 8 to split the batch as several devices would."
             )
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
@@ -121,7 +121,7 @@ class MoCoV2(SSLModule):
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics in training are those of ``splits`` groups of images, each on its own.
+    """BatchNorm that, in training, takes the statistics of ``splits`` groups of images separately.
 
     The stand-in for several devices of the authors' CIFAR-10 notebook (facebookresearch/moco, branch colab-notebook).
     """

@@ -17,16 +17,16 @@ from ssl_lightning.queue import Queue
 
 
 class NNCLR(SSLModule):
-    """NNCLR: the nearest neighbour of a view among earlier images finds the other view among those of the batch.
+    """NNCLR: the nearest neighbor of a view among earlier images finds the other view in the batch.
 
     Dwibedi et al. 2021, With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
     Representations, https://arxiv.org/abs/2104.14548. The paper's support set is the ``queue``: projections of the
     first views of earlier batches. BatchNorm is global. There is no released code; views, learning rate and weight
-    decay are those of SimCLR.
+    decay are SimCLR's.
 
     Args:
         temperature: Divides the cosine similarities.
-        queue_length: Number of projections K among which neighbours are looked for; a multiple of the global batch.
+        queue_length: Number of projections K among which neighbors are searched; a multiple of the global batch.
         hidden_dim: Width of the projector's hidden layers.
         projector_dim: Width of projections and predictions.
         predictor_dim: Width of the predictor's hidden layer.
@@ -57,7 +57,7 @@ class NNCLR(SSLModule):
         self.queue = Queue(F.normalize(torch.randn(queue_length, projector_dim), dim=1))
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """Each view's neighbour finds the prediction of the other view, mean of both directions (algorithm 1).
+        """Each view's neighbor finds the prediction of the other view, mean of both directions (algorithm 1).
 
         Each view has its own forward pass and so its own BatchNorm statistics.
         """
@@ -84,7 +84,7 @@ class NNCLR(SSLModule):
         self.queue.check(global_batch)
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """Steps since the oldest row entered the queue, and the share of different neighbours in a batch."""
+        """Steps since the oldest row entered the queue, and the share of different neighbors in a batch."""
         nearest = self._nearest(self.projector(self.backbone(views[0])))
         age = len(self.queue.rows) / (len(nearest) * world_size())
         return {"queue_age": age, "neighbours_in_use": nearest.unique().numel() / len(nearest)}

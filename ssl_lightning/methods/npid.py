@@ -17,7 +17,7 @@ from ssl_lightning.optim import Optim
 
 
 class NPID(SSLModule):
-    """NPID: every image is a class of its own, told from the others by a memory of their features.
+    """NPID: every image is its own class, distinguished from the others by a memory of their features.
 
     Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric Instance Discrimination,
     https://arxiv.org/abs/1805.01978. The memory has a row for each training image, the same on every process; it is
@@ -26,10 +26,10 @@ class NPID(SSLModule):
 
     Args:
         temperature: Divides the cosine similarities.
-        nce_k: Images that each one is told from, drawn at random (noise-contrastive estimation); 0 takes all.
+        nce_k: Negatives per image, drawn at random (noise-contrastive estimation); 0 takes all images.
         momentum: Share of a row of the memory that stays when its image is seen.
         projector_dim: Width of the features in the memory.
-        optim: Optimizer and learning-rate schedule; the milestones are those of 200 epochs.
+        optim: Optimizer and learning-rate schedule; the milestones are for 200 epochs.
         kwargs: See SSLModule.
     """
 
@@ -80,7 +80,7 @@ class NPID(SSLModule):
         """Indices ``(B,)`` of the images of the batch, which are the rows of the memory."""
         if self.image_indices is None or not len(self.memory.rows):
             raise UserError(
-                "NPID remembers every image by its index in the training set, which this loader does not tell; train "
+                "NPID remembers every image by its index in the training set, which this loader does not give; train "
                 "with a data module of this package whose images have indices, not a stream."
             )
         return self.image_indices
@@ -92,7 +92,7 @@ class NPID(SSLModule):
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Move the rows of the images that were seen towards their features; Z stays that of the first batch."""
+        """Move the rows of the images that were seen towards their features; Z stays as the first batch gave it."""
         batches = (self.deferred(name) for name in ("indices", "features", "normalizer"))
         for indices, features, normalizer in zip(*batches, strict=True):
             remembered = self.memory.rows[indices]
@@ -105,7 +105,7 @@ class NPID(SSLModule):
         features = F.normalize(self.projector(self.backbone(views[0])), dim=1)
         return {"memory_agreement": (features * F.normalize(self.memory.rows[self._indices()], dim=1)).sum(1).mean()}
 
-    # The memory is as long as the training set, or as that of the checkpoint
+    # The memory has a row for each training image, or for each image of the checkpoint
 
     def setup(self, stage: str) -> None:
         """Make the memory, where none has been read; a checkpoint to resume is read after this."""
@@ -128,7 +128,7 @@ class NPID(SSLModule):
         self.memory.rows.copy_(2 * bound * rows - bound)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the memory be as long as that of the checkpoint.
+        """Give the memory as many rows as the checkpoint has.
 
         Raises:
             UserError: The training images are others.

@@ -13,17 +13,17 @@ from ssl_lightning.optim import Optim
 
 
 class RotNet(SSLModule):
-    """RotNet: tell by how many quarter turns an image has been rotated.
+    """RotNet: recognize by how many quarter turns an image has been rotated.
 
     Gidaris et al. 2018, Unsupervised Representation Learning by Predicting Image Rotations,
     https://arxiv.org/abs/1803.07728. All four rotations of every image are in the batch, so a step costs four images
     each. They are made last, after crop and flip: of a mirror image, a quarter turn to the left is one to the right.
     Optimizer and schedule are VISSL's for the ResNet-50. BatchNorm may be global or per process.
 
-    Images need an upright position: of round or many-sided ones nothing can be told.
+    Images need an upright position: rotations of round or symmetric objects cannot be recognized.
 
     Args:
-        optim: Optimizer and learning-rate schedule; the milestones are those of 105 epochs.
+        optim: Optimizer and learning-rate schedule; the milestones are for 105 epochs.
         kwargs: See SSLModule.
     """
 
@@ -51,7 +51,7 @@ class RotNet(SSLModule):
         return losses.cross_entropy(*self._logits_and_turns(views[0]))
 
     def _logits_and_turns(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(4B, 4)`` and quarter turns ``(4B,)`` of the rotations, those of an image side by side."""
+        """Logits ``(4B, 4)`` and quarter turns ``(4B,)`` of the rotations, image by image."""
         images, turns = rotations(images)
         return self.head(self.backbone(images)), turns
 
@@ -66,7 +66,7 @@ class RotNet(SSLModule):
         return {**outputs, "features": outputs["features"][::4]}
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
-        """Share of the rotations that are told; a quarter by chance."""
+        """Share of the rotations that are recognized; a quarter by chance."""
         return {"pretext_accuracy": losses.accuracy(*self._logits_and_turns(views[0]))}
 
     @property

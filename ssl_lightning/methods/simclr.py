@@ -14,11 +14,11 @@ from ssl_lightning.optim import Optim
 
 
 class SimCLR(SSLModule):
-    """SimCLR: two views of an image attract, those of other images repel.
+    """SimCLR: two views of an image attract each other, views of other images repel.
 
     Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations,
     https://arxiv.org/abs/2002.05709. BatchNorm is global: train with ``sync_batchnorm`` on several devices.
-    Convolutions keep timm's initialisation (fan-out normal; the released code has fan-in truncated normal).
+    Convolutions keep timm's initialization (fan-out normal; the released code has fan-in truncated normal).
 
     Args:
         temperature: Divides the cosine similarities; 0.1 on ImageNet, 0.5 on CIFAR-10.

@@ -34,7 +34,7 @@ class SimMIM(SSLModule):
         probe_every: Steps between those with features for the probes.
         backbone: Name of a BEiT, Swin or ViT of timm. The first two take images of one size, ``img_size``.
         backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
-        optim: Optimizer and learning-rate schedule; the milestone is that of 800 epochs.
+        optim: Optimizer and learning-rate schedule; the milestone is for 800 epochs.
         kwargs: See SSLModule.
     """
 
@@ -122,7 +122,7 @@ class SimMIM(SSLModule):
             )
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
-        """What the encoder sees of the images, and beside it the predictions of the rest."""
+        """What the encoder sees of the images, and next to it the predictions of the rest."""
         units = self._units(images)
         hidden = _enlarged(units, self.mask_unit)[:, None]  # (B, 1, S, S)
         predicted = torch.where(hidden, self.reconstruct(images, units).to(images.dtype), images)

@@ -22,7 +22,7 @@ class SwAV(SSLModule):
 
     Caron et al. 2020, Unsupervised Learning of Visual Features by Contrasting Cluster Assignments,
     https://arxiv.org/abs/2006.09882. The two global crops are assigned, all crops predict. BatchNorm is global.
-    Defaults are those of the batch of 4096; smaller ones want a queue: ``queue_length=3840`` for 256 images.
+    The defaults are for batches of 4096; smaller ones need a queue: ``queue_length=3840`` for 256 images.
     The queue holds the embeddings of all processes, and each process takes its share of it: the same assignments as
     the released code's queue per process, but whole in one checkpoint.
 
@@ -34,8 +34,8 @@ class SwAV(SSLModule):
         hidden_dim: Width of the projector's hidden layer.
         projector_dim: Width of the embeddings.
         freeze_prototypes_steps: Optimizer steps in which the prototypes stay as they are.
-        queue_length: Earlier embeddings of each global crop that are assigned beside the batch; a multiple of the
-            global batch, 0 for none.
+        queue_length: Earlier embeddings of each global crop that are assigned together with the batch; a multiple of
+            the global batch, 0 for none.
         queue_start_epoch: Epoch from which the queue is filled; it is used once full.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
@@ -47,7 +47,7 @@ class SwAV(SSLModule):
     local_views = True
     batch_norm = "global"
     zero_init_residual = False
-    shardable = False  # the prototypes are normalised in place
+    shardable = False  # the prototypes are normalized in place
 
     def __init__(
         self,

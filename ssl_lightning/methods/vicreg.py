@@ -16,7 +16,7 @@ class VICReg(SSLModule):
 
     Bardes, Ponce & LeCun 2022, VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning,
     https://arxiv.org/abs/2105.04906. The paper's expander is the ``projector``. BatchNorm is global, variance and
-    covariance are those of the global batch.
+    covariance are taken over the global batch.
 
     Args:
         invariance: Weight of the squared distance of the views.
@@ -31,7 +31,7 @@ class VICReg(SSLModule):
     """
 
     views = "vicreg"
-    remedies = "a variance weight as large as that of invariance, wider projections, a lower learning rate"
+    remedies = "a variance weight as large as the invariance weight, wider projections, a lower learning rate"
     global_views = 2
     batch_norm = "global"
 

@@ -1,4 +1,4 @@
-"""Files that are dear to find out and cheap to keep: indices of folders and shards."""
+"""An on-disk cache for what takes long to compute: indices of folders and shards, and features."""
 
 import hashlib
 import os
@@ -17,14 +17,24 @@ def cache_folder() -> Path:
 
 
 def cache_file(key: str, suffix: str) -> Path:
-    """The file that keeps what was found out about ``key``."""
+    """The cache file for a key.
+
+    Args:
+        key: Identifies the content.
+        suffix: Ending of the file's name.
+    """
     return cache_folder() / (hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + suffix)
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays as a whole or not at all; a cache that cannot be written is done without."""
+    """Write arrays to a file, all or none. If the cache cannot be written, nothing happens.
+
+    Args:
+        path: The ``.npz`` file.
+        arrays: The arrays by their names.
+    """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy takes one for allow_pickle
         os.replace(file.name, path)

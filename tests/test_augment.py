@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from ssl_lightning.data import augment as ours
-from ssl_lightning.data.draw import NUMBERS_PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
+from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
 from ssl_lightning.data.views import CIFAR_PRESETS, PRESETS, ViewSpec, preset
 from ssl_lightning.errors import UserError
 
@@ -41,10 +41,10 @@ def test_philox_gives_the_published_answers() -> None:
     assert [hex(word) for word in ones] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
 
 
-def test_numbers_depend_on_seed_epoch_index_and_view_alone() -> None:
+def test_numbers_depend_only_on_seed_epoch_index_and_view() -> None:
     together = uniforms(3, 5, np.arange(10), np.arange(4), 40)
-    alone = uniforms(3, 5, np.array([7]), np.array([2]), 40)
-    assert (together[2, 7] == alone[0, 0]).all()
+    single = uniforms(3, 5, np.array([7]), np.array([2]), 40)
+    assert (together[2, 7] == single[0, 0]).all()
     for other in (uniforms(4, 5, np.arange(10), np.arange(4), 40), uniforms(3, 6, np.arange(10), np.arange(4), 40)):
         assert not (together == other).any()
     assert len(np.unique(together)) == together.size
@@ -147,8 +147,8 @@ def test_whole_preset_equals_torchvision(name: str, image_size: int) -> None:
         draws = drawn(spec, 24)
         result = ours.augment(crops, draws.augmentation, spec)
         for row in range(24):  # large images are augmented one by one on the CPU
-            alone = ours.augment(crops[row : row + 1], draws.augmentation.of(slice(row, row + 1)), spec)[0]
-            assert (alone - result[row]).abs().max() < 1e-5
+            single = ours.augment(crops[row : row + 1], draws.augmentation.select(slice(row, row + 1)), spec)[0]
+            assert (single - result[row]).abs().max() < 1e-5
         expected = torch.stack([reference_view(crop, spec, draws, row) for row, crop in enumerate(crops)])
         difference = (result - expected).abs() * torch.tensor(spec.std).view(3, 1, 1)
         if spec.solarize > 0:  # a rounding error at the threshold inverts a pixel
@@ -257,7 +257,7 @@ PAPERS = {
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
-    found = [
+    numbers = [
         (
             *(spec.size, spec.count, *spec.scale, spec.interpolation),
             (spec.brightness, spec.contrast, spec.saturation, spec.hue),
@@ -265,7 +265,7 @@ def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
         )
         for spec in PRESETS[name]
     ]
-    assert found == PAPERS[name]
+    assert numbers == PAPERS[name]
     for spec in PRESETS[name]:
         assert spec.flip == (0.0 if name == "ijepa" else 0.5)
         assert (spec.jitter, spec.grayscale) == ((0.8, 0.2) if spec.brightness else (0.0, 0.0))

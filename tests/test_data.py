@@ -24,8 +24,10 @@ from ssl_lightning import (
     UserError,
     ViewSpec,
 )
-from ssl_lightning.data.datasets import PlainDataset, Views
-from ssl_lightning.data.images import ImageArray, open_image
+from ssl_lightning.data.batches import Views
+from ssl_lightning.data.datasets import PlainDataset
+from ssl_lightning.data.decoding import open_image
+from ssl_lightning.data.images import ImageArray
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
 
 
@@ -57,12 +59,12 @@ def same(one: list[Views], other: list[Views]) -> bool:
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_views_do_not_depend_on_the_number_of_workers(photos: Path, num_workers: int) -> None:
     settings: dict[str, Any] = {"root": str(photos), "batch_size": 8, "image_size": 24, "views": "swav", "seed": 3}
-    alone = views_of(ImageFolderData(**settings, num_workers=0), epochs=2)
-    assert same(alone, views_of(ImageFolderData(**settings, num_workers=num_workers), epochs=2))
-    assert len(alone[0].views) == 2
-    assert not torch.equal(alone[0].views[0], alone[0].views[1])
-    assert not same(alone[: len(alone) // 2], alone[len(alone) // 2 :])  # another epoch, other views
-    assert not same(alone, views_of(ImageFolderData(**{**settings, "seed": 4}, num_workers=0), epochs=2))
+    expected = views_of(ImageFolderData(**settings, num_workers=0), epochs=2)
+    assert same(expected, views_of(ImageFolderData(**settings, num_workers=num_workers), epochs=2))
+    assert len(expected[0].views) == 2
+    assert not torch.equal(expected[0].views[0], expected[0].views[1])
+    assert not same(expected[: len(expected) // 2], expected[len(expected) // 2 :])  # another epoch, other views
+    assert not same(expected, views_of(ImageFolderData(**{**settings, "seed": 4}, num_workers=0), epochs=2))
 
 
 def test_processes_share_each_global_batch() -> None:
@@ -126,7 +128,7 @@ def test_a_view_can_have_the_crop_of_another_at_its_own_size(photos: Path, in_me
     (batch, *_) = views_of(source(batch_size=16, views=views))
     a, b, same_as_a, plain_b, large_b = batch.views
     assert torch.equal(a, same_as_a)
-    assert not torch.equal(b, plain_b)  # its colours are its own
+    assert not torch.equal(b, plain_b)  # its colors are its own
     assert large_b.shape[-1] == 32
     halved = torch.nn.functional.interpolate(large_b, size=16, mode="area")
     assert (halved - plain_b).abs().mean() < 0.3 * (plain_b - a).abs().mean()
@@ -299,12 +301,12 @@ def test_validation_class_unknown_to_training_is_named(photos: Path, tmp_path: P
         (tmp_path / folder).mkdir(parents=True)
         for number in range(2):
             Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
-    with pytest.raises(UserError, match="classes that training has not: c"):
+    with pytest.raises(UserError, match="classes that the training images do not have: c"):
         ImageFolderData(str(tmp_path)).setup()
 
 
 def test_images_of_several_sizes_do_not_fit_in_memory_as_one_array(photos: Path) -> None:
-    with pytest.raises(UserError, match=r"in_memory needs images of one size, but .* px"):
+    with pytest.raises(UserError, match=r"in_memory needs images of the same size, but .* px"):
         ImageFolderData(str(photos), in_memory=True).setup()
 
 
@@ -359,7 +361,7 @@ def test_unreadable_images_are_left_out_of_memory(
 
 
 @pytest.mark.parametrize("count", [2, 300])
-def test_a_folder_of_broken_images_alone_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_a_folder_of_only_broken_images_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(count):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
@@ -402,7 +404,7 @@ def test_torchvision_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (cifar.num_classes, stl.num_classes) == (10, 3)
     assert views_of(stl)[0].views[0].shape == (4, 3, 96, 96)
     labelled = torch.cat([batch.labels for batch in stl.train_labelled_dataloader()])
-    assert labelled.tolist() == [0, 1, 2] * 3  # the probes do not see the unlabelled ones
+    assert labelled.tolist() == [0, 1, 2] * 3  # the probes do not see unlabeled images
 
 
 def test_a_batch_larger_than_the_data_is_cut_with_a_warning() -> None:
@@ -450,7 +452,7 @@ def test_own_views_replace_the_preset() -> None:
     [
         (np.zeros((4, 3, 8, 8)), r"uint8 of shape \(N, C, H, W\)"),
         (np.zeros((4, 8, 8), np.uint8), r"uint8 of shape \(N, C, H, W\)"),
-        (np.zeros((4, 8, 8, 3), np.uint8), "puts them first"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "put them first"),
     ],
 )
 def test_arrays_of_another_kind_are_refused(wrong: Any, message: str) -> None:

@@ -33,8 +33,8 @@ from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.checkpoints import open_backbone
 from ssl_lightning.cli import main
 from ssl_lightning.commands.compare import compare
-from ssl_lightning.data.datasets import ViewMaker, rand_augmented
-from ssl_lightning.data.images import opened_already
+from ssl_lightning.data.crops import ViewMaker, rand_augmented
+from ssl_lightning.data.decoding import opened_already
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.evaluation.features import LabelledFeatures, Tokens, extract
 from ssl_lightning.evaluation.finetune import FINETUNE_PROTOCOLS, layer_groups

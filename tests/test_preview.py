@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssl_lightning import ArrayData, HuggingFaceData, ImageFolderData, ViewGrid, ViewSpec
 from ssl_lightning.commands.benchmark import pipeline
-from ssl_lightning.data.preview import _overlaps, preview
+from ssl_lightning.data.preview import _overlaps
 from ssl_lightning.loggers import CSVLogger
 from tests.small import simclr, trainer
 
@@ -39,7 +39,7 @@ def test_overlaps_are_those_of_the_pixels() -> None:
 def test_views_are_shown_as_training_sees_them(photos: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "image_size": 144, "views": "byol", "num_workers": 0}
     data = ImageFolderData(str(photos), **settings)
-    sheet = np.asarray(preview(data, num_rows=3, num_images=8).sheet)
+    sheet = np.asarray(data.preview(num_rows=3, num_images=8).sheet)
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     for number, view in enumerate(batch.views):
         spec = data.view_specs[number]
@@ -52,15 +52,14 @@ def test_views_are_shown_as_training_sees_them(photos: Path) -> None:
 def test_blank_views_and_their_overlap_are_counted() -> None:
     images = np.zeros((8, 3, 64, 64), np.uint8)
     images[::2] = np.random.default_rng(0).integers(256, size=(3, 64, 64))
-    found = preview(
-        ArrayData(images, batch_size=8, views=[ViewSpec(size=32, count=2, scale=(1.0, 1.0), ratio=(1.0, 1.0))])
-    )
-    assert found.blank == 0.5
-    assert (found.overlap, found.disjoint) == (1.0, 0.0)
-    corners = preview(ArrayData(images, batch_size=8, views=[ViewSpec(size=32, count=2, scale=(0.01, 0.01))]))
+    whole = ViewSpec(size=32, count=2, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    preview = ArrayData(images, batch_size=8, views=[whole]).preview()
+    assert preview.blank == 0.5
+    assert (preview.overlap, preview.disjoint) == (1.0, 0.0)
+    corners = ArrayData(images, batch_size=8, views=[ViewSpec(size=32, count=2, scale=(0.01, 0.01))]).preview()
     assert corners.disjoint is not None
     assert corners.disjoint > 0.5
-    single = preview(ArrayData(images, batch_size=8, views=[ViewSpec(size=32)]))
+    single = ArrayData(images, batch_size=8, views=[ViewSpec(size=32)]).preview()
     assert (single.overlap, single.disjoint) == (None, None)
 
 
@@ -68,9 +67,9 @@ def test_a_stream_can_be_looked_at(photos: Path) -> None:
     data = HuggingFaceData(
         "imagefolder", data_dir=str(photos), streaming=True, num_images=40, batch_size=4, image_size=32, num_workers=0
     )
-    found = preview(data, num_rows=2, num_images=8)
-    assert found.sheet.height > 2 * 144
-    assert found.images_per_second > 0
+    preview = data.preview(num_rows=2, num_images=8)
+    assert preview.sheet.height > 2 * 144
+    assert preview.images_per_second > 0
 
 
 def test_preview_on_the_command_line(photos: Path, tmp_path: Path) -> None:

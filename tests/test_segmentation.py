@@ -237,12 +237,12 @@ def spoil(folder: Path, what: str) -> None:
     ("what", "kwargs", "message"),
     [
         ("listing", {}, r"ImageSets/Segmentation/val.txt does not exist.* the help of VOCSegmentationData"),
-        ("no names", {}, r"val.txt names no image"),
-        ("mask", {}, r"train_003.png does not exist, as 1 of 48 such files"),
+        ("no names", {}, r"val.txt lists no image"),
+        ("mask", {}, r"train_003.png does not exist \(1 of 48 are missing\)"),
         ("shape", {}, r"val_000.png is of shape \(5, 5\), its image \(80, 96\)"),
-        ("image", {}, r"val_001.jpg cannot be read .* mend it"),
-        ("", {"num_classes": 2}, r"\.png has class 2; data.num_classes is 2"),
-        ("", {"batch_size": 49}, r"48 images to train on make no batch of 49 for each of 1 processes"),
+        ("image", {}, r"val_001.jpg cannot be read .* fix or remove it"),
+        ("", {"num_classes": 2}, r"\.png has class 2; --data.num_classes is 2"),
+        ("", {"batch_size": 49}, r"48 training images are too few for a batch of 49 on each of 1 processes"),
     ],
 )
 def test_data_that_does_not_fit_says_so(what: str, kwargs: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ssl_lightning import ArrayData, HuggingFaceData, ImageFolderData, ShardsDat
 from ssl_lightning.data import folder as folders
 from ssl_lightning.data import shards
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.datasets import RawViews
+from ssl_lightning.data.batches import RawViews
 from ssl_lightning.data.folder import find_images
 from tests.small import simclr, trainer
 
@@ -178,7 +178,7 @@ def test_arrays_train_with_and_without_labels(tmp_path: Path) -> None:
 
 def test_images_of_four_channels_take_the_geometric_part(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(256, size=(12, 4, 32, 32), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"jitter=0.8.*3 channels, not 4; give data.views without them"):
+    with pytest.raises(UserError, match=r"jitter=0.8.*3 channels, not 4; give --data.views without them"):
         ArrayData(images, batch_size=4).train_dataloader()
     with pytest.raises(UserError, match=r"mean=.* is for 3 channels"):
         ArrayData(images, batch_size=4, views=[PLAIN]).train_dataloader()
@@ -266,7 +266,7 @@ def test_a_stream_without_a_readable_image_ends(tmp_path: Path) -> None:
 
 
 def test_images_of_a_stream_may_lie_in_an_archive(photos: Path, tmp_path: Path) -> None:
-    from ssl_lightning.data.images import open_example
+    from ssl_lightning.data.decoding import open_example
 
     file = next(photos.rglob("*.jpg"))
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import ssl_lightning
 from ssl_lightning import KNNProbe, LinearProbe, ProgressBar, SSLModule, Throughput, UserError
 from ssl_lightning.commands.benchmark import OperationCounter, step
-from ssl_lightning.data.datasets import Views
+from ssl_lightning.data.batches import Views
 from tests.small import BACKBONE, small, trainer
 
 METHODS = [

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def test_dependencies_point_one_way(file: Path) -> None:
             if name.startswith("ssl_lightning."):
                 part = name.split(".")[1]
                 assert part in allowed | LEAVES, f"{file.name} imports {name}"
+
+
+def test_no_imports_form_a_circle() -> None:
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {module: set() for module in files}
+    for module, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                imports[module].update(name if name in files else node.module for name in names)
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("name", [name for name in ssl_lightning.__all__ if name != "UserError"])

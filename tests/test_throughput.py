@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_lightning import DigitsData, Images, SimCLR, SSLDataModule, Throughput
 from ssl_lightning.callbacks.progress import _TimeSplit
-from ssl_lightning.data.images import OpenedImage, opened_already
+from ssl_lightning.data.decoding import OpenedImage, opened_already
 from ssl_lightning.loggers import CSVLogger
 from tests.small import ADAMW, BACKBONE, DIGIT_VIEW, digits, simclr, trainer
 

@@ -94,7 +94,8 @@ class EmbeddingWriter(BasePredictionWriter):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no image out of other predictions."""
         if stage == "predict":
-            trainer.datamodule.already_predicted = dict  # type: ignore[attr-defined]
+            data: Any = getattr(trainer, "datamodule", None)
+            data.already_predicted = dict
 
     def _done(self, trainer: L.Trainer, pl_module: Any) -> dict[str, NDArray[np.int64]]:
         """Numbers of the images whose embeddings are there, by set; asked for once the weights are there, too.
@@ -107,7 +108,8 @@ class EmbeddingWriter(BasePredictionWriter):
         found: Any = None
         if trainer.is_global_zero:  # all go by what the first process finds
             try:
-                found = self._opened(weights, int(pl_module.embed_dim), trainer.datamodule.image_transform)  # type: ignore[attr-defined]
+                data: Any = getattr(trainer, "datamodule", None)
+                found = self._opened(weights, int(pl_module.embed_dim), data.image_transform)
             except UserError as error:
                 found = error
         found = trainer.strategy.broadcast(found)

@@ -79,7 +79,7 @@ class HealthMonitor(L.Callback):
 
     def _features(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """Features ``(N, D)`` of the images that are looked at, those of all processes."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         loader = data.plain_dataloader(self.num_images) if hasattr(data, "plain_dataloader") else []
         return plain_features(trainer, pl_module, loader).features
 

@@ -86,5 +86,5 @@ class KNNProbe(L.Callback):
 
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
-        loader = trainer.datamodule.train_labelled_dataloader(self.max_samples)  # type: ignore[attr-defined]
-        return plain_features(trainer, pl_module, loader)[:2]
+        data: Any = getattr(trainer, "datamodule", None)
+        return plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples))[:2]

@@ -29,7 +29,7 @@ class LinearProbe(L.Callback):
         self.head: nn.Sequential | None = None
         self._trained = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Build the classifier, if the data has labels."""
         num_classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
         if num_classes is None:
@@ -38,7 +38,7 @@ class LinearProbe(L.Callback):
         if self.head is not None and self.head[1].out_features == num_classes:
             return
         device = trainer.strategy.root_device
-        linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)  # type: ignore[arg-type]
+        linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
         self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
         self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)

@@ -70,7 +70,8 @@ class LossFloorAlarm(L.Callback):
         """Look at what HealthMonitor found in this epoch."""
         found = trainer.callback_metrics
         std, rank = found.get("health/feature_std"), found.get("health/rankme")
-        looked = any(getattr(one, "looked_in", None) == trainer.current_epoch for one in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
+        looked = any(getattr(callback, "looked_in", None) == trainer.current_epoch for callback in callbacks)
         if self.raised or not looked or std is None or rank is None:
             return
         spread = float(std) * math.sqrt(int(pl_module.embed_dim))

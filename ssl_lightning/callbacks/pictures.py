@@ -62,7 +62,7 @@ class Pictures(L.Callback):
         epoch = trainer.current_epoch + 1
         if not trainer.loggers or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with in_eval_mode(pl_module), torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # the same masks every time

@@ -49,7 +49,8 @@ class Preemption(L.Callback):
         self._signal, self._step = 0, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        epoch_loop: Any = trainer.fit_loop.epoch_loop
+        epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

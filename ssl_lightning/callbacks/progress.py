@@ -182,7 +182,8 @@ class ProgressBar(RichProgressBar):
         They are numbers on the host: what is logged with ``prog_bar=True`` Lightning reads in every step, and
         that waits for the device.
         """
-        throughput = next((one for one in trainer.callbacks if isinstance(one, Throughput)), None)  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
+        throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         rate, hours = (None, None) if throughput is None else (throughput.rate, throughput.hours_left)
         ours = {"loss": getattr(pl_module, "last_loss", None), "images/s": rate, "hours left": hours}
         metrics = super().get_metrics(trainer, pl_module)

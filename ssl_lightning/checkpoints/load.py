@@ -58,7 +58,8 @@ class Pretrained:
     @property
     def embed_dim(self) -> int:
         """Width of the features."""
-        return int(self.backbone.num_features)  # type: ignore[arg-type]
+        backbone: Any = self.backbone
+        return int(backbone.num_features)
 
     @property
     def hash(self) -> str:

@@ -1,4 +1,4 @@
-"""Images in memory, as notebooks have them."""
+"""Images from arrays in memory, for notebooks."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from ssl_lightning.data.images import ImageArray
 class ArrayData(SSLDataModule):
     """Arrays of images, with or without labels.
 
-    For other than three channels give views without colour operations, and a backbone with ``in_chans``.
+    If the images do not have three channels, give views without color operations and set the backbone's ``in_chans``.
 
     Args:
         images: ``(N, C, H, W)``, uint8: an array or a tensor.
-        labels: ``(N,)`` class of each image; they serve the probes alone. -1 is unknown.
-        val_images: ``(M, C, H, W)``, uint8: for validation.
-        val_labels: ``(M,)`` class of each of them.
-        val_fraction: Share of labelled images held out if there are no ``val_images``.
-        kwargs: See SSLDataModule; ``image_size`` is that of the images by default.
+        labels: ``(N,)`` class of each image; -1 is unknown. Only probes and evaluation use labels.
+        val_images: ``(M, C, H, W)``, uint8: the validation images.
+        val_labels: ``(M,)`` class of each validation image.
+        val_fraction: Fraction of labeled images held out for validation if there are no ``val_images``.
+        kwargs: See SSLDataModule. By default ``image_size`` is the longer side of the images.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ArrayData(SSLDataModule):
         super().__init__(**kwargs)
 
     def load(self) -> None:
-        """Take the arrays, and split off validation."""
+        """Take the arrays, and hold out images for validation."""
         self.train_images, self.val_images = self.arrays, self.val_arrays
         if self.val_arrays is None:
             self.train_images, self.val_images = split(self.arrays, self.val_fraction)

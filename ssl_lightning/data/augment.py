@@ -1,4 +1,4 @@
-"""Batched augmentation on the device: each operation equals torchvision's, applied to every image with its numbers."""
+"""Batched augmentation on the device: the operations of torchvision, each image with its own random numbers."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_lightning.data.draw import Augmentation
+from ssl_lightning.data.randomness import Augmentation
 from ssl_lightning.data.views import ViewSpec
 
 _LUMA = (0.2989, 0.587, 0.114)
@@ -20,13 +20,13 @@ def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec, out: Tensor |
     """Apply all operations of a view after the crop, in the papers' order.
 
     Args:
-        images: ``(N, C, S, S)``, uint8 or float, of 255.
-        numbers: What was drawn for these N images.
+        images: ``(N, C, S, S)``, uint8, or float from 0 to 255.
+        numbers: The random numbers of these N images.
         spec: The view.
-        out: Where to write the result.
+        out: Tensor to write the result to. None makes a new tensor.
 
     Returns:
-        ``(N, C, S, S)``, float32, normalised.
+        ``(N, C, S, S)``, float32, normalized.
     """
     x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(255)  # (N, C, S, S) in [0, 1]
     for operation, rows, amounts in _steps(numbers, spec, images.device):
@@ -40,13 +40,13 @@ def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec, out: Tensor |
 
 
 _Drawn = tuple[Callable[..., Tensor], NDArray[np.bool_], list[NDArray[np.float32]]]
-"""An operation, ``(N,)`` whether it changes an image, and ``(N,)`` by how much if that is drawn."""
+"""An operation, ``(N,)`` whether to apply it to each image, and ``(N,)`` its strength if it has a random one."""
 
 
 def _steps(
     numbers: Augmentation, spec: ViewSpec, device: torch.device
 ) -> Iterator[tuple[Callable[..., Tensor], Tensor, list[Tensor]]]:
-    """The operations of a view in order, with the rows each changes and, if drawn, by how much."""
+    """The operations of a view in order, each with the rows it applies to and its strengths if they are random."""
     blurring = functools.partial(blur, kernel=spec.blur_kernel)
     solarizing = functools.partial(solarize, threshold=spec.solarize_threshold / 255)
     gray: list[_Drawn] = [(grayscale, numbers.grayscale, [])]
@@ -64,11 +64,11 @@ def _steps(
     for operation, where, amounts in drawn:
         rows = where.nonzero()[0]
         if len(rows):
-            yield operation, _sent(rows, device), [_sent(amount[rows], device) for amount in amounts]
+            yield operation, _to_device(rows, device), [_to_device(amount[rows], device) for amount in amounts]
 
 
-def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """An array on the device, which is not waited for."""
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device, copied without waiting for it."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -77,19 +77,19 @@ def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def flip(images: Tensor) -> Tensor:
-    """Mirror ``(N, C, H, W)`` images left to right."""
+    """Flip ``(N, C, H, W)`` images horizontally."""
     return images.flip(-1)
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend ``(N, 3, H, W)`` images in [0, 1] with black; factors ``(N,)`` of 1 leave them as they are."""
+    """Blend ``(N, 3, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
     return images.mul_(_per_image(factors)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend ``(N, 3, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``."""
     red, green, blue = images.mean((-2, -1)).unbind(1)
-    mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a product with a matrix would depend on N
+    mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a matrix product would depend on N
     return images.mul_(_per_image(factors)).add_(_per_image(mean * (1 - factors))).clamp_(0, 1)
 
 
@@ -100,16 +100,23 @@ def saturation(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of ``(N, 3, H, W)`` images in [0, 1] by ``(N,)`` turns, keeping saturation and value (HSV)."""
+    """Shift the hue of ``(N, 3, H, W)`` images in [0, 1], keeping saturation and value (HSV).
+
+    Args:
+        images: The images.
+        turns: ``(N,)`` shifts, as fractions of the color circle.
+    """
     red, green, blue = images.unbind(1)
     value, low = torch.maximum(red, green), torch.minimum(red, green)  # (N, H, W)
     value, low = torch.maximum(value, blue, out=value), torch.minimum(low, blue, out=low)
     chroma = value - low
-    # With the channels scaled to r, g, b between 0 and 1, the hue in sixths of a turn is 1 - r + g + b, negative where
-    # g < b. Here in turns from 0 to 1, in few passes over the memory, without masks: they are slow on the CPU.
+    # With the channels scaled to r, g, b between 0 and 1, the hue in sixths of the circle is 1 - r + g + b, negative
+    # where g < b. Here as a fraction of the circle from 0 to 1, in few passes over memory, and without masks, which are
+    # slow on the CPU.
     hue = _mixed(images, (-1 / 6, 1 / 6, 1 / 6))[:, 0].add_(value, alpha=1 / 6).sub_(low, alpha=1 / 3)
     hue.div_(chroma.clamp(min=1e-9)).copysign_(green - blue).add_(_per_image(turns + 1)[:, 0]).frac_()
-    # A channel is 1 within a sixth of its own hue, 0 beyond two sixths; red's hue is 0: seen from the other end.
+    # A channel is 1 within a sixth of its own hue, and 0 beyond two sixths. The hue of red is 0, at both ends of the
+    # range, so red uses the distance from the opposite hue, 1/2.
     high, low = torch.add(low, chroma, alpha=2), low.sub_(chroma)
     chroma.mul_(6)
     for channel, center, start, slope in ((red, 1 / 2, low, 1), (green, 1 / 3, high, -1), (blue, 2 / 3, high, -1)):
@@ -123,20 +130,21 @@ def to_gray(images: Tensor) -> Tensor:
     return _mixed(images, _LUMA)
 
 
-def _mixed(images: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """``(N, 1, H, W)`` sums of the channels of ``(N, C, H, W)`` images."""
-    return (_channels(shares, images.device).view(1, -1) @ images.flatten(2)).unflatten(2, images.shape[2:])
+def _mixed(images: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """``(N, 1, H, W)`` weighted sums of the channels of ``(N, C, H, W)`` images."""
+    return (_channels(weights, images.device).view(1, -1) @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Remove the colour of ``(N, 3, H, W)`` images."""
+    """Convert ``(N, 3, H, W)`` images to gray, with three equal channels."""
     return images.copy_(to_gray(images))
 
 
 def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur with a reflected border, one deviation per image.
+    """Gaussian blur with a reflected border, and a standard deviation for each image.
 
-    Written as matrix products, since each image has its own kernel; in pieces that meet few zeros of the band matrix.
+    Each image has its own kernel, so the blur is a product with band matrices. Images are cut into pieces, so that the
+    products skip most zeros of these matrices.
 
     Args:
         images: ``(N, C, H, W)``.
@@ -145,32 +153,32 @@ def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
     """
     taps = torch.arange(kernel, device=images.device) - kernel // 2
     weights = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)  # (N, K)
-    weights = weights * (weights > 1e-9)  # arithmetic with numbers near the smallest is slow
+    weights = weights * (weights > 1e-9)  # arithmetic with denormal numbers is slow
     weights = weights / weights.sum(1, keepdim=True)
     height, width = images.shape[-2:]
     rows = _band(weights, height)
     columns = (rows if width == height else _band(weights, width)).mT
     reach = kernel // 2
-    images = torch.cat([images[..., near] @ columns[:, None, near, piece] for piece, near in _pieces(width, reach)], -1)
-    return torch.cat([rows[:, None, piece, near] @ images[..., near, :] for piece, near in _pieces(height, reach)], -2)
+    images = torch.cat([images[..., read] @ columns[:, None, read, piece] for piece, read in _pieces(width, reach)], -1)
+    return torch.cat([rows[:, None, piece, read] @ images[..., read, :] for piece, read in _pieces(height, reach)], -2)
 
 
 def _pieces(size: int, reach: int) -> list[tuple[slice, slice]]:
-    """Cut a line into pieces of up to 96 pixels, each with all pixels that its convolution reads."""
+    """Cut a line into pieces of up to 96 pixels; with each piece, the pixels that its convolution reads."""
     count = -(-size // 96)
     cuts = [size * piece // count for piece in range(count + 1)]
     return [(slice(start, end), slice(max(0, start - reach), end + reach)) for start, end in itertools.pairwise(cuts)]
 
 
 def _band(weights: Tensor, size: int) -> Tensor:
-    """``(N, K)`` taps as ``(N, S, S)`` matrices that convolve a line, reflecting at its ends."""
+    """``(N, K)`` taps as ``(N, S, S)`` matrices that convolve a line, with reflection at its ends."""
     sources = _reflected(size, weights.shape[1], weights.device).expand(len(weights), -1, -1)
     return weights.new_zeros(len(weights), size, size).scatter_add_(2, sources, weights[:, None].expand_as(sources))
 
 
 @functools.lru_cache
 def _reflected(size: int, kernel: int, device: torch.device) -> Tensor:
-    """``(S, K)`` pixels that the taps at each pixel of a line read."""
+    """``(S, K)`` indices of the pixels that the K taps at each pixel of a line read."""
     sources = torch.arange(size, device=device)[:, None] + torch.arange(kernel, device=device) - kernel // 2
     return size - 1 - (size - 1 - sources.abs()).abs()
 
@@ -182,7 +190,7 @@ def solarize(images: Tensor, threshold: float) -> Tensor:
 
 
 def normalize(images: Tensor, spec: ViewSpec) -> Tensor:
-    """Subtract the mean and divide by the deviation of each channel of ``(N, C, H, W)`` images in [0, 1]."""
+    """Normalize each channel of ``(N, C, H, W)`` images in [0, 1] with the mean and standard deviation of a view."""
     return (images - _channels(spec.mean, images.device)).mul_(_scale(spec, images.device))
 
 
@@ -192,14 +200,14 @@ def _scale(spec: ViewSpec, device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One value per channel; kept on the device, as copying there waits for it."""
+    """A value for each channel. Cached on the device, because copying to it would wait for it."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -> Tensor:
-    """Crop each image to its own box and resize it with antialiasing, the whole batch in two matrix products.
+    """Crop each image to its own box and resize it with antialiasing: two matrix products for the whole batch.
 
-    Equals torchvision's crop and antialiased resize of uint8 images, within the rounding of their fixed-point weights.
+    Equals torchvision's crop and antialiased resize of uint8 images, up to the rounding of its fixed-point weights.
 
     Args:
         images: ``(N, C, H, W)``, uint8.
@@ -208,12 +216,13 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        ``(N, C, size, size)``, float32, whole numbers up to 255.
+        ``(N, C, size, size)``, float32, integers from 0 to 255.
     """
     top, left, height, width = boxes.float().unbind(1)
     rows = _resize_weights(top, height, images.shape[-2], size, interpolation)  # (N, S, H)
     columns = _resize_weights(left, width, images.shape[-1], size, interpolation)  # (N, S, W)
-    # One product for all channels of an image: small ones are slow. As Pillow does, columns first, rounded twice.
+    # One product for all channels of an image, because small products are slow. Columns first, and rounded twice, as in
+    # Pillow.
     x = (images.float().flatten(1, 2) @ columns.mT).round_().clamp_(0, 255)  # (N, C * H, S)
     x = x.unflatten(1, images.shape[1:3]).transpose(1, 2).flatten(2)  # (N, H, C * S)
     x = (rows @ x).round_().clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
@@ -221,7 +230,7 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, interpolation: str) -> Tensor:
-    """``(N, size, source)`` weights that take ``length`` pixels from ``start`` on to ``size`` pixels."""
+    """``(N, size, source)`` weights that resize the ``length`` pixels from ``start`` on to ``size`` pixels."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size
     center = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (N, size, 1)
@@ -234,7 +243,7 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, inter
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Twice the cubic convolution kernel of a = -0.5 (Keys 1981), in place; both of its pieces as one sum."""
+    """Twice the cubic convolution kernel for a = -0.5 (Keys 1981), in place, with both of its pieces in one sum."""
     outer = distance.neg_().add_(2).clamp_(min=0)
     inner = outer - 1
     weights = inner * outer * outer

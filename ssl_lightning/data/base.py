@@ -1,44 +1,37 @@
-"""SSLDataModule: views for training, plain images for evaluation, from any source of images."""
+"""SSLDataModule: views for training and plain images for evaluation, from any source of images."""
 
-import itertools
 import math
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ssl_lightning.data.datasets import PlainDataset, PlainImages, RawViews, StreamedViews, ViewDataset
-from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable
-from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches
+from ssl_lightning.data.batches import PlainImages, RawViews
+from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
+from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable, fit_in_memory
+from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.preview import Preview, preview
+from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import run_folder
 
-if TYPE_CHECKING:
-    from ssl_lightning.data.preview import Preview
-
-
-_TRANSFORM = ("interpolation", "mean", "std")
+_TRANSFORM_KEYS = ("interpolation", "mean", "std")
 
 
 class DataModule(L.LightningDataModule):
-    """Knows what loaders need: the seed, the process, how far the training is.
+    """Base of every data module: gives loaders the seed, the process, and the position in the training.
 
     Args:
-        num_workers: Processes that load images; None is one per processor, at most 8.
-        seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
+        num_workers: Processes that load images. None means one per CPU core, at most 8.
+        seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
     """
 
     def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
@@ -65,34 +58,35 @@ class DataModule(L.LightningDataModule):
         return 1 if self.trainer is None else self.trainer.world_size
 
     def _position(self) -> tuple[int, int] | None:
-        """While a trainer trains: the epoch, and how many of its batches are done, also after a resume."""
-        if self.trainer is None or not self.trainer.training:
+        """During training: the epoch and how many of its batches are done, also after a resume."""
+        trainer: Any = self.trainer  # its class does not declare overfit_batches
+        if trainer is None or not trainer.training:
             return None
-        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]  # the same batches again and again
-        epoch = 0 if overfit else self.trainer.current_epoch
-        return epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        epoch = 0 if trainer.overfit_batches else trainer.current_epoch  # overfitting repeats the same batches
+        return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class SSLDataModule(DataModule):
-    """Base of all data modules: subclass it and fill ``train_images`` and ``val_images`` in ``load``.
+    """Base of all image data: a subclass sets ``train_images`` and ``val_images`` in ``load``.
 
-    Workers decode, crop and draw the random numbers; the batch is augmented on the device after its transfer.
+    Workers decode and crop the images and draw the random numbers. The device augments each batch after its transfer.
 
     Args:
-        batch_size: Images per batch and process (not counting views).
-        views: Views of training: the name of a preset (simclr, byol, dino, ...) or the views themselves; None takes
-            those of the method.
-        image_size: Side of the largest views of a preset, and of evaluation images, in pixels; None is that of the
-            backbone which is evaluated, else 224, or as the class says.
-        crop_fraction: Share of the shorter side that evaluation's central crop keeps; None is that of the backbone
-            which is evaluated, else 0.875 ("resize 256, crop 224"), or the whole image for ``image_size`` up to 96.
-        train_samples: Train on that many images, evenly spread over the data set; None is all.
-        val_samples: Validate on that many images; None is all.
-        in_memory: Decode all images into memory at the start; they must be of one size. None does so if their size is
-            at most 96 px, and they fit into 1 GB.
-        num_workers: Processes that load images; None is one per processor, at most 8, and none for images in memory.
-        seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
-        max_unreadable: Share of the images that may be unreadable: skipped and listed; more stop the run.
+        batch_size: Images per batch and process, not counting views.
+        views: The training views: the name of a preset (simclr, byol, dino, ...) or a list of views. None means the
+            views of the method.
+        image_size: Side in pixels of evaluation images and of a preset's largest views. None means the image size of
+            the evaluated checkpoint, else the default of the data class (224 unless it says otherwise).
+        crop_fraction: Fraction of the shorter side that the central crop of evaluation keeps. None means the fraction
+            of the checkpoint that is evaluated, else 0.875 ("resize 256, crop 224"), or 1 for ``image_size`` up to 96.
+        train_samples: Number of images to train on, evenly spread over the data set. None means all.
+        val_samples: Number of images to validate on, evenly spread over the data set. None means all.
+        in_memory: Decode all images into memory at the start; they must have the same size. None does so for images
+            of at most 96 px that fit into 1 GB.
+        num_workers: Processes that load images. None means one per CPU core, at most 8, and none for images in memory.
+        seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
+        max_unreadable: Fraction of the images that may be unreadable. Such images are skipped and listed; a larger
+            fraction stops the run.
     """
 
     default_image_size: int = 224
@@ -121,20 +115,21 @@ class SSLDataModule(DataModule):
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
         self.unreadable: dict[str, str] = {}
+        """Name of each unreadable image so far, and the reason."""
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
-        """Gives the numbers of the images, ``train`` and ``val``, that ``predict`` leaves out."""
+        """Returns the indices of the ``train`` and ``val`` images that ``predict`` leaves out."""
         self._run_folder = Path()
 
     def load(self) -> None:
-        """Set ``train_images``, and ``val_images`` if there are any: the one method a subclass writes.
+        """Set ``train_images``, and ``val_images`` if there are any: the only method a subclass must write.
 
-        Images that come in order only are a ``train_stream`` instead. Labels serve the probes alone; leave them None,
-        or -1 for single images, where they are unknown.
+        Images without random access go into ``train_stream`` instead. Only probes and evaluation use labels: leave them
+        None if there are none, and -1 for single images without a label.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load() and set self.train_images there")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images once, and check them."""
+        """Load the images, once, and check them."""
         if self.train_images is not None or self.train_stream is not None:
             return
         if self.trainer is not None:
@@ -147,7 +142,7 @@ class SSLDataModule(DataModule):
         )
         self.train_images, self.val_images = train, val
         if self._train_size < 2:
-            raise UserError(f"{type(self).__name__} found fewer than 2 images to train on; point it at more images.")
+            raise UserError(f"{type(self).__name__} has fewer than 2 images to train on; point it at more images.")
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         counts = f"{self._train_size:,} images to train on, {len(val or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
@@ -156,8 +151,8 @@ class SSLDataModule(DataModule):
         if images is None:
             return None
         if samples is not None and samples < len(images):
-            images = images.subset(_spread(np.arange(len(images)), samples))
-        if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and _fits(images))):
+            images = images.subset(spread(np.arange(len(images)), samples))
+        if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
             return images
         rank_zero_info(f"Decoding {len(images):,} images into memory ...")
         try:
@@ -171,7 +166,7 @@ class SSLDataModule(DataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes in the labels; None where training has none."""
+        """Number of classes in the labels; None if the training images have no labels."""
         if self.train_stream is not None:
             return self.train_stream.num_classes
         train, val = (None if images is None else images.labels for images in (self.train_images, self.val_images))
@@ -181,41 +176,42 @@ class SSLDataModule(DataModule):
 
     @property
     def image_size(self) -> int:
-        """Side of the largest views of a preset, and of evaluation images, in pixels."""
-        return self._image_size or self._pretrained_on.get("size") or self.default_image_size
+        """Side in pixels of evaluation images and of a preset's largest views."""
+        return self._image_size or self._checkpoint_transform.get("size") or self.default_image_size
 
     @property
     def crop_fraction(self) -> float:
-        """Share of the shorter side that evaluation's central crop keeps."""
-        default = self._pretrained_on.get("crop_fraction") or (0.875 if self.image_size > 96 else 1.0)
+        """Fraction of the shorter side that the central crop of evaluation keeps."""
+        default = self._checkpoint_transform.get("crop_fraction") or (0.875 if self.image_size > 96 else 1.0)
         return default if self._crop_fraction is None else self._crop_fraction
 
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
-        """The views of training: those given, else the method's, else SimCLR's."""
+        """The training views: the ones given, else the method's, else SimCLR's."""
         if self.views is not None:
             return resolve(self.views, self.image_size)
         specs = resolve(getattr(self._module, "views", "simclr"), self.image_size)
-        alike = {key: self._pretrained_on[key] for key in _TRANSFORM if key in self._pretrained_on}
-        return tuple(replace(spec, **alike) for spec in specs)
+        checkpoint = self._checkpoint_transform
+        transform = {key: checkpoint[key] for key in _TRANSFORM_KEYS if key in checkpoint}
+        return tuple(replace(spec, **transform) for spec in specs)
 
     @property
     def image_transform(self) -> dict[str, Any]:
-        """How plain images are prepared: kept in checkpoints, so that evaluation prepares them alike."""
+        """How plain images are prepared. Checkpoints keep it, so that evaluation prepares its images the same way."""
         spec = self._eval_spec
         return {"size": spec.size, "crop_fraction": self.crop_fraction} | {
-            key: getattr(spec, key) for key in _TRANSFORM
+            key: getattr(spec, key) for key in _TRANSFORM_KEYS
         }
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint tells about the data."""
+        """What checkpoints record about the data."""
         return {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
 
     # Loaders
 
-    def train_dataloader(self) -> "Loader":
-        """Batches of views; ``RawViews`` here, ``Views`` once they are on the device."""
+    def train_dataloader(self) -> Loader:
+        """Batches of training views: ``RawViews`` from the workers, ``Views`` once they are on the device."""
         self.setup()
         world_size = self._world_size
         batch_size = min(self.batch_size, self._train_size // world_size)
@@ -225,7 +221,7 @@ class SSLDataModule(DataModule):
             rank_zero_warn(
                 f"batch_size={self.batch_size} is larger than the {self._train_size} training images"
                 f"{f' on {world_size} processes' if world_size > 1 else ''}; using {batch_size}. "
-                "Set data.batch_size to choose."
+                "Set --data.batch_size to choose."
             )
             self.batch_size = batch_size
         images = self.train_stream or self._training_images
@@ -239,13 +235,13 @@ class SSLDataModule(DataModule):
         dataset = ViewDataset(images, self.view_specs, self._seed)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 
-    def train_labelled_dataloader(self, max_samples: int | None = None) -> "Loader | list[Any]":
-        """Plain images of the labelled training set, each once over all processes: the bank of a kNN probe.
+    def train_labelled_dataloader(self, max_samples: int | None = None) -> Loader | list[Any]:
+        """The labeled training images as plain images, each once over all processes: the bank of a kNN probe.
 
-        A stream has none.
+        Empty for a stream.
 
         Args:
-            max_samples: Take that many, evenly spread over the data set; None takes all.
+            max_samples: Take this many images, evenly spread over the data set. None takes all.
         """
         self.setup()
         if self.train_stream is not None:
@@ -253,43 +249,44 @@ class SSLDataModule(DataModule):
         return self._plain_loader(self._training_images, self.labelled(max_samples))
 
     def labelled(self, max_samples: int | None = None) -> NDArray[np.int64]:
-        """Indices of the labelled training images.
+        """Indices of the labeled training images.
 
         Args:
-            max_samples: As for ``train_labelled_dataloader``.
+            max_samples: See ``train_labelled_dataloader``.
         """
         labels = self._training_images.labels
         indices = np.arange(0) if labels is None else np.flatnonzero(labels >= 0)
-        return indices if max_samples is None or len(indices) <= max_samples else _spread(indices, max_samples)
+        return indices if max_samples is None or len(indices) <= max_samples else spread(indices, max_samples)
 
-    def plain_dataloader(self, count: int | None = None) -> "Loader | list[Any]":
-        """Some plain images of the training set, with labels or without, each once over all processes.
+    def plain_dataloader(self, count: int | None = None) -> Loader | list[Any]:
+        """Some training images as plain images, with or without labels, each once over all processes.
 
-        A stream has none.
+        Empty for a stream.
 
         Args:
-            count: How many, evenly spread; None is a 32nd of them, from 64 to 2,048.
+            count: Number of images, evenly spread over the data set. None means 1/32 of them, at least 64 and at most
+                2,048.
         """
         self.setup()
         if self.train_stream is not None:
             return []
         size = len(self._training_images)
         count = min(size, max(64, min(2048, size // 32)) if count is None else count)
-        return self._plain_loader(self._training_images, _spread(np.arange(size), count))
+        return self._plain_loader(self._training_images, spread(np.arange(size), count))
 
-    def val_dataloader(self) -> "Loader | list[Any]":
-        """Plain images of the validation set, each once over all processes; none if there is no such set."""
+    def val_dataloader(self) -> Loader | list[Any]:
+        """The validation images as plain images, each once over all processes; empty if there are none."""
         self.setup()
         return [] if self.val_images is None else self._plain_loader(self.val_images, np.arange(len(self.val_images)))
 
-    def test_dataloader(self) -> "Loader | list[Any]":
-        """The validation set: training never sees it."""
+    def test_dataloader(self) -> Loader | list[Any]:
+        """The same images as ``val_dataloader``: training never sees them."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> "list[Loader]":
-        """Plain images in order, each once over all processes: the training set, then the validation set if any.
+    def predict_dataloader(self) -> list[Loader]:
+        """Plain images in order, each once over all processes: the training images, then any validation images.
 
-        Those ``already_predicted`` are left out.
+        Leaves out the images that ``already_predicted`` returns.
         """
         self.setup()
         sources, done = {"train": self.train_images, "val": self.val_images}, self.already_predicted()
@@ -299,7 +296,7 @@ class SSLDataModule(DataModule):
             if images is not None
         ]
 
-    def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> "Loader":
+    def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> Loader:
         dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
         order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
         return Loader(dataset, order, self._workers(images))
@@ -307,26 +304,24 @@ class SSLDataModule(DataModule):
     def _workers(self, images: Images | ImageStream) -> int:
         return 0 if self.num_workers is None and isinstance(images, ImageArray) else self._loading_processes
 
-    def preview(self, num_rows: int = 8, num_images: int = 256) -> "Preview":
-        """Make the first views of training, exactly as training does: a picture and a few numbers.
+    def preview(self, num_rows: int = 8, num_images: int = 256) -> Preview:
+        """Make the first training views exactly as training does, and return a picture and a few numbers.
 
         Args:
             num_rows: Images in the picture.
-            num_images: Images that the numbers are about.
+            num_images: Images to compute the numbers on.
         """
-        from ssl_lightning.data.preview import preview
-
-        return preview(self, num_rows, num_images)
+        return preview(self.train_dataloader(), self.view_specs, num_rows, num_images)
 
     # On the device
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment views, normalise plain images; leave alone what another loader sent."""
+        """Augment views and normalize plain images. Batches of any other loader stay as they are."""
         if isinstance(batch, RawViews):
-            self._report(batch.unreadable, self._met())
+            self._report(batch.unreadable, self._images_seen())
             return batch.augmented(self.view_specs, self._dtype)
         if isinstance(batch, PlainImages):
-            self._report(batch.unreadable, self._met())
+            self._report(batch.unreadable, self._images_seen())
             return batch.normalized(self._eval_spec, self._dtype)
         return batch
 
@@ -334,8 +329,8 @@ class SSLDataModule(DataModule):
         """Count and list unreadable images, and stop the run if they are too many.
 
         Args:
-            unreadable: Those met now.
-            total: How many images this process will have met at the end of the epoch.
+            unreadable: The unreadable images of a batch.
+            total: Number of different images that this process has seen by the end of the epoch.
         """
         new = {name: reason for name, reason in unreadable if name not in self.unreadable}
         if not new:
@@ -352,23 +347,23 @@ class SSLDataModule(DataModule):
                 f"mend or remove the files listed in {listing}, or raise the limit."
             )
 
-    def _met(self) -> int:
-        """How many images this process will have met at the end of this epoch, about: at first its part of them."""
+    def _images_seen(self) -> int:
+        """About how many different images this process has seen by the end of this epoch: after one, its part."""
         total = self._train_size + len(self.val_images or [])
         epochs = 1 if self.trainer is None else self.trainer.current_epoch + 1
-        if self.train_stream is not None:  # which does not tell its images apart
+        if self.train_stream is not None:  # nobody knows which images of a stream are the same
             return math.ceil(total * epochs / self._world_size)
         return math.ceil(total * min(1.0, epochs / self._world_size))
 
-    # Where we are
+    # The run
 
     @property
     def _module(self) -> Any:
         return getattr(self.trainer, "lightning_module", None)
 
     @property
-    def _pretrained_on(self) -> dict[str, Any]:
-        """The ``image_transform`` of the checkpoint that is evaluated."""
+    def _checkpoint_transform(self) -> dict[str, Any]:
+        """The ``image_transform`` of the checkpoint that is evaluated; empty in training."""
         return getattr(self._module, "image_transform", None) or {}
 
     @property
@@ -383,135 +378,11 @@ class SSLDataModule(DataModule):
 
     @property
     def _eval_spec(self) -> ViewSpec:
-        """Plain images are prepared as the largest crops are: their size, interpolation, mean and deviation."""
+        """Plain images get the size, interpolation, mean and standard deviation of the largest crops."""
         return max((spec for spec in self.view_specs if spec.same_crop_as is None), key=lambda spec: spec.size)
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Type of the method's weights: float32 but for trainer.precision 64-true and the like."""
+        """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
         dtype = getattr(self._module, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-class Loader:
-    """A DataLoader whose data set makes whole batches, and which knows where to go on after a resume.
-
-    Not a ``torch.utils.data.DataLoader`` itself, so that Lightning leaves the order of the data alone.
-
-    Args:
-        dataset: Maps a key of ``sampler`` to a batch.
-        sampler: The keys of this process, in order.
-        num_workers: Processes that load.
-        persistent: Whether they outlive an epoch.
-        position: Tells the epoch and the batch to start at; None leaves that to the sampler.
-
-    Attributes:
-        waited: Seconds that were spent in waiting for batches.
-        mark: Called with ``other`` when a batch is asked for, and with ``loader`` when it is there.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        sampler: Any,
-        num_workers: int,
-        persistent: bool = False,
-        position: Callable[[], tuple[int, int] | None] = lambda: None,
-    ) -> None:
-        self.sampler, self.batch_sampler = sampler, None  # where Lightning looks for set_epoch
-        self.dataset, self.position = dataset, position
-        self.num_workers, self.waited = num_workers, 0.0
-        self.mark: Callable[[str], None] = _unmarked
-        self._loader = DataLoader(
-            dataset,
-            sampler=None if isinstance(dataset, IterableDataset) else sampler,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            persistent_workers=persistent and num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: iterating must not move the global generator
-        )
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Any]:
-        # A generator: nothing starts before the first batch is asked for. Lightning makes iterators only to look at
-        # them, and before it has restored the epoch.
-        if (position := self.position()) is not None:
-            self.sampler.epoch, self.sampler.start = position
-        drop = 0
-        if isinstance(self.dataset, IterableDataset):  # its first worker always begins: with a batch that is done
-            drop = self.sampler.start % max(1, self._loader.num_workers)
-            self.sampler.start -= drop
-        try:
-            yield from self._timed(itertools.islice(self._loader, drop, None))
-        except UserError as error:  # from a worker it comes with a traceback
-            raise UserError(str(error).rsplit(f"{UserError.__name__}: ")[-1].strip()) from None
-
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            self.mark("other")
-            start = time.perf_counter()
-            batch = next(batches, self)
-            self.waited += time.perf_counter() - start
-            if batch is self:
-                return
-            self.mark("loader")
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """What fixes the order of the data; the position in it is Lightning's."""
-        order = self.sampler
-        return {"images": order.size, "global_batch": order.batch_size * order.world_size, "seed": order.seed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Say so if a resumed run sees the data in another order."""
-        if changed := {key: value for key, value in self.state_dict().items() if state_dict.get(key, value) != value}:
-            rank_zero_warn(f"the order of the data differs from that of the resumed run: {changed}, was {state_dict}")
-
-
-def _fits(images: Images) -> bool:
-    """Whether images that look like these few are small, of one size, and together fit into memory."""
-    sizes = set()
-    for index in _spread(np.arange(len(images)), min(8, len(images))):
-        with suppress(Exception):  # an unreadable image says nothing
-            image = images.open(int(index))
-            sizes.add((image.height, image.width))
-    if len(sizes) != 1:
-        return False
-    height, width = sizes.pop()
-    return max(height, width) <= 96 and len(images) * images.channels * height * width <= 2**30
-
-
-def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    return indices[np.arange(count) * len(indices) // count]
-
-
-def _unmarked(phase: str) -> None:
-    """For a loader that nobody watches."""
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Schedulers signal all processes of a job; workers must live until the step at hand is saved.
-
-    SIGTERM still ends them where it comes from the process that they load for.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-
-
-def _end_with_the_trainer() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

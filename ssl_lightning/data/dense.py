@@ -1,4 +1,4 @@
-"""Images with masks or boxes, in the folders of Pascal VOC and COCO."""
+"""Images with masks or boxes, in the folder layouts of Pascal VOC and COCO."""
 
 import json
 from collections import defaultdict
@@ -16,31 +16,32 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ssl_lightning.data.base import DataModule, Loader
-from ssl_lightning.data.draw import uniforms
+from ssl_lightning.data.base import DataModule
 from ssl_lightning.data.images import ImageFiles
+from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.randomness import uniforms
 from ssl_lightning.data.sampler import BatchKey, OrderedBatches, ShuffledBatches
 from ssl_lightning.errors import UserError
 
 _IGNORED = 255
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _Object = tuple[Any, list[float], bool]
-"""Its class, its box (x0, y0, x1, y1 in pixels), and whether it counts neither in training nor in evaluation."""
+"""Its class, its box (x0, y0, x1, y1 in pixels), and whether training and evaluation ignore it."""
 
 
 class DenseData(DataModule):
-    """Base of data with masks or boxes: subclasses write ``read``.
+    """Base of data with masks or boxes: a subclass writes ``read``.
 
-    Training crops and flips at random, by (seed, epoch, image) alone. Validation sees each image once, whatever the
-    number of processes.
+    Training crops and flips images at random; (seed, epoch, image) determine how. Validation sees each image exactly
+    once, on any number of processes.
 
     Args:
         root: Folder of the data set.
         train_split: Split to train on.
         val_split: Split to validate on.
         batch_size: Images per batch and process.
-        num_workers: Processes that load images; None is one per processor, at most 8.
-        seed: Seed of all random decisions about the data; None takes that of ``seed_everything``.
+        num_workers: Processes that load images. None means one per CPU core, at most 8.
+        seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
     """
 
     def __init__(
@@ -60,19 +61,19 @@ class DenseData(DataModule):
         """The images of a split.
 
         Args:
-            split: Its name; that of training is read first.
-            seed: Seed of their augmentation; None is for evaluation.
+            split: Name of the split. The training split is read first.
+            seed: Seed of the augmentation. None means no augmentation, for evaluation.
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(split, seed)")
 
     @cached_property
     def splits(self) -> tuple["DenseImages", "DenseImages"]:
-        """The images of training and of validation."""
+        """The training images and the validation images."""
         return self.read(self.train_split, self._seed), self.read(self.val_split, None)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: of masks with the background, of boxes without."""
+        """Number of classes. Includes the background for masks, but not for boxes."""
         return self.splits[0].num_classes
 
     def setup(self, stage: str | None = None) -> None:
@@ -86,49 +87,49 @@ class DenseData(DataModule):
         order = ShuffledBatches(len(train), self.batch_size, self._seed, self._rank, self._world_size)
         if len(order) == 0:
             raise UserError(
-                f"{len(train)} images to train on make no batch of {self.batch_size} for each of {self._world_size} "
-                "processes; lower data.batch_size."
+                f"{len(train)} training images are too few for a batch of {self.batch_size} on each of "
+                f"{self._world_size} processes; lower --data.batch_size."
             )
         return Loader(train, order, self._loading_processes, persistent=True, position=self._position)
 
     def val_dataloader(self) -> Loader:
-        """Each image of the validation split once over all processes."""
+        """The validation images, each once over all processes."""
         _, val = self.splits
         if len(val) < self._world_size:
-            raise UserError(f"{len(val)} images to validate on are too few; use fewer processes.")
+            raise UserError(f"{len(val)} validation images are too few for {self._world_size} processes; use fewer.")
         order = OrderedBatches(np.arange(len(val)), self.batch_size, self._rank, self._world_size)
         return Loader(val, order, self._loading_processes)
 
     def _files(self, folder: str, names: list[str]) -> list[Path]:
-        """Files of the data set, which must be there."""
+        """Paths of files in a folder of the data set, all of which must exist."""
         paths = [self.root / folder / name for name in names]
         if missing := [path for path in paths if not path.is_file()]:
             raise UserError(
-                f"{missing[0]} does not exist, as {len(missing)} of {len(paths)} such files; data.root must be a "
-                f"folder as the help of {type(self).__name__} says."
+                f"{missing[0]} does not exist ({len(missing)} of {len(paths)} are missing); --data.root must be "
+                f"a folder as in the help of {type(self).__name__}."
             )
         return paths
 
-    def _listed(self, kind: str, split: str) -> list[str]:
+    def _image_names(self, kind: str, split: str) -> list[str]:
         """Names of the images in a split of Pascal VOC."""
         (listing,) = self._files(f"ImageSets/{kind}", [f"{split}.txt"])
         names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
         if not names:
-            raise UserError(f"{listing} names no image.")
+            raise UserError(f"{listing} lists no image.")
         return names
 
 
 class VOCSegmentationData(DenseData):
-    """Semantic segmentation in the folders of Pascal VOC.
+    """Data for semantic segmentation, in the folder layout of Pascal VOC.
 
     ``ImageSets/Segmentation/<split>.txt`` lists names, ``JPEGImages/<name>.jpg`` are the images, and
-    ``SegmentationClass/<name>.png`` the masks: palette or gray images of class numbers, 255 where it does not count.
+    ``SegmentationClass/<name>.png`` the masks: palette or gray images of class numbers, where 255 means ignore.
 
     Args:
-        root: The folder that holds them, e.g. ``VOCdevkit/VOC2012``.
-        num_classes: Number of classes, background included.
-        image_size: Side of the images in pixels: of random crops in training, of the whole image in evaluation.
-        min_crop: Smallest share of the image's area that a random crop keeps.
+        root: Folder that contains these folders, e.g. ``VOCdevkit/VOC2012``.
+        num_classes: Number of classes, including the background.
+        image_size: Side in pixels that random crops are resized to in training, and whole images in evaluation.
+        min_crop: Smallest area of a random crop, as a fraction of the image.
         kwargs: See DenseData.
     """
 
@@ -140,22 +141,22 @@ class VOCSegmentationData(DenseData):
 
     def read(self, split: str, seed: int | None) -> "DenseImages":
         """Find images and masks."""
-        names = self._listed("Segmentation", split)
+        names = self._image_names("Segmentation", split)
         masks = self._files("SegmentationClass", [f"{name}.png" for name in names])
         images = self._files("JPEGImages", [f"{name}.jpg" for name in names])
         return _MaskedImages(images, masks, self._num_classes, self.image_size, self.min_crop, seed)
 
 
 class VOCDetectionData(DenseData):
-    """Object detection in the folders of Pascal VOC.
+    """Data for object detection, in the folder layout of Pascal VOC.
 
     ``ImageSets/Main/<split>.txt`` lists names, ``JPEGImages/<name>.jpg`` are the images, and
-    ``Annotations/<name>.xml`` their boxes. Difficult objects count neither in training nor in evaluation; images
-    without others are not trained on.
+    ``Annotations/<name>.xml`` their boxes. Training and evaluation ignore difficult objects. Training leaves out images
+    without any other object.
 
     Args:
-        root: The folder that holds them, e.g. ``VOCdevkit/VOC2012``.
-        classes: Names of the classes; None takes those of the training split in alphabetical order, as VOC's are.
+        root: Folder that contains these folders, e.g. ``VOCdevkit/VOC2012``.
+        classes: Names of the classes. None means all names in the training split, in alphabetical order as in VOC.
         kwargs: See DenseData.
     """
 
@@ -165,28 +166,28 @@ class VOCDetectionData(DenseData):
 
     def read(self, split: str, seed: int | None) -> "DenseImages":
         """Find images and read annotations."""
-        names = self._listed("Main", split)
+        names = self._image_names("Main", split)
         files = self._files("Annotations", [f"{name}.xml" for name in names])
-        found = [_voc_objects(file) for file in files]
+        objects_per_image = [_voc_objects(file) for file in files]
         if self.classes is None:
-            self.classes = sorted({name for objects in found for name, _, _ in objects})
+            self.classes = sorted({name for objects in objects_per_image for name, _, _ in objects})
         labels = {name: label for label, name in enumerate(self.classes, 1)}
-        for file, objects in zip(files, found, strict=True):
+        for file, objects in zip(files, objects_per_image, strict=True):
             if unknown := {name for name, _, _ in objects} - labels.keys():
-                raise UserError(f"{file} has the class {min(unknown)!r}; data.classes are {', '.join(labels)}.")
+                raise UserError(f"{file} has the class {min(unknown)!r}; --data.classes are {', '.join(labels)}.")
         images = self._files("JPEGImages", [f"{name}.jpg" for name in names])
-        labelled = [[(labels[name], box, ignored) for name, box, ignored in objects] for objects in found]
-        return _BoxedImages(images, labelled, len(labels), seed)
+        labeled = [[(labels[name], box, ignored) for name, box, ignored in objects] for objects in objects_per_image]
+        return _BoxedImages(images, labeled, len(labels), seed)
 
 
 class COCODetectionData(DenseData):
-    """Object detection in the folders of COCO.
+    """Data for object detection, in the folder layout of COCO.
 
-    ``annotations/instances_<split>.json`` has the boxes of the images in the folder ``<split>``. Crowds count neither
-    in training nor in evaluation; images without other objects are not trained on.
+    ``annotations/instances_<split>.json`` has the boxes of the images in the folder ``<split>``. Training and
+    evaluation ignore crowds. Training leaves out images without any other object.
 
     Args:
-        root: The folder that holds ``annotations`` and the splits.
+        root: Folder that contains ``annotations`` and the folders of the splits.
         train_split: Split to train on.
         val_split: Split to validate on.
         kwargs: See DenseData.
@@ -194,37 +195,42 @@ class COCODetectionData(DenseData):
 
     def __init__(self, root: str, train_split: str = "train2017", val_split: str = "val2017", **kwargs: Any) -> None:
         super().__init__(root, train_split, val_split, **kwargs)
-        self._labels: dict[int, int] = {}  # of each category: from 1 on, in the order of their ids
+        self._labels: dict[int, int] = {}  # category id -> label, from 1 on, in the order of the ids
 
     def read(self, split: str, seed: int | None) -> "DenseImages":
         """Find images and read annotations."""
         (file,) = self._files("annotations", [f"instances_{split}.json"])
-        found: dict[int, list[_Object]] = defaultdict(list)
+        objects_by_image: dict[int, list[_Object]] = defaultdict(list)
         try:
-            told = json.loads(file.read_bytes())
-            images, categories = told["images"], sorted(one["id"] for one in told["categories"])
+            instances = json.loads(file.read_bytes())
+            images, categories = instances["images"], sorted(category["id"] for category in instances["categories"])
             self._labels = self._labels or {category: label for label, category in enumerate(categories, 1)}
-            for one in told["annotations"]:
-                if "bbox" not in one or one["category_id"] not in self._labels:
+            for annotation in instances["annotations"]:
+                category = annotation["category_id"]
+                if "bbox" not in annotation or category not in self._labels:
                     raise UserError(
-                        f"{file}: annotation {one['id']} has no box, or a category that {self.train_split} has not."
+                        f"{file}: annotation {annotation['id']} has no box, or its category is not in the split "
+                        f"{self.train_split}."
                     )
-                x, y, width, height = one["bbox"]
+                x, y, width, height = annotation["bbox"]
                 box = [x, y, x + width, y + height]
-                found[one["image_id"]].append((self._labels[one["category_id"]], box, bool(one.get("iscrowd"))))
-            objects, names = [found[image["id"]] for image in images], [image["file_name"] for image in images]
+                ignored = bool(annotation.get("iscrowd"))
+                objects_by_image[annotation["image_id"]].append((self._labels[category], box, ignored))
+            objects = [objects_by_image[image["id"]] for image in images]
+            names = [image["file_name"] for image in images]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} does not hold COCO's instances ({type(error).__name__}: {error}).") from error
         return _BoxedImages(self._files(split, names), objects, len(self._labels), seed)
 
 
 class DenseImages(Dataset[Any]):
-    """Images and what is to be seen in them, a batch at a time; subclasses write ``pair``.
+    """Images and their targets, a batch at a time: a subclass writes ``pair``.
 
     Args:
         paths: The files.
         num_classes: Number of classes.
-        seed: Seed of the augmentation: it depends on this, the epoch and the image alone. None is for evaluation.
+        seed: Seed of the augmentation, which depends only on the seed, the epoch and the image. None means no
+            augmentation, for evaluation.
     """
 
     def __init__(self, paths: list[Path], num_classes: int, seed: int | None) -> None:
@@ -234,28 +240,28 @@ class DenseImages(Dataset[Any]):
         return len(self.files)
 
     def pair(self, image: tv_tensors.Image, index: int) -> tuple[Tensor, Any]:
-        """The image and its target, augmented if there is a seed.
+        """The image and its target. Both are augmented if there is a seed.
 
         Args:
             image: ``(3, H, W)``, uint8.
-            index: Its number.
+            index: Index of the image.
         """
         raise NotImplementedError(f"{type(self).__name__} must define pair(image, index)")
 
     def __getitem__(self, key: BatchKey) -> tuple[Any, Any]:
         epoch, indices = key
         with torch.random.fork_rng(devices=[]):
-            images, targets = zip(*[self._drawn(epoch, int(index)) for index in indices], strict=True)
+            images, targets = zip(*[self._seeded_pair(epoch, int(index)) for index in indices], strict=True)
         return list(images), list(targets)
 
-    def _drawn(self, epoch: int, index: int) -> tuple[Tensor, Any]:
-        if self.seed is not None:  # torchvision draws from torch's generator
+    def _seeded_pair(self, epoch: int, index: int) -> tuple[Tensor, Any]:
+        if self.seed is not None:  # torchvision's transforms draw from torch's global generator
             number = uniforms(self.seed, epoch, np.array([index]), np.arange(1), 1).item()
             torch.manual_seed(int(number * 2**32))
         try:
             image = tv_tensors.Image(self.files.read(index))
         except Exception as error:
-            raise UserError(f"{self.files.name(index)} cannot be read ({error}); mend it.") from error
+            raise UserError(f"{self.files.name(index)} cannot be read ({error}); fix or remove it.") from error
         return self.pair(image, index)
 
 
@@ -265,64 +271,64 @@ class _MaskedImages(DenseImages):
     ) -> None:
         super().__init__(paths, num_classes, seed)
         self.masks = masks
-        crop, pure = v2.RandomResizedCrop(size, scale=(min_crop, 1.0)), v2.ToPureTensor()
-        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), pure])
-        self.resize = v2.Compose([v2.Resize((size, size)), pure])
+        crop, to_tensor = v2.RandomResizedCrop(size, scale=(min_crop, 1.0)), v2.ToPureTensor()
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), to_tensor])
+        self.resize = v2.Compose([v2.Resize((size, size)), to_tensor])
 
     def pair(self, image: tv_tensors.Image, index: int) -> tuple[Tensor, Tensor]:
-        """The image as a square; its mask is cropped alike in training, and as it is in evaluation."""
-        with Image.open(self.masks[index]) as opened:
-            classes = np.array(opened)
+        """The image as a square. In training its mask gets the same crop; in evaluation the mask keeps its size."""
+        with Image.open(self.masks[index]) as mask_file:
+            classes = np.array(mask_file)
         if classes.shape != image.shape[1:]:
             raise UserError(
-                f"{self.masks[index]} is of shape {classes.shape}, its image {tuple(image.shape[1:])}; masks are "
-                "palette or gray images as large as theirs."
+                f"{self.masks[index]} is of shape {classes.shape}, its image {tuple(image.shape[1:])}; a mask must be "
+                "a palette or gray image of the size of its image."
             )
         if wrong := {*np.unique(classes).tolist()} - {*range(self.num_classes), _IGNORED}:
-            raise UserError(f"{self.masks[index]} has class {max(wrong)}; data.num_classes is {self.num_classes}.")
+            raise UserError(f"{self.masks[index]} has class {max(wrong)}; --data.num_classes is {self.num_classes}.")
         mask = torch.from_numpy(classes.astype(np.uint8))
         return (self.resize(image), mask) if self.seed is None else self.augment(image, tv_tensors.Mask(mask))
 
     def __getitem__(self, key: BatchKey) -> tuple[Tensor, Any]:
-        """Images ``(B, 3, S, S)``, and masks: ``(B, S, S)`` in training, a list of any sizes in evaluation."""
+        """Images ``(B, 3, S, S)``, and masks: ``(B, S, S)`` in training, in evaluation a list of masks of any size."""
         images, masks = super().__getitem__(key)
         return torch.stack(images), masks if self.seed is None else torch.stack(masks)
 
 
 class _BoxedImages(DenseImages):
     def __init__(self, paths: list[Path], objects: list[list[_Object]], num_classes: int, seed: int | None) -> None:
-        kept = [number for number, some in enumerate(objects) if not all(ignored for _, _, ignored in some)]
-        if not kept:
-            raise UserError(f"none of {len(paths)} images has a box, e.g. {paths[0]}; look at the annotations.")
-        kept = [*range(len(paths))] if seed is None else kept
-        super().__init__([paths[number] for number in kept], num_classes, seed)
-        self.labels = [np.array([label for label, _, _ in objects[number]], dtype=np.int64) for number in kept]
-        self.boxes = [np.array([box for _, box, _ in objects[number]], dtype=np.float32) for number in kept]
-        self.ignored = [np.array([ignored for _, _, ignored in objects[number]], dtype=bool) for number in kept]
+        with_boxes = [index for index, boxed in enumerate(objects) if not all(ignored for _, _, ignored in boxed)]
+        if not with_boxes:
+            raise UserError(f"none of {len(paths)} images has a box, e.g. {paths[0]}; check the annotations.")
+        used = [*range(len(paths))] if seed is None else with_boxes
+        super().__init__([paths[index] for index in used], num_classes, seed)
+        self.labels = [np.array([label for label, _, _ in objects[index]], dtype=np.int64) for index in used]
+        self.boxes = [np.array([box for _, box, _ in objects[index]], dtype=np.float32) for index in used]
+        self.ignored = [np.array([ignored for _, _, ignored in objects[index]], dtype=bool) for index in used]
         self.augment = v2.Compose([v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes()])
-        self.plain = v2.ToPureTensor()
+        self.to_tensor = v2.ToPureTensor()
 
     def pair(self, image: tv_tensors.Image, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image and its objects as torchvision's detectors take them."""
+        """The image and its objects in the form that torchvision's detectors take."""
         boxes = torch.from_numpy(self.boxes[index]).reshape(-1, 4)
         labels, ignored = torch.from_numpy(self.labels[index]), torch.from_numpy(self.ignored[index])
         if self.seed is None:
-            return self.plain(image, {"boxes": boxes, "labels": labels, "iscrowd": ignored.long()})
-        kept = tv_tensors.BoundingBoxes(boxes[~ignored], format="XYXY", canvas_size=image.shape[-2:])
-        return self.plain(self.augment(image, {"boxes": kept, "labels": labels[~ignored]}))
+            return self.to_tensor(image, {"boxes": boxes, "labels": labels, "iscrowd": ignored.long()})
+        counted = tv_tensors.BoundingBoxes(boxes[~ignored], format="XYXY", canvas_size=image.shape[-2:])
+        return self.to_tensor(self.augment(image, {"boxes": counted, "labels": labels[~ignored]}))
 
 
 def _voc_objects(file: Path) -> list[_Object]:
-    """Class name, box and difficulty of each object in an annotation of Pascal VOC."""
+    """Class name, box, and whether it is difficult, of each object in an annotation file of Pascal VOC."""
     try:
         return [
             (
-                str(one.findtext("name")),
-                # pixels are counted from 1, and the last one belongs to the box
-                [float(one.findtext(f"bndbox/{side}", "")) - side.endswith("min") for side in _SIDES],
-                one.findtext("difficult") == "1",
+                str(element.findtext("name")),
+                # VOC counts pixels from 1, and the last pixel belongs to the box
+                [float(element.findtext(f"bndbox/{side}", "")) - side.endswith("min") for side in _SIDES],
+                element.findtext("difficult") == "1",
             )
-            for one in ElementTree.parse(file).getroot().iter("object")
+            for element in ElementTree.parse(file).getroot().iter("object")
         ]
     except (ElementTree.ParseError, ValueError) as error:
-        raise UserError(f"{file} has an object without a box, or is no annotation ({error}); mend it.") from error
+        raise UserError(f"{file} has an object without a box, or is no annotation ({error}); fix it.") from error

@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's digits."""
+"""Scikit-learn's digits, a data set that needs no download."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from ssl_lightning.data.images import ImageArray
 
 
 class DigitsData(SSLDataModule):
-    """1,797 real handwritten digits of 8 px that ship with scikit-learn: nothing to download.
+    """1,797 real handwritten digits of 8 px that come with scikit-learn: nothing to download.
 
-    A fifth is held out for validation.
+    One fifth is held out for validation.
 
     Args:
-        kwargs: See SSLDataModule; ``image_size`` is 16 by default.
+        kwargs: See SSLDataModule. By default ``image_size`` is 16.
     """
 
     default_image_size = 16
@@ -23,8 +23,8 @@ class DigitsData(SSLDataModule):
         super().__init__(**kwargs)
 
     def load(self) -> None:
-        """Read the digits, gray levels 0 to 16, as RGB and split off every fifth."""
-        from sklearn.datasets import load_digits  # only here: reading help texts should not wait for it
+        """Read the digits, whose gray levels are 0 to 16, as RGB, and hold out every fifth."""
+        from sklearn.datasets import load_digits  # only here: the command line starts without it
 
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)

@@ -1,4 +1,4 @@
-"""Random images, for tests of shapes."""
+"""Random images, for testing shapes and speed."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from ssl_lightning.data.images import ImageArray
 
 
 class FakeData(SSLDataModule):
-    """Noise with random labels: for tests of shapes, nothing can be learnt from it.
+    """Noise with meaningless labels, for testing shapes: there is nothing to learn from it.
 
     Args:
-        num_images: Number of training images; a quarter as many are for validation.
+        num_images: Number of training images. There are a quarter as many validation images.
         num_labels: Number of classes.
-        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
+        kwargs: See SSLDataModule. By default ``image_size`` is 32.
     """
 
     default_image_size = 32

@@ -1,4 +1,4 @@
-"""Images from a folder, with or without labels."""
+"""Images in a folder, with or without labels."""
 
 import os
 import time
@@ -22,17 +22,17 @@ _VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 
 
 class ImageFolderData(SSLDataModule):
-    """Any folder of images: class sub-folders, nested folders, or one flat folder without labels.
+    """Any folder of images: with a subfolder for each class, with nested folders, or flat without labels.
 
-    If the folder has a sub-folder ``train``, training uses that and validation its neighbour ``val``, ``valid``,
-    ``validation`` or ``test``. Otherwise a part of a labelled folder is held out for validation; without labels
-    everything is trained on. Labels serve the probes alone.
+    If the folder has a subfolder ``train``, training uses it, and validation uses its sibling ``val``, ``valid``,
+    ``validation`` or ``test``. Otherwise a part of a labeled folder is held out for validation; a folder without labels
+    is for training only. Only probes and evaluation use labels.
 
     Args:
         root: The folder.
-        labels: ``folders``: the class is the first folder below the root; ``none``: no labels; ``auto``: folders if
-            every image lies exactly one folder deep and there are at least two such folders.
-        val_fraction: Share of a labelled folder held out for validation if there is no validation folder.
+        labels: ``folders``: the first folder below the root is the class. ``none``: no labels. ``auto``: ``folders`` if
+            every image lies exactly one folder deep and there are at least two such folders, else ``none``.
+        val_fraction: Fraction of a labeled folder held out for validation if there is no validation folder.
         kwargs: See SSLDataModule.
     """
 
@@ -47,25 +47,25 @@ class ImageFolderData(SSLDataModule):
         self.root, self.labels, self.val_fraction = Path(root).expanduser(), labels, val_fraction
 
     def prepare_data(self) -> None:
-        """Scan the folders once per machine; the other processes find the cached index."""
+        """Scan the folders, once per machine. The other processes read the cached index."""
         for root in (self._train_root, *self._validation_roots()):
-            with suppress(UserError):  # to be raised where it matters
+            with suppress(UserError):  # load raises it again
                 find_images(root)
 
     def load(self) -> None:
-        """Find the images, label them, split off validation."""
+        """Find the images, label them, and hold out images for validation."""
         if not self.root.is_dir():
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
-            raise UserError(f"{self.root} {what}; give the folder of your images as data.root.")
+            raise UserError(f"{self.root} {what}; give the folder of your images as --data.root.")
         root = self._train_root
-        found = find_images(root)
-        classes = self._classes(root, found)
-        train = ImageFiles(found.paths, _labels(root, found, classes), root)
+        listing = find_images(root)
+        classes = self._classes(root, listing)
+        train = ImageFiles(listing.paths, _labels(root, listing, classes), root)
         val = None
         for val_root in self._validation_roots():
             if val is None and (classes is None or any(path.is_dir() for path in val_root.iterdir())):
-                found = find_images(val_root)
-                val = ImageFiles(found.paths, _labels(val_root, found, classes), val_root)
+                listing = find_images(val_root)
+                val = ImageFiles(listing.paths, _labels(val_root, listing, classes), val_root)
         self.train_images, self.val_images = train, val
         if val is None:
             self.train_images, self.val_images = split(train, self.val_fraction)
@@ -75,83 +75,92 @@ class ImageFolderData(SSLDataModule):
         return self.root / "train" if (self.root / "train").is_dir() else self.root
 
     def _validation_roots(self) -> list[Path]:
-        """The neighbours of ``train`` for validation."""
+        """The validation folders next to ``train``."""
         roots = [self.root / name for name in _VALIDATION_FOLDERS] if self._train_root != self.root else []
         return [root for root in roots if root.is_dir()]
 
-    def _classes(self, root: Path, found: "FoundImages") -> list[str] | None:
-        depths = [0 if folder == "" else folder.count(os.sep) + 1 for folder in found.folders]
-        names = sorted({folder.split(os.sep)[0] for folder in found.folders if folder})
+    def _classes(self, root: Path, listing: "FolderListing") -> list[str] | None:
+        """Names of the classes; None if there are no labels."""
+        depths = [0 if folder == "" else folder.count(os.sep) + 1 for folder in listing.folders]
+        names = sorted({folder.split(os.sep)[0] for folder in listing.folders if folder})
         if self.labels == "folders" and 0 in depths:
-            raise UserError(f"labels='folders', but some images lie directly in {root}; move them into class folders.")
-        classes = len(names) > 1 and set(depths) == {1}
-        return names if self.labels == "folders" or (self.labels == "auto" and classes) else None
+            raise UserError(
+                f"--data.labels is folders, but some images lie directly in {root}; move them into class folders."
+            )
+        looks_labeled = len(names) > 1 and set(depths) == {1}
+        return names if self.labels == "folders" or (self.labels == "auto" and looks_labeled) else None
 
 
-class FoundImages(NamedTuple):
+class FolderListing(NamedTuple):
     """The images below a folder."""
 
     paths: NDArray[np.bytes_]
-    """``(N,)`` paths below the folder, sorted by folder, then by name."""
+    """``(N,)`` paths relative to the folder, sorted by folder, then by name."""
     folders: list[str]
-    """The folders that hold images, below the folder; "" is the folder itself."""
+    """The folders that contain images, relative to the folder; "" is the folder itself."""
     counts: NDArray[np.int64]
-    """How many images each of them holds."""
+    """Number of images in each of these folders."""
 
 
-def find_images(root: Path) -> FoundImages:
-    """All image files below a folder, by their suffix; hidden files and folders are passed over.
+def find_images(root: Path) -> FolderListing:
+    """List all image files below a folder, by their suffix, without hidden files and folders.
 
-    The result of a long scan is kept in ``$SSL_LIGHTNING_CACHE`` (by default ``~/.cache/ssl_lightning``), for as long
-    as no folder changes.
+    The result of a long scan is cached in ``$SSL_LIGHTNING_CACHE`` (by default ``~/.cache/ssl_lightning``). It holds
+    until a folder changes.
 
     Args:
         root: The folder.
 
     Raises:
-        UserError: There are none.
+        UserError: There are no images.
     """
     index = cache_file(f"folder-{root.resolve()}", ".npz")
-    found = _cached(root, index)
-    if found is None:
+    listing = _cached(root, index)
+    if listing is None:
         start = time.time_ns()
-        found, all_folders = _scan(root)
-        if len(found.paths) >= _WORTH_CACHING:
-            # A folder that changes while it is scanned may change again within one tick of the clock: never trusted.
+        listing, all_folders = _scan(root)
+        if len(listing.paths) >= _WORTH_CACHING:
+            # A folder changed during the scan may change again without a new time stamp: store -1, so it never matches.
             times = np.array([os.stat(root / folder).st_mtime_ns for folder in all_folders])
             times[times > start - 2 * 10**9] = -1
             write_arrays(
                 index,
-                paths=found.paths,
-                counts=found.counts,
-                folders=np.array([os.fsencode(folder) for folder in found.folders]),
+                paths=listing.paths,
+                counts=listing.counts,
+                folders=np.array([os.fsencode(folder) for folder in listing.folders]),
                 all_folders=np.array([os.fsencode(folder) for folder in all_folders]),
                 times=times,
             )
-    if len(found.paths) == 0:
+    if len(listing.paths) == 0:
         raise UserError(f"no images below {root}; looked for files ending in {', '.join(IMAGE_SUFFIXES)}.")
-    return found
+    return listing
 
 
 _WORTH_CACHING = 10_000
-"""Images whose folders take longer to scan than to look up."""
+"""Number of images from which on a scan takes longer than reading its cached result."""
 
 
-def _cached(root: Path, index: Path) -> FoundImages | None:
-    """The result of an earlier scan, if it still holds."""
+def _cached(root: Path, index: Path) -> FolderListing | None:
+    """The result of an earlier scan, if no folder has changed since."""
     try:
         with index.open("rb") as file, np.load(file) as arrays:
-            for folder, changed in zip(arrays["all_folders"], arrays["times"], strict=True):
-                if os.stat(root / os.fsdecode(folder)).st_mtime_ns != changed:
+            for folder, time_then in zip(arrays["all_folders"], arrays["times"], strict=True):
+                if os.stat(root / os.fsdecode(folder)).st_mtime_ns != time_then:
                     return None
             folders = [os.fsdecode(folder) for folder in arrays["folders"]]
-            return FoundImages(arrays["paths"], folders, arrays["counts"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or one of another version
+            return FolderListing(arrays["paths"], folders, arrays["counts"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):  # no index, a damaged index, or an index of another version
         return None
 
 
-def _scan(root: Path) -> tuple[FoundImages, list[str]]:
-    """Look through all folders; also says which there are."""
+def _scan(root: Path) -> tuple[FolderListing, list[str]]:
+    """Walk through all folders. Returns the images, and all folders with and without images."""
     paths: list[bytes] = []
     folders: list[str] = []
     counts: list[int] = []
@@ -170,24 +179,27 @@ def _scan(root: Path) -> tuple[FoundImages, list[str]]:
                 folders.append(folder)
                 counts.append(len(names))
                 bar.advance(task, len(names))
-    return FoundImages(np.array(paths, dtype=np.bytes_), folders, np.array(counts, dtype=np.int64)), all_folders
+    return FolderListing(np.array(paths, dtype=np.bytes_), folders, np.array(counts, dtype=np.int64)), all_folders
 
 
-def _labels(root: Path, found: FoundImages, classes: list[str] | None) -> Labels | None:
+def _labels(root: Path, listing: FolderListing, classes: list[str] | None) -> Labels | None:
     if classes is None:
         return None
-    number = {name: label for label, name in enumerate(classes)}
-    names = [folder.split(os.sep)[0] for folder in found.folders]
+    label_by_name = {name: label for label, name in enumerate(classes)}
+    names = [folder.split(os.sep)[0] for folder in listing.folders]
     if unknown := sorted(set(names) - set(classes)):
-        raise UserError(f"{root} has classes that training has not: {', '.join(unknown[:5])}; remove or add them.")
-    return np.repeat(np.array([number[name] for name in names]), found.counts)
+        raise UserError(
+            f"{root} has classes that the training images do not have: {', '.join(unknown[:5])}; remove them, or add "
+            "training images."
+        )
+    return np.repeat(np.array([label_by_name[name] for name in names]), listing.counts)
 
 
 def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:
-    """Hold out a share of labelled images for validation; the same ones on every run, whatever the seed."""
+    """Hold out a fraction of labeled images for validation: the same images in every run, for any seed."""
     count = round(len(images) * val_fraction)
     if count == 0 or images.labels is None:
         return images, None
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
-    held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    return images.subset(kept), images.subset(held_out)
+    held_out, rest = np.sort(order[:count]), np.sort(order[count:])
+    return images.subset(rest), images.subset(held_out)

@@ -1,4 +1,4 @@
-"""Image data sets of Hugging Face: with random access, or as a stream."""
+"""Image data sets from Hugging Face, with random access or as a stream."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,25 +15,27 @@ _VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 
 
 class HuggingFaceData(SSLDataModule):
-    """A data set of the Hugging Face hub, or of local files, by the library ``datasets``.
+    """A data set from the Hugging Face hub or from local files, read with the library ``datasets``.
 
-    A stream is read in order and shuffled within a buffer, each process and worker its own part of the files; nothing
-    is stored but the validation split, coded, in memory. Without a bank of training images the kNN probe is silent.
+    A stream is read in order and shuffled within a buffer. Each process and worker reads its own part of the files.
+    Nothing is stored except the validation split, whose encoded images stay in memory. The kNN probe is silent for a
+    stream, because it needs training images with random access.
 
     Args:
         path: Name on the hub, or a format of local files: ``imagefolder``, ``parquet``, ``webdataset``, ...
         subset: Configuration of the data set.
-        data_files: Local files or URLs of a format.
-        data_dir: Folder of a format such as ``imagefolder``.
+        data_files: Local files or URLs in this format.
+        data_dir: Folder, for a format such as ``imagefolder``.
         split: Split to train on.
-        val_split: Split to validate on; None takes ``validation``, ``val``, ``valid`` or ``test`` if there is one, else
-            holds out ``val_fraction``.
-        val_fraction: Share held out if there is no such split and there are labels.
-        image_column: Column of the images; None finds it.
-        label_column: Column of the labels; None finds it: one of class labels.
+        val_split: Split to validate on. None means ``validation``, ``val``, ``valid`` or ``test`` if there is one, else
+            ``val_fraction`` of the training split.
+        val_fraction: Fraction of labeled training images held out if there is no validation split.
+        image_column: Column of the images. None means the first column of type ``Image``.
+        label_column: Column of the labels. None means the first column of type ``ClassLabel``, else an integer column
+            named ``label``, ``labels`` or ``cls``, if there is one.
         streaming: Whether to read the training split as a stream.
-        num_images: Images in a stream, if the data set does not tell.
-        shuffle_buffer: Images among which a stream is shuffled.
+        num_images: Number of images in the stream, if the data set does not state it.
+        shuffle_buffer: Number of images in the buffer that a stream is shuffled in.
         kwargs: See SSLDataModule.
     """
 
@@ -60,7 +62,7 @@ class HuggingFaceData(SSLDataModule):
         self.streaming, self.num_images, self.shuffle_buffer = streaming, num_images, shuffle_buffer
 
     def prepare_data(self) -> None:
-        """Download, once per machine, what is not streamed."""
+        """Download the data set, once per machine, unless it is a stream."""
         if not self.streaming:
             self._open(self.train_split)
 
@@ -74,7 +76,7 @@ class HuggingFaceData(SSLDataModule):
             splits = train.info.splits or {}
             length = self.num_images or getattr(splits.get(self.train_split), "num_examples", None)
             if not length:
-                raise UserError("the stream does not tell how many images it has; give data.num_images.")
+                raise UserError("the stream does not state how many images it has; set --data.num_images.")
             length = min(length, self.train_samples or length)
             self.train_stream = HuggingFaceStream(train, length, image, label, self.shuffle_buffer, self._seed)
         else:
@@ -85,10 +87,10 @@ class HuggingFaceData(SSLDataModule):
 
     def _open(self, name: str | None) -> Any:
         try:
-            found = _library().load_dataset(**self.source, split=name, streaming=self.streaming)
+            dataset = _library().load_dataset(**self.source, split=name, streaming=self.streaming)
         except (FileNotFoundError, ValueError, ConnectionError) as error:
             raise UserError(f"Hugging Face data set {self.source['path']!r}, split {name!r}: {error}") from error
-        return found._resolve_features() if self.streaming and found.features is None else found
+        return dataset._resolve_features() if self.streaming and dataset.features is None else dataset
 
     def _split_names(self) -> list[str]:
         path, subset, files, folder = self.source.values()
@@ -105,31 +107,31 @@ class HuggingFaceData(SSLDataModule):
         label = self.label_column or (labels or [None])[0]
         if image not in features or (label is not None and label not in classes + numbers):
             raise UserError(
-                f"data.image_column={image} is no column, or data.label_column={label} none of whole numbers; "
-                f"the columns are {', '.join(features)}."
+                f"--data.image_column {image} is not a column, or --data.label_column {label} is not a column of "
+                f"integers; the columns are {', '.join(features)}."
             )
         return image, label
 
     def _images(self, dataset: Any, image: str, label: str | None) -> DatasetImages:
         dataset = dataset.cast_column(image, _library().Image(decode=False))
-        if self.streaming:  # validation: read once, and kept as it is coded
+        if self.streaming:  # validation: read once, and kept in memory as encoded
             dataset = list(dataset if self.val_samples is None else dataset.take(self.val_samples))
-            found = [example[label] for example in dataset] if label is not None else []
+            classes = [example[label] for example in dataset] if label is not None else []
         else:
-            found = dataset[label] if label is not None else []
-        labels = None if label is None else np.array([-1 if one is None else one for one in found])
+            classes = dataset[label] if label is not None else []
+        labels = None if label is None else np.array([-1 if number is None else number for number in classes])
         return DatasetImages(dataset, labels, image)
 
 
 class HuggingFaceStream(ImageStream):
-    """A stream of Hugging Face, shuffled within a buffer.
+    """A Hugging Face stream, shuffled within a buffer.
 
     Args:
-        dataset: ``datasets.IterableDataset``.
+        dataset: A ``datasets.IterableDataset``.
         length: Number of its examples.
         image: Column of the images.
-        label: Column of the labels.
-        shuffle_buffer: Images among which it is shuffled.
+        label: Column of the labels. None if there are none.
+        shuffle_buffer: Number of images in the buffer.
         seed: Seed of the shuffling.
     """
 
@@ -147,11 +149,11 @@ class HuggingFaceStream(ImageStream):
         return self.length
 
     def max_workers(self, world_size: int) -> int:
-        """As many as there are files for each process."""
+        """The number of files for each process."""
         return max(1, self.files // world_size)
 
     def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
-        """Each process reads its own files, or every so-manyth example where there are too few; so does each worker."""
+        """The examples in the files of this process and worker; every n-th example if there are too few files."""
         from datasets.distributed import split_dataset_by_node
 
         dataset = split_dataset_by_node(self.dataset, rank, world_size) if world_size > 1 else self.dataset

@@ -1,4 +1,4 @@
-"""A look at the views that training sees: a picture and a few numbers."""
+"""The training views as a picture and a few numbers."""
 
 import itertools
 import time
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ssl_lightning.data.base import Loader, SSLDataModule
-from ssl_lightning.data.datasets import RawViews, StreamedViews, ViewDataset
+from ssl_lightning.data.batches import RawViews
+from ssl_lightning.data.datasets import StreamedViews, ViewDataset
+from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.drawing import CELL, fitted, framed, picture_of, pixels_of, sheet
 
@@ -19,18 +20,18 @@ _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f
 
 
 class Preview(NamedTuple):
-    """What ``preview`` found."""
+    """A picture of training views, and numbers about them."""
 
     sheet: Image.Image
-    """One row for each image: the original with its crops outlined, then its views."""
+    """A row for each image: the original with its crops outlined, then its views."""
     blank: float
-    """Share of views that show nothing: their pixels deviate by less than 0.02, of 1."""
+    """Fraction of views that show nothing: the standard deviation of their pixels, from 0 to 1, is below 0.02."""
     overlap: float | None
     """Mean intersection over union of the crops of positive pairs: a full-size view and another view of its image."""
     disjoint: float | None
-    """Share of those pairs without a common pixel."""
+    """Fraction of positive pairs without a common pixel."""
     images_per_second: float
-    """How fast this process makes views, reading and augmentation on the CPU included."""
+    """How many images this process reads and augments per second, all on the CPU."""
 
     def __str__(self) -> str:
         lines = [f"blank views                    {self.blank:7.1%}"]
@@ -42,51 +43,52 @@ class Preview(NamedTuple):
         return "\n".join([*lines, f"images per second              {self.images_per_second:7.1f}  (one process, CPU)"])
 
 
-def preview(data: SSLDataModule, num_rows: int = 8, num_images: int = 256) -> Preview:
-    """Make the first views of training, exactly as training does.
+def preview(loader: Loader, specs: Sequence[ViewSpec], num_rows: int = 8, num_images: int = 256) -> Preview:
+    """Make the first training views exactly as training does.
 
     Args:
-        data: The data module; its ``views`` say which.
+        loader: Batches of training views.
+        specs: The views.
         num_rows: Images in the picture.
-        num_images: Images that the numbers are about.
+        num_images: Images to compute the numbers on.
     """
-    loader, specs = data.train_dataloader(), data.view_specs
     dataset = loader.dataset
     assert isinstance(dataset, ViewDataset | StreamedViews)
-    batches, originals = _batches(loader, num_images), _originals(dataset)
-    kinds = [spec for spec in specs for _ in range(spec.count)]
+    batches, read_original = _batches(loader, num_images), _originals(dataset)
+    view_specs = [spec for spec in specs for _ in range(spec.count)]
     rows: list[list[Image.Image]] = []
     blank: list[bool] = []
     overlaps: list[float] = []
     seconds = 0.0
-    while len(blank) < num_images * len(kinds):
+    while len(blank) < num_images * len(view_specs):
         start = time.perf_counter()
         indices, raw = next(batches, (None, None))
         if indices is None or raw is None:
             break
-        made = raw.augmented(specs)
+        augmented = raw.augmented(specs)
         seconds += time.perf_counter() - start
-        images = [originals(int(index)) for index in raw.indices]
+        images = [read_original(int(index)) for index in raw.indices]
         heights, widths = np.array([image.shape[1:] for image in images]).T
         boxes = [part.reshape(-1, len(images), 4) for part in dataset.maker.draw(0, indices, heights, widths)[0]]
-        for image, crops, *views in zip(images, np.concatenate(boxes, axis=0).swapaxes(0, 1), *made.views, strict=True):
-            pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, kinds, strict=True)]
-            blank += [bool(one.double().std() < 0.02 * 255) for one in pixels]
-            own = [view for view, spec in enumerate(kinds) if spec.same_crop_as is None]
-            overlaps += _overlaps(crops[own], [kinds[view] for view in own])
+        crops_per_image = np.concatenate(boxes, axis=0).swapaxes(0, 1)
+        for image, crops, *views in zip(images, crops_per_image, *augmented.views, strict=True):
+            pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, view_specs, strict=True)]
+            blank += [bool(view.double().std() < 0.02 * 255) for view in pixels]
+            own_crop = [number for number, spec in enumerate(view_specs) if spec.same_crop_as is None]
+            overlaps += _overlaps(crops[own_crop], [view_specs[number] for number in own_crop])
             if len(rows) < num_rows:
-                rows.append([_outlined(image, crops), *_framed(pixels, kinds)])
+                rows.append([_outlined(image, crops), *_framed(pixels, view_specs)])
     return Preview(
-        sheet=sheet(rows, ["original", *(str(number + 1) for number in range(len(kinds)))]),
+        sheet=sheet(rows, ["original", *(str(number + 1) for number in range(len(view_specs)))]),
         blank=float(np.mean(blank)),
         overlap=float(np.mean(overlaps)) if overlaps else None,
         disjoint=float(np.mean(np.array(overlaps) == 0)) if overlaps else None,
-        images_per_second=len(blank) / len(kinds) / seconds,
+        images_per_second=len(blank) / len(view_specs) / seconds,
     )
 
 
 def _batches(loader: Loader, num_images: int) -> Iterator[tuple[NDArray[np.int64], RawViews]]:
-    """The first batches of training, cut to so many images, with the indices that their numbers were drawn for."""
+    """The first batches of training, cut to ``num_images``, each with the indices that its numbers were drawn for."""
     if isinstance(loader.dataset, StreamedViews):
         for raw in loader.dataset:
             yield raw.indices.numpy(), raw
@@ -96,43 +98,44 @@ def _batches(loader: Loader, num_images: int) -> Iterator[tuple[NDArray[np.int64
 
 
 def _originals(dataset: ViewDataset | StreamedViews) -> Callable[[int], Tensor]:
-    """Gives the original of each image of the batches, asked for in their order."""
+    """A function that returns the original of an image; call it for the images of the batches in their order."""
     if isinstance(dataset, ViewDataset):
         return dataset.images.read
     stream = dataset.decoded()
     return lambda _: next(stream)[0].decode(0)
 
 
-def _overlaps(crops: NDArray[np.int64], kinds: Sequence[ViewSpec]) -> list[float]:
-    """Intersection over union of each full-size crop with each crop after it."""
+def _overlaps(crops: NDArray[np.int64], specs: Sequence[ViewSpec]) -> list[float]:
+    """Intersection over union of each full-size crop with each later crop."""
     tops, lefts, heights, widths = crops.T
     bottoms, rights = tops + heights, lefts + widths
-    found = []
-    for one in (view for view, spec in enumerate(kinds) if spec.size == max(one.size for one in kinds)):
-        for other in range(one + 1, len(kinds)):
-            height = min(bottoms[one], bottoms[other]) - max(tops[one], tops[other])
-            width = min(rights[one], rights[other]) - max(lefts[one], lefts[other])
-            common = max(0, height) * max(0, width)
-            union = heights[one] * widths[one] + heights[other] * widths[other] - common
-            found.append(float(common / union))
-    return found
+    full_size = max(spec.size for spec in specs)
+    overlaps = []
+    for first in (view for view, spec in enumerate(specs) if spec.size == full_size):
+        for second in range(first + 1, len(specs)):
+            height = min(bottoms[first], bottoms[second]) - max(tops[first], tops[second])
+            width = min(rights[first], rights[second]) - max(lefts[first], lefts[second])
+            intersection = max(0, height) * max(0, width)
+            union = heights[first] * widths[first] + heights[second] * widths[second] - intersection
+            overlaps.append(float(intersection / union))
+    return overlaps
 
 
 def _outlined(image: Tensor, crops: NDArray[np.int64]) -> Image.Image:
     """The original, fitted into a cell, with the outlines of its crops."""
     scale = CELL / max(image.shape[1:])
     picture = fitted(picture_of(image))
-    draw = ImageDraw.Draw(picture)
+    canvas = ImageDraw.Draw(picture)
     for view, crop in enumerate(crops):
         top, left, bottom, right = (crop * scale)[[0, 1]].tolist() + ((crop[:2] + crop[2:]) * scale - 1).tolist()
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=_COLORS[view % len(_COLORS)])
+        canvas.rectangle((left, top, max(left, right), max(top, bottom)), outline=_COLORS[view % len(_COLORS)])
     return picture
 
 
-def _framed(views: Sequence[Tensor], kinds: Sequence[ViewSpec]) -> list[Image.Image]:
-    """The views in their relative sizes, framed in the colour of their outlines."""
-    largest, cells = max(spec.size for spec in kinds), []
-    for pixels, spec, color in zip(views, kinds, itertools.cycle(_COLORS), strict=False):
+def _framed(views: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Image.Image]:
+    """The views in their relative sizes, framed in the colors of their outlines."""
+    largest, cells = max(spec.size for spec in specs), []
+    for pixels, spec, color in zip(views, specs, itertools.cycle(_COLORS), strict=False):
         side = max(CELL * spec.size // largest, 16)
         cells.append(framed(picture_of(pixels).resize((side, side)), color))
     return cells

@@ -1,4 +1,4 @@
-"""The order of the data: batches fixed by (seed, epoch), whatever the number of processes and wherever one resumes."""
+"""The order of the data: batches fixed by (seed, epoch), for any number of processes and after any interruption."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 BatchKey = tuple[int, NDArray[np.int64]]
-"""Epoch and the indices of the images in a batch: what a data set needs to make it."""
+"""Epoch and image indices of a batch: what a data set needs to make it."""
 
 
 class ShuffledBatches(Sampler[BatchKey]):
-    """Each epoch a permutation of the data, cut into global batches; each process takes its part of each.
+    """A permutation of the data for each epoch, cut into global batches, of which each process takes its part.
 
-    An epoch ends with the last whole global batch. Keys carry the epoch, so that persistent workers know it.
+    An epoch ends with the last full global batch. Keys carry the epoch because persistent workers do not know it.
 
     Args:
         size: Number of images.
@@ -21,11 +21,11 @@ class ShuffledBatches(Sampler[BatchKey]):
         seed: Seed of the permutations.
         rank: Index of this process.
         world_size: Number of processes.
-        order: Makes the order of an epoch from a generator; None is a permutation.
+        order: Makes the order of an epoch from a generator. None means a random permutation.
 
     Attributes:
         epoch: Epoch of the next pass.
-        start: Batches of the next pass that are already done: where a resumed run goes on.
+        start: Number of batches to skip in the next pass, because a resumed run has done them.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ShuffledBatches(Sampler[BatchKey]):
 
 
 class OrderedBatches(Sampler[BatchKey]):
-    """The given images once each, in order, dealt to the processes without repeats.
+    """The given images once each, in order, divided among the processes without repeats.
 
     Args:
         indices: The images to visit.
@@ -76,3 +76,13 @@ class OrderedBatches(Sampler[BatchKey]):
     def __iter__(self) -> Iterator[BatchKey]:
         for first in range(0, len(self.indices), self.batch_size):
             yield 0, self.indices[first : first + self.batch_size]
+
+
+def spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """``count`` of the indices, evenly spread.
+
+    Args:
+        indices: ``(N,)``, with N at least ``count``.
+        count: How many to take.
+    """
+    return indices[np.arange(count) * len(indices) // count]

@@ -1,4 +1,4 @@
-"""Images in tar files, as WebDataset lays them out."""
+"""Images in tar files, in the layout of WebDataset."""
 
 import copy
 import glob
@@ -29,22 +29,22 @@ from ssl_lightning.errors import UserError
 
 
 class ShardsData(SSLDataModule):
-    """Tar files of images: ``0001.jpg`` with its class in ``0001.cls`` or in ``0001.json`` under ``label``, if any.
+    """Tar files of images: ``0001.jpg``, with its class, if any, in ``0001.cls`` or as ``label`` in ``0001.json``.
 
-    At first use the tar files are indexed, once; then any image is read directly, so that the order depends neither on
-    the number of processes and workers nor on where a run was interrupted. Each epoch the files are shuffled, and the
-    images within a few of them at a time: reading stays local. Files behind a URL are copied to a folder when they are
-    first needed.
+    The tar files are indexed once, at first use. From then on any image can be read directly, so the order of the
+    images does not depend on the number of processes and workers, or on where a run was interrupted. Each epoch
+    shuffles the files, then the images of a few files at a time, so that reading stays local. A file behind a URL is
+    copied to a folder when it is first needed.
 
     Args:
-        urls: The tar files to train on: paths, globs, URLs of any file system that fsspec knows, and ranges such as
+        urls: The tar files to train on: paths, globs, URLs of any file system that fsspec supports, and ranges such as
             ``train-{000..146}.tar``.
-        val_urls: The tar files to validate on; None holds out ``val_fraction``.
-        val_fraction: Share held out if there are no ``val_urls`` and there are labels.
-        shuffle_shards: Tar files whose images are shuffled together.
-        broken_shards: What to do about a tar file that is missing or truncated: ``stop``, or ``skip`` and list its
-            images.
-        copies: Folder for copies of files behind a URL; None is in the cache folder.
+        val_urls: The tar files to validate on. None holds out ``val_fraction`` of the training images.
+        val_fraction: Fraction of labeled training images held out if there are no ``val_urls``.
+        shuffle_shards: Number of tar files whose images are shuffled together.
+        broken_shards: What to do about a tar file that is missing or truncated: ``stop`` the run, or ``skip`` and list
+            its images.
+        copies: Folder for copies of files behind a URL. None means a folder in ``$SSL_LIGHTNING_CACHE``.
         kwargs: See SSLDataModule.
     """
 
@@ -64,13 +64,13 @@ class ShardsData(SSLDataModule):
         self.copies = cache_folder() / "shards" if copies is None else Path(copies)
 
     def prepare_data(self) -> None:
-        """Index the tar files once per machine; the other processes find the index in the cache."""
+        """Index the tar files, once per machine. The other processes read the cached index."""
         self._open(self.urls)
         if self.val_urls is not None:
             self._open(self.val_urls)
 
     def load(self) -> None:
-        """Open the tar files, and split off validation."""
+        """Open the tar files, and hold out images for validation."""
         train = self._open(self.urls)
         if self.val_urls is not None:
             self.train_images, self.val_images = train, self._open(self.val_urls)
@@ -78,24 +78,23 @@ class ShardsData(SSLDataModule):
             self.train_images, self.val_images = split(train, self.val_fraction)
 
     def _open(self, urls: str | list[str]) -> "ShardImages":
-        found = find_shards(urls)
-        progress = track(found, "Indexing shards", console=Console(stderr=True), transient=True)
+        progress = track(find_shards(urls), "Indexing shards", console=Console(stderr=True), transient=True)
         shards = [Shard.indexed(url, self.copies, self.broken_shards == "skip") for url in progress]
         return ShardImages(shards, self.copies, self.shuffle_shards, self.broken_shards == "skip")
 
 
 def find_shards(urls: str | list[str]) -> list[str]:
-    """Tar files behind paths, globs, ranges (``{000..146}``) and URLs, in order.
+    """List the tar files that paths, globs, ranges (``{000..146}``) and URLs stand for, in order.
 
     Args:
-        urls: One or several of them.
+        urls: One pattern or several.
 
     Raises:
-        UserError: One of them matches nothing.
+        UserError: A pattern matches nothing.
     """
-    found: list[str] = []
+    shards: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
-        for pattern in _ranged(os.path.expanduser(url)):
+        for pattern in _expanded(os.path.expanduser(url)):
             if _is_remote(pattern):
                 filesystem, path = _filesystem(pattern)
                 protocol = pattern.split("://")[0]
@@ -104,19 +103,20 @@ def find_shards(urls: str | list[str]) -> list[str]:
             else:
                 matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
             if not matches:
-                raise UserError(f"no tar file matches {pattern}; give paths, globs or URLs as data.urls.")
-            found += matches
-    return found
+                raise UserError(f"no tar file matches {pattern}; give paths, globs or URLs as --data.urls.")
+            shards += matches
+    return shards
 
 
-def _ranged(url: str) -> list[str]:
+def _expanded(url: str) -> list[str]:
     """``a{08..10}.tar`` as ``a08.tar``, ``a09.tar``, ``a10.tar``."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", url)
     if match is None:
         return [url]
     first, last = match.groups()
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [one for number in numbers for one in _ranged(url[: match.start()] + number + url[match.end() :])]
+    before, after = url[: match.start()], _expanded(url[match.end() :])
+    return [before + number + rest for number in numbers for rest in after]
 
 
 def _is_remote(url: str) -> bool:
@@ -127,35 +127,35 @@ def _filesystem(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     try:
         return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # of a file system that needs a library of its own
+    except (ImportError, ValueError) as error:  # the file system is unknown, or needs a library that is missing
         raise UserError(f"{url}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file, and where its images are."""
+    """A tar file, and the positions of its images."""
 
     url: str
     names: NDArray[np.bytes_]
     """``(N,)`` names of the images in the file."""
     offsets: NDArray[np.int64]
-    """``(N,)`` first byte of each."""
+    """``(N,)`` position of the first byte of each image."""
     sizes: NDArray[np.int64]
-    """``(N,)`` bytes of each."""
+    """``(N,)`` number of bytes of each image."""
     labels: NDArray[np.int64]
-    """``(N,)`` class of each; -1 is unknown."""
+    """``(N,)`` class of each image; -1 is unknown."""
 
     @classmethod
     def indexed(cls, url: str, copies: Path, skip: bool) -> "Shard":
-        """Look a tar file through, or look up what was found earlier.
+        """Scan a tar file, or read the cached result of an earlier scan.
 
         Args:
             url: The tar file.
             copies: Folder for copies of files behind a URL.
-            skip: Leave out what is broken, and say so, rather than stop.
+            skip: Leave out the broken part with a warning, instead of raising an error.
 
         Raises:
-            UserError: The file is missing or truncated.
+            UserError: The file is missing or truncated, and ``skip`` is not set.
         """
         try:
             path = local_copy(url, copies)
@@ -166,20 +166,20 @@ class Shard:
                 return cls(url, arrays["names"], arrays["offsets"], arrays["sizes"], arrays["labels"])
             shard, problem = cls._scanned(url, path)
         except OSError as error:
-            shard, problem = cls(url, *_NOTHING), f"{type(error).__name__}: {error}"
+            shard, problem = cls(url, *_NO_IMAGES), f"{type(error).__name__}: {error}"
         if problem:
             if _is_remote(url):
-                _copy_of(url, copies).unlink(missing_ok=True)  # to look again next time
+                _copy_of(url, copies).unlink(missing_ok=True)  # so that the next run copies it again
             if not skip:
-                raise UserError(f"{url}: {problem}; mend it, or set data.broken_shards=skip.")
-            rank_zero_warn(f"{url}: {problem}; using its {len(shard.names)} whole images.")
+                raise UserError(f"{url}: {problem}; replace the file, or set --data.broken_shards=skip.")
+            rank_zero_warn(f"{url}: {problem}; using the {len(shard.names)} whole images in it.")
         else:
             write_arrays(index, names=shard.names, offsets=shard.offsets, sizes=shard.sizes, labels=shard.labels)
         return shard
 
     @classmethod
     def _scanned(cls, url: str, path: Path) -> tuple["Shard", str]:
-        """The index of a tar file, and what is wrong with it, if anything."""
+        """The index of a tar file, and a description of what is wrong with the file, empty if nothing is."""
         rows: list[tuple[str, int, int]] = []  # name, offset and size of each image
         labels: dict[str, int] = {}
         size, problem = path.stat().st_size, ""
@@ -199,40 +199,41 @@ class Shard:
                         rows.append((member.name, member.offset_data, member.size))
             with path.open("rb") as file:
                 file.seek(archive.offset)
-                if file.read(512) != bytes(512):  # tarfile takes what is no header for the end
+                if file.read(512) != bytes(512):  # tarfile takes an invalid header for the end
                     problem = f"truncated or damaged at byte {archive.offset:,} of {size:,}"
         except tarfile.TarError as error:
-            problem = f"truncated or no tar file ({error})"
+            problem = f"truncated or not a tar file ({error})"
         names, offsets, sizes = zip(*rows, strict=True) if rows else ((), (), ())
-        found = [labels.get(_key_and_extension(name)[0], -1) for name in names]
-        arrays = np.array(offsets, np.int64), np.array(sizes, np.int64), np.array(found, np.int64)
+        classes = [labels.get(_key_and_extension(name)[0], -1) for name in names]
+        arrays = np.array(offsets, np.int64), np.array(sizes, np.int64), np.array(classes, np.int64)
         return cls(url, np.array([os.fsencode(name) for name in names], np.bytes_), *arrays), problem
 
 
-_NOTHING = np.array([], np.bytes_), np.array([], np.int64), np.array([], np.int64), np.array([], np.int64)
+_NO_IMAGES = np.array([], np.bytes_), np.array([], np.int64), np.array([], np.int64), np.array([], np.int64)
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """``a/b.x.jpg`` as ``a/b`` and ``x.jpg``: members with one key are parts of one example."""
+    """``a/b.x.jpg`` as ``a/b`` and ``x.jpg``: members with the same key are parts of the same example."""
     folder, base = os.path.split(name)
     stem, _, extension = base.partition(".")
     return os.path.join(folder, stem), extension.lower()
 
 
 def _label(key: str, extension: str, content: bytes) -> dict[str, int]:
+    """The class of an example under its key; empty if the content has none."""
     with suppress(ValueError, TypeError):
-        found = json.loads(content)
+        label = json.loads(content)
         if extension == "json":
-            found = found.get("label", found.get("cls")) if isinstance(found, dict) else None
-        return {key: int(found)}
+            label = label.get("label", label.get("cls")) if isinstance(label, dict) else None
+        return {key: int(label)}
     return {}
 
 
 def local_copy(url: str, copies: Path) -> Path:
-    """The file itself, or a copy of a file behind a URL, made when it is first needed.
+    """The path of a local file, or of the local copy of a file behind a URL. Makes the copy if there is none.
 
     Args:
-        url: A path or a URL.
+        url: Path or URL.
         copies: Folder for copies.
 
     Raises:
@@ -248,7 +249,7 @@ def local_copy(url: str, copies: Path) -> Path:
         try:
             filesystem.get_file(path, str(partial))
             os.replace(partial, copy)
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system raises its own
             raise OSError(f"cannot be copied: {type(error).__name__}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
@@ -266,7 +267,7 @@ class ShardImages(Images):
         shards: The tar files.
         copies: Folder for copies of files behind a URL.
         shuffle_shards: Tar files whose images are shuffled together.
-        skip: Whether an image of a missing or truncated tar file counts as unreadable, rather than stopping the run.
+        skip: Whether an image in a missing or truncated tar file counts as unreadable, instead of stopping the run.
     """
 
     def __init__(self, shards: list[Shard], copies: Path, shuffle_shards: int = 8, skip: bool = False) -> None:
@@ -278,7 +279,7 @@ class ShardImages(Images):
             for name in ("names", "offsets", "sizes", "labels")
         )
         self.labels = labels if (labels >= 0).any() else None
-        self._files: dict[int, int] = {}  # open tar files
+        self._files: dict[int, int] = {}  # shard -> descriptor, for open tar files
 
     def __len__(self) -> int:
         return len(self.names)
@@ -294,16 +295,16 @@ class ShardImages(Images):
         part.ends, part._files = np.searchsorted(indices, self.ends), {}
         return part
 
-    def _shard_of(self, index: int) -> int:
+    def _shard_index(self, index: int) -> int:
         return int(np.searchsorted(self.ends, index, side="right"))
 
     def name(self, index: int) -> str:
-        """The tar file and the name in it."""
-        return f"{self.urls[self._shard_of(index)]}/{os.fsdecode(self.names[index])}"
+        """The tar file, and the name in the tar file."""
+        return f"{self.urls[self._shard_index(index)]}/{os.fsdecode(self.names[index])}"
 
     def open(self, index: int) -> OpenedImage:
-        """Read the image out of its tar file."""
-        shard, size = self._shard_of(index), int(self.sizes[index])
+        """Read the image from its tar file."""
+        shard, size = self._shard_index(index), int(self.sizes[index])
         try:
             data = os.pread(self._file(shard), size, int(self.offsets[index]))
         except OSError as error:
@@ -315,10 +316,10 @@ class ShardImages(Images):
     def _broken(self, shard: int, problem: str) -> Exception:
         if self.skip:
             return OSError(problem)
-        return UserError(f"{self.urls[shard]}: {problem}; mend it, or set data.broken_shards=skip.")
+        return UserError(f"{self.urls[shard]}: {problem}; replace the file, or set --data.broken_shards=skip.")
 
     def _file(self, shard: int) -> int:
-        """Descriptor of an open tar file; the one opened first is closed when there are many."""
+        """The descriptor of an open tar file. If too many are open, the one opened first is closed."""
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
@@ -326,7 +327,7 @@ class ShardImages(Images):
         return self._files[shard]
 
     def order(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """A random order of the tar files; the images of a few of them at a time in a random order."""
+        """Tar files in random order, and the images of each group of ``shuffle_shards`` files in random order."""
         shards = random.permutation(len(self.urls))
         starts = np.concatenate([[0], self.ends[:-1]])
         windows = [shards[first : first + self.shuffle_shards] for first in range(0, len(shards), self.shuffle_shards)]

@@ -1,4 +1,4 @@
-"""Data sets of torchvision: those held in memory by their own class, all others by name."""
+"""Data sets of torchvision: any of them by name, CIFAR and STL-10 as classes of their own."""
 
 import difflib
 import inspect
@@ -17,12 +17,13 @@ class TorchvisionData(SSLDataModule):
 
     Args:
         name: Name of the data set in ``torchvision.datasets``.
-        root: Folder that holds the data set, or receives it.
-        download: Whether to download it if it is not there.
-        train_split: Arguments that choose the training split; None finds them: ``train: true`` or ``split: train``.
-        val_split: Arguments that choose the validation split; None finds them: ``train: false``, or ``split: val``,
-            ``valid`` or ``test``.
-        val_fraction: Share held out if there is no validation split.
+        root: Folder of the data set, or to download it to.
+        download: Whether to download the data set if it is missing.
+        train_split: Arguments that select the training split. None means ``train: true`` or ``split: train``, whichever
+            the data set has.
+        val_split: Arguments that select the validation split. None means ``train: false``, or ``split: val``, ``valid``
+            or ``test``, whichever the data set has.
+        val_fraction: Fraction of labeled training images held out if there is no validation split.
         kwargs: See SSLDataModule.
     """
 
@@ -42,24 +43,26 @@ class TorchvisionData(SSLDataModule):
         self.train_split, self.val_split = train_split, val_split
 
     def prepare_data(self) -> None:
-        """Download, once per machine, if asked to."""
+        """Download the data set, once per machine, if ``download`` is set."""
         if self.download:
             self._open_both()
 
     def load(self) -> None:
         """Open both splits."""
         train, val = self._open_both()
-        self.train_images, self.val_images = self._images_of(train), None if val is None else self._images_of(val)
+        self.train_images, self.val_images = self._as_images(train), None if val is None else self._as_images(val)
         if val is None:
             self.train_images, self.val_images = split(self.train_images, self.val_fraction)
 
     def _open_both(self) -> tuple[Any, Any]:
-        import torchvision.datasets  # only here: reading help texts should not wait for it
+        import torchvision.datasets  # only here: the command line starts without it
 
         kind = getattr(torchvision.datasets, self.dataset, None)
         if not callable(kind):
             near = difflib.get_close_matches(self.dataset, torchvision.datasets.__all__, n=3, cutoff=0.4)
-            raise UserError(f"torchvision has no data set {self.dataset!r}; near are {', '.join(near) or 'none'}.")
+            raise UserError(
+                f"torchvision has no data set {self.dataset!r}; similar names: {', '.join(near) or 'none'}."
+            )
         arguments = inspect.signature(kind).parameters
         train: dict[str, Any] = {}
         choices: list[dict[str, Any]] = []
@@ -69,28 +72,30 @@ class TorchvisionData(SSLDataModule):
             train, choices = {"train": True}, [{"train": False}]
         train = train if self.train_split is None else self.train_split
         choices = choices if self.val_split is None else [self.val_split]
-        found = self._open(kind, train)
-        if found is None:
-            raise UserError(f"{self.dataset} has no {train}; choose with data.train_split and data.val_split.")
-        return found, next((val for choice in choices if (val := self._open(kind, choice)) is not None), None)
+        train_set = self._open(kind, train)
+        if train_set is None:
+            raise UserError(
+                f"{self.dataset} has no split {train}; choose the splits with --data.train_split and --data.val_split."
+            )
+        return train_set, next((val for choice in choices if (val := self._open(kind, choice)) is not None), None)
 
     def _open(self, kind: Any, split: dict[str, Any]) -> Any:
-        """A split, or None if the data set knows no such split."""
+        """A split, or None if the data set has no such split."""
         downloads = self.download and "download" in inspect.signature(kind).parameters
         options = {"download": True} if downloads else {}
         try:
             return kind(self.root, **split, **options)
         except (RuntimeError, FileNotFoundError) as error:
             raise UserError(
-                f"{self.dataset} is not in {self.root!r}; give its folder as data.root, or set data.download=true."
+                f"{self.dataset} is not in {self.root!r}; give its folder as --data.root, or set --data.download=true."
             ) from error
         except (TypeError, ValueError):
             return None
 
-    def _images_of(self, dataset: Any) -> Images:
+    def _as_images(self, dataset: Any) -> Images:
         names = ("targets", "labels", "_labels", "y")
-        found = next((np.asarray(getattr(dataset, name)) for name in names if hasattr(dataset, name)), None)
-        labels = found.astype(np.int64) if found is not None and found.ndim == 1 else None
+        targets = next((np.asarray(getattr(dataset, name)) for name in names if hasattr(dataset, name)), None)
+        labels = targets.astype(np.int64) if targets is not None and targets.ndim == 1 else None
         pixels = np.asarray(getattr(dataset, "data", ()))
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
             return DatasetImages(dataset, labels)
@@ -103,9 +108,9 @@ class CIFAR10Data(TorchvisionData):
     """CIFAR-10: 50,000 training and 10,000 validation images of 32 px, 10 classes (Krizhevsky 2009).
 
     Args:
-        root: Folder that holds the data set, or receives it.
-        download: Whether to download it if it is not there.
-        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
+        root: Folder of the data set, or to download it to.
+        download: Whether to download the data set if it is missing.
+        kwargs: See SSLDataModule. By default ``image_size`` is 32.
     """
 
     default_image_size = 32
@@ -118,9 +123,9 @@ class CIFAR100Data(TorchvisionData):
     """CIFAR-100: 50,000 training and 10,000 validation images of 32 px, 100 classes (Krizhevsky 2009).
 
     Args:
-        root: Folder that holds the data set, or receives it.
-        download: Whether to download it if it is not there.
-        kwargs: See SSLDataModule; ``image_size`` is 32 by default.
+        root: Folder of the data set, or to download it to.
+        download: Whether to download the data set if it is missing.
+        kwargs: See SSLDataModule. By default ``image_size`` is 32.
     """
 
     default_image_size = 32
@@ -130,14 +135,14 @@ class CIFAR100Data(TorchvisionData):
 
 
 class STL10Data(TorchvisionData):
-    """STL-10: 5,000 labelled and 100,000 unlabelled training images, 8,000 validation images of 96 px (Coates 2011).
+    """STL-10: 5,000 labeled and 100,000 unlabeled training images, 8,000 validation images of 96 px (Coates 2011).
 
-    Training takes labelled and unlabelled images; the probes see the labelled ones.
+    Training uses labeled and unlabeled images, the probes only labeled ones.
 
     Args:
-        root: Folder that holds the data set, or receives it.
-        download: Whether to download it if it is not there.
-        kwargs: See SSLDataModule; ``image_size`` is 96 by default.
+        root: Folder of the data set, or to download it to.
+        download: Whether to download the data set if it is missing.
+        kwargs: See SSLDataModule. By default ``image_size`` is 96.
     """
 
     default_image_size = 96

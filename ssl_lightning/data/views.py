@@ -1,4 +1,4 @@
-"""What views a method wants: one ViewSpec per kind of view, and the presets of the papers."""
+"""The views of an image: a ViewSpec for each kind of view, and the presets of the papers."""
 
 import difflib
 import functools
@@ -14,36 +14,36 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One kind of random view: a crop, then flip, colour jitter, grayscale, blur, solarize and normalise.
+    """A kind of random view: a crop, then flip, color jitter, grayscale, blur, solarize and normalization.
 
-    Probabilities are per view; a probability of 0 leaves the operation out.
+    Probabilities are per view. A probability of 0 leaves the operation out.
 
     Args:
         size: Side of the view in pixels.
-        count: How many views of this kind an image gives.
-        scale: Smallest and largest area of the crop, as a share of the image.
+        count: Number of views of this kind for each image.
+        scale: Smallest and largest area of the crop, as a fraction of the image.
         ratio: Smallest and largest width / height of the crop, drawn log-uniformly.
-        single_draw: Draw area and ratio once and clamp the crop to the image (BYOL), rather than up to ten times
-            until it fits (torchvision).
-        interpolation: Interpolation of the resize, always antialiased.
+        single_draw: Draw area and ratio once and clamp the crop to the image (BYOL), instead of up to ten times until
+            the crop fits (torchvision).
+        interpolation: Interpolation of the resize, always with antialiasing.
         flip: Probability of a horizontal flip.
-        jitter: Probability of the colour jitter, its four operations in random order.
+        jitter: Probability of color jitter: the next four operations in random order.
         brightness: Largest relative change of brightness.
         contrast: Largest relative change of contrast.
         saturation: Largest relative change of saturation.
-        hue: Largest turn of the hue, in turns (0.5 is the whole circle).
+        hue: Largest shift of the hue, as a fraction of the color circle. 0.5 in both directions is the whole circle.
         grayscale: Probability of grayscale.
-        grayscale_first: Grayscale before the jitter rather than after.
-        blur: Probability of the Gaussian blur.
+        grayscale_first: Whether grayscale comes before the jitter instead of after.
+        blur: Probability of Gaussian blur.
         blur_sigma: Smallest and largest standard deviation of the blur, in pixels.
-        blur_kernel: Taps of the blur's kernel, an odd number.
-        solarize: Probability of inverting pixels above the threshold.
-        solarize_threshold: Threshold of solarize, of 255.
-        rand_augment: RandAugment right after the crop, in timm's words, e.g. rand-m9-mstd0.5-inc1; empty is none.
-        mean: Mean that is subtracted, of 1: one number for each channel, or one for all.
-        std: Deviation that divides, of 1: one number for each channel, or one for all.
-        same_crop_as: Number of an earlier view, from 0, whose crop and flip this view has at its own size and with its
-            own colours; with ``count``, the first of as many. None draws a crop of its own.
+        blur_kernel: Size of the blur kernel in pixels, an odd number.
+        solarize: Probability of inverting the pixel values at or above the threshold.
+        solarize_threshold: Threshold of solarize, from 0 to 255.
+        rand_augment: RandAugment after the crop, in timm's notation, e.g. rand-m9-mstd0.5-inc1. Empty for none.
+        mean: Mean to subtract from pixel values in [0, 1]: a number for each channel, or a single number for all.
+        std: Standard deviation to divide by: a number for each channel, or a single number for all.
+        same_crop_as: Index, from 0, of an earlier view whose crop and flip this view repeats, at its own size and with
+            its own color operations. A ``count`` of n repeats n views from this index on. None draws a new crop.
     """
 
     size: int = 224
@@ -71,10 +71,10 @@ class ViewSpec:
     same_crop_as: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that no view can have.
+        """Reject impossible values.
 
         Raises:
-            UserError: A probability outside [0, 1], an empty range, an even kernel, ...
+            UserError: A probability is outside [0, 1], a range is empty, a kernel size is even, ...
         """
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
@@ -84,9 +84,9 @@ class ViewSpec:
             if not 0 < low <= high:
                 raise UserError(f"view: {name}={low, high} must be two positive numbers, the smaller one first.")
         if self.scale[1] > 1:
-            raise UserError(f"view: scale={self.scale} is a share of the image's area; give numbers up to 1.")
+            raise UserError(f"view: scale={self.scale} is a fraction of the image's area; give numbers up to 1.")
         if not 0 <= self.hue <= 0.5:
-            raise UserError(f"view: hue={self.hue} is in turns; give a number from 0 to 0.5.")
+            raise UserError(f"view: hue={self.hue} is a fraction of the color circle; give a number from 0 to 0.5.")
         if self.blur_kernel % 2 == 0:
             raise UserError(f"view: blur_kernel={self.blur_kernel} must be odd.")
         if self.blur > 0 and self.blur_kernel // 2 >= self.size:
@@ -95,21 +95,24 @@ class ViewSpec:
             raise UserError(f"view: size={self.size} and count={self.count} must be at least 1.")
 
     def check_channels(self, channels: int) -> None:
-        """Refuse operations that images with so many channels cannot have.
+        """Reject views that are impossible for images with this number of channels.
+
+        Args:
+            channels: Number of channels of the images.
 
         Raises:
-            UserError: Colour operations on other than 3 channels, or a mean or deviation for another number.
+            UserError: Color operations need 3 channels, or the mean or standard deviation has another length.
         """
         if channels != 3 and (self.jitter > 0 or self.grayscale > 0 or self.rand_augment):
             raise UserError(
                 f"view: jitter={self.jitter}, grayscale={self.grayscale} and rand_augment={self.rand_augment!r} need "
-                f"images of 3 channels, not {channels}; give data.views without them."
+                f"images with 3 channels, not {channels}; give --data.views without them."
             )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):
                 raise UserError(
-                    f"view: {name}={getattr(self, name)} is for {len(getattr(self, name))} channels, and the images "
-                    f"have {channels}; give data.views with one number for each channel, or one for all."
+                    f"view: {name}={getattr(self, name)} is for {len(getattr(self, name))} channels, but the images "
+                    f"have {channels}; give --data.views with a number for each channel, or a single number for all."
                 )
 
 
@@ -149,7 +152,7 @@ _MOCO_V2 = ViewSpec(
 )
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
 _ROTNET = ViewSpec(interpolation="bilinear")
-# The released code scales the shorter side to 256 px and crops 255: a square of nearly that side at a random place.
+# The released code scales the shorter side to 256 px and crops a square of 255 px at a random position.
 _JIGSAW = ViewSpec(size=255, scale=(0.6, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", grayscale=0.66)
 # Inputs stay in [0, 1].
 _SIMCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -175,9 +178,9 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
     "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
-    # The released code swaps keep and apply of the blur; these are the probabilities that result.
+    # The released code swaps the probabilities of keeping and of blurring; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
-    # The anchor sees the global crops without colour changes at twice the size.
+    # The anchor sees the global crops at twice the size, without color changes.
     "gram_anchoring": (
         replace(_DINOV2, blur=0.0),
         replace(_DINOV2, blur=0.9, solarize=0.2),
@@ -197,7 +200,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "linear": (ViewSpec(),),
     "finetune": (ViewSpec(rand_augment="rand-m9-mstd0.5-inc1"),),
 }
-"""Augmentation of each paper on ImageNet, read off the official code; the last two are those of evaluation."""
+"""Augmentation of each paper on ImageNet, from the official code. The last two presets are for evaluation."""
 
 
 def _cifar(spec: ViewSpec) -> ViewSpec:
@@ -222,24 +225,24 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "deepcluster_v2": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
     "mae": (_cifar(ViewSpec()),),
-    # The released code crops 32 px out of the image with a border of 4 px; here are crops of 28 px and more.
+    # The released code pads the image by 4 px and crops 32 px; here the crops have at least 28 px.
     "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),
-    # Of lemniscate's cifar.py, its deviations included.
+    # From lemniscate's cifar.py, including its standard deviations.
     "npid": (replace(_NPID, size=32, grayscale_first=False, flip=0.0, mean=CIFAR_MEAN, std=(0.2023, 0.1994, 0.2010)),),
 }
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
 
 
-@functools.cache  # asked for with every batch
+@functools.cache  # called for every batch
 def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
-    """The views of a paper at an image size; 32 and below give the CIFAR variant where there is one.
+    """The views of a paper at an image size. A size up to 32 gives the CIFAR variant if there is one.
 
-    Local crops keep their size relative to the global ones, rounded to what ViT patches divide (16 px, or 8 px for
+    Local crops keep their size relative to the global crops, rounded to a multiple of a ViT patch (16 px, or 8 px for
     global crops below 128 px).
 
     Args:
         name: Key of ``PRESETS``.
-        image_size: Side of the largest views in pixels.
+        image_size: Side in pixels of the largest views.
 
     Raises:
         UserError: No preset has that name.
@@ -253,22 +256,22 @@ def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
     return tuple(_resized(spec, spec.size / largest, image_size) for spec in specs)
 
 
-def _resized(spec: ViewSpec, share: float, image_size: int) -> ViewSpec:
+def _resized(spec: ViewSpec, ratio: float, image_size: int) -> ViewSpec:
     step = 16 if image_size >= 128 else 8
-    size = image_size if share == 1 else max(step, round(image_size * share / step) * step)
-    widest = 2 * ((size - 1) // 2) - 1  # a reflected border is narrower than the image
+    size = image_size if ratio == 1 else max(step, round(image_size * ratio / step) * step)
+    widest = 2 * ((size - 1) // 2) - 1  # a reflected border must be narrower than the image
     return replace(spec, size=size, blur_kernel=min(spec.blur_kernel, max(widest, 1)))
 
 
 def resolve(views: str | Sequence[ViewSpec], image_size: int) -> tuple[ViewSpec, ...]:
-    """Views given as a preset's name or spelled out.
+    """The views that a preset's name or a list stands for.
 
     Args:
-        views: Name of a preset, or the views themselves, which then keep their own sizes.
-        image_size: Side of the largest views of a preset in pixels.
+        views: Name of a preset, or the views themselves. A list keeps its own sizes.
+        image_size: Side in pixels of the largest views of a preset.
 
     Raises:
-        UserError: No preset has that name, or a view has the crop of one that does not come before it.
+        UserError: No preset has that name, or ``same_crop_as`` names a view that does not come earlier.
     """
     specs = preset(views, image_size) if isinstance(views, str) else tuple(views)
     earlier = 0

@@ -71,7 +71,8 @@ class Tokens(nn.Module):
         """Pieces ``(B, P, D)`` of images ``(B, 3, S, S)``."""
         if not self.needs_blocks:
             return self.backbone(images)[:, None]
-        blocks = self.backbone.forward_intermediates(  # type: ignore[operator]
+        vit: Any = self.backbone
+        blocks = vit.forward_intermediates(
             images, self.last_blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
         pieces = [prefix[:, 0] for _, prefix in blocks]
@@ -103,17 +104,23 @@ class FeatureExtractor(L.LightningModule):
         self.found: list[tuple[Tensor, Tensor]] = []
         self._parts: list[tuple[list[Tensor], list[Tensor]]] = []
 
+    @property
+    def _labelled(self) -> "_LabelledImages":
+        labelled = getattr(self.trainer, "datamodule", None)
+        assert isinstance(labelled, _LabelledImages)
+        return labelled
+
     def on_predict_start(self) -> None:
         """Begin anew, one list for each data set."""
-        self._size = self.trainer.datamodule.data.image_size  # type: ignore[attr-defined]
+        self._size = self._labelled.data.image_size
         check_size(self, self._size)
-        self.found, self._parts = [], [([], []) for _ in self.trainer.datamodule.wanted]  # type: ignore[attr-defined]
+        self.found, self._parts = [], [([], []) for _ in self._labelled.wanted]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Keep the features of plain images."""
         images = batch.images
         if self.corruption is not None:
-            prepared = self.trainer.datamodule.data.image_transform  # type: ignore[attr-defined]
+            prepared = self._labelled.data.image_transform
             mean, std = (images.new_tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
             images = (self.corruption((images * std + mean).clamp(0, 1), batch.indices).clamp(0, 1) - mean) / std
         features, indices = self._parts[dataloader_idx]

@@ -188,7 +188,8 @@ def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -
     """
     from timm.optim import param_groups_layer_decay
 
-    spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
+    timm_model: Any = backbone
+    spared = timm_model.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
     if hasattr(backbone, "group_matcher"):
         return param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
     if layer_decay < 1:

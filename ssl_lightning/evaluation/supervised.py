@@ -31,6 +31,9 @@ class SupervisedModule(L.LightningModule):
 
     optim: Optim
 
+    metrics: Any
+    """``(H,)`` accuracies of the classifiers: a ModuleList, whose elements have no type of their own."""
+
     def build(self, num_classes: int) -> int:
         """Build what depends on the number of classes, and say how many classifiers there are."""
         raise NotImplementedError
@@ -56,10 +59,14 @@ class SupervisedModule(L.LightningModule):
         """Build the classifiers and the metrics for the classes of the data."""
         if hasattr(self, "metrics"):
             return
-        num_classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        num_classes = getattr(self._data, "num_classes", None)
         if num_classes is None:
             raise UserError(f"{type(self).__name__} needs labels, and the data has none.")
         self.metrics = nn.ModuleList(_accuracies(num_classes) for _ in range(self.build(num_classes)))
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     def on_fit_start(self) -> None:
         """See whether the backbone can take the images.
@@ -67,7 +74,7 @@ class SupervisedModule(L.LightningModule):
         Raises:
             UserError: The patches of a ViT do not divide them.
         """
-        check_size(self, self.trainer.datamodule.image_size)  # type: ignore[attr-defined]
+        check_size(self, self._data.image_size)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch ``(views, labels, ...)``."""
@@ -80,14 +87,14 @@ class SupervisedModule(L.LightningModule):
         if len(batch[1]) == 0:  # the last images cannot be read
             return
         for metric, logits in zip(self.metrics, self(batch[0]), strict=True):
-            metric.update(logits, batch[1])  # type: ignore[operator]
+            metric.update(logits, batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over all processes, of the classifier with the best top-1."""
-        found = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
+        found = [metric.compute() for metric in self.metrics]
         with torch.inference_mode(False):  # else a later training could not go on with them
             for metric in self.metrics:
-                metric.reset()  # type: ignore[operator]
+                metric.reset()
         best = max(found, key=lambda one: one["top1"])
         self.log("val/top1", best["top1"], prog_bar=True)
         self.log("val/top5", best["top5"])

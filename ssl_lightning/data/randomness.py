@@ -1,7 +1,7 @@
-"""The random numbers of a view, from (seed, epoch, sample index, view) alone.
+"""The random numbers of a view: a function of (seed, epoch, sample index, view) and nothing else.
 
-Drawn for whole batches by a counter-based generator, so a view does not depend on the number of workers or processes,
-on where training was interrupted, or on the device that applies the numbers.
+A counter-based generator draws them for whole batches. A view therefore does not depend on the number of workers or
+processes, on where training was interrupted, or on the device that applies the numbers.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ Array = NDArray[np.floating[Any]]
 
 
 def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    """Philox4x32-10 (Salmon et al. 2011), vectorised over counters; numpy's own makes one stream at a time.
+    """Philox4x32-10 (Salmon et al. 2011), vectorized over counters; numpy's generates only one stream at a time.
 
     Args:
         counters: ``(4, ...)`` counters of 32 bits.
@@ -47,14 +47,14 @@ def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: NDArray[np.int64], count: int) -> Array:
-    """Uniform numbers in [0, 1), each a function of (seed, epoch, index, view, position) alone.
+    """Uniform numbers in [0, 1), each a function of only (seed, epoch, index, view, position).
 
     Args:
         seed: Seed of the run.
         epoch: Epoch.
         indices: ``(B,)`` indices of samples in the data set.
-        views: ``(V,)`` numbers of the views.
-        count: How many numbers for each.
+        views: ``(V,)`` indices of the views.
+        count: How many numbers for each view of each sample.
 
     Returns:
         ``(V, B, count)``.
@@ -71,28 +71,28 @@ def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], views: NDArray[n
 
 
 class Augmentation(NamedTuple):
-    """What ``augment`` does to each of N images of one ViewSpec."""
+    """What ``augment`` does to each of N crops of a ViewSpec."""
 
     flip: NDArray[np.bool_]
-    """``(N,)`` whether to mirror."""
+    """``(N,)`` whether to flip horizontally."""
     operations: NDArray[np.int8]
-    """``(N, 4)`` colour operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
+    """``(N, 4)`` color operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
     amounts: NDArray[np.float32]
-    """``(N, 4)`` its factor, or how far the hue turns, in turns."""
+    """``(N, 4)`` factor of each operation; for hue the shift, as a fraction of the color circle."""
     grayscale: NDArray[np.bool_]
-    """``(N,)`` whether to remove colour."""
+    """``(N,)`` whether to convert to grayscale."""
     sigmas: NDArray[np.float32]
-    """``(N,)`` standard deviation of the blur in pixels; 0 is none."""
+    """``(N,)`` standard deviation of the blur in pixels; 0 for no blur."""
     solarize: NDArray[np.bool_]
     """``(N,)`` whether to solarize."""
 
-    def of(self, rows: slice) -> "Augmentation":
-        """That of some of the images."""
+    def select(self, rows: slice) -> "Augmentation":
+        """The augmentation of some of the crops."""
         return Augmentation(**{name: values[rows] for name, values in self._asdict().items()})
 
 
 class Draws(NamedTuple):
-    """All random decisions for N images of one ViewSpec."""
+    """All random decisions for N crops of a ViewSpec."""
 
     boxes: NDArray[np.int64]
     """``(N, 4)`` crops: top, left, height, width in pixels."""
@@ -100,7 +100,7 @@ class Draws(NamedTuple):
 
 
 def draw(spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Draws:
-    """Turn uniform numbers into the decisions a ViewSpec leaves to chance.
+    """Turn uniform numbers into the random decisions of a ViewSpec.
 
     Args:
         spec: The view.
@@ -118,7 +118,7 @@ def crop_boxes(
     """Crops distributed as ``torchvision.transforms.RandomResizedCrop.get_params``.
 
     Args:
-        spec: Gives scale, ratio and whether area and ratio are drawn only once.
+        spec: Its ``scale``, ``ratio`` and ``single_draw`` apply.
         numbers: ``(N, 22)`` uniform numbers: ten areas, ten ratios, top, left.
         heights: ``(N,)`` heights of the images in pixels.
         widths: ``(N,)`` widths of the images in pixels.
@@ -141,11 +141,11 @@ def crop_boxes(
         central = np.full(len(numbers), False)
     else:
         rows, first = np.arange(len(numbers)), fits.argmax(axis=1)
-        central = np.logical_not(fits.any(axis=1))  # no try fits: the largest central crop of an allowed ratio
+        central = np.logical_not(fits.any(axis=1))  # no try fits: take the largest central crop whose ratio is allowed
         low, high = spec.ratio
-        whole = widths / heights
-        central_widths = np.where(whole > high, np.rint(heights * high), widths)
-        central_heights = np.where(whole < low, np.rint(widths / low), heights)
+        image_ratios = widths / heights
+        central_widths = np.where(image_ratios > high, np.rint(heights * high), widths)
+        central_heights = np.where(image_ratios < low, np.rint(widths / low), heights)
         box_widths = np.where(central, central_widths, tried_widths[rows, first])
         box_heights = np.where(central, central_heights, tried_heights[rows, first])
     free_heights, free_widths = heights - box_heights, widths - box_widths

@@ -1,0 +1,95 @@
+"""Batches: training views and plain images, as the workers send them and as the method gets them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_lightning.data.augment import augment, normalize, resized_crop
+from ssl_lightning.data.images import Unreadable
+from ssl_lightning.data.randomness import Augmentation
+from ssl_lightning.data.views import ViewSpec
+
+
+class Views(NamedTuple):
+    """A training batch on the device."""
+
+    views: list[Tensor]
+    """A float tensor ``(B, C, S, S)`` for each view, in the order of the ViewSpecs."""
+    labels: Tensor
+    """``(B,)`` classes; -1 is unknown."""
+    indices: Tensor
+    """``(B,)`` indices of the images in the data set."""
+
+
+class RawViews(NamedTuple):
+    """A training batch of B images as the workers send it, before augmentation."""
+
+    images: Tensor | None
+    """``(B, C, H, W)`` uint8 if the device crops, else None."""
+    crops: list[Tensor]
+    """For each ViewSpec ``(count * B, C, S, S)`` uint8 crops, or ``(count * B, 4)`` boxes if the device crops."""
+    augmentations: list[Augmentation]
+    """For each ViewSpec the random numbers of its ``count * B`` crops."""
+    labels: Tensor
+    """``(B,)`` classes; -1 is unknown."""
+    indices: Tensor
+    """``(B,)`` indices of the images in the data set."""
+    unreadable: list[Unreadable]
+    """Images that could not be read, and that others replace."""
+
+    def to(self, device: torch.device) -> "RawViews":
+        """The batch with its tensors on a device. The random numbers stay on the host until they are used."""
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        crops = [crop.to(device, non_blocking=True) for crop in self.crops]
+        labels, indices = self.labels.to(device, non_blocking=True), self.indices.to(device, non_blocking=True)
+        return self._replace(images=images, crops=crops, labels=labels, indices=indices)
+
+    def augmented(self, specs: Sequence[ViewSpec], dtype: torch.dtype = torch.float32) -> Views:
+        """Crop if the workers did not, augment in float32, and split into views, on the device that holds the batch."""
+        views: list[Tensor] = []
+        for spec, crops, numbers in zip(specs, self.crops, self.augmentations, strict=True):
+            source = crops if self.images is None else self.images
+            augmented = torch.empty(len(crops), source.shape[1], spec.size, spec.size, device=crops.device)
+            for rows in _chunks(augmented):
+                chunk = crops[rows]
+                if self.images is not None:
+                    image = torch.arange(rows.start, rows.start + len(chunk), device=crops.device) % len(self.images)
+                    chunk = resized_crop(self.images.index_select(0, image), chunk, spec.size, spec.interpolation)
+                augment(chunk, numbers.select(rows), spec, out=augmented[rows])
+            views += augmented.to(dtype).chunk(spec.count)
+        return Views(views, self.labels, self.indices)
+
+
+def _chunks(images: Tensor) -> list[slice]:
+    """Which images to augment together: all of them on a GPU, on the CPU only as many as fit into its cache.
+
+    Measured on the CPU: images of 224 px are 1.4 times as fast one by one as six at a time. Images of 96 px and less
+    are faster together, because they share the overhead of each operation.
+    """
+    length = len(images)
+    if images.device.type == "cpu":
+        length = 1 if images[0].numel() > 2**16 else _CPU_CHUNK // images[0].numel()
+    return [slice(start, start + length) for start in range(0, len(images), length)]
+
+
+_CPU_CHUNK = 2**20
+"""Values of small images that the CPU augments together."""
+
+
+class PlainImages(NamedTuple):
+    """An evaluation batch: uint8 as the workers send it, float and normalized on the device."""
+
+    images: Tensor
+    """``(B, C, S, S)``."""
+    labels: Tensor
+    """``(B,)`` classes; -1 is unknown."""
+    indices: Tensor
+    """``(B,)`` indices of the images in the data set."""
+    unreadable: list[Unreadable]
+    """Images that could not be read, and that are missing here."""
+
+    def normalized(self, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> "PlainImages":
+        """The batch as the backbone expects it: float, with the mean and standard deviation of ``spec``."""
+        return self._replace(images=normalize(self.images.float() / 255, spec).to(dtype))

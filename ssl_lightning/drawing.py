@@ -1,4 +1,4 @@
-"""Pictures of tensors, and where people look for them."""
+"""Pictures of tensors, and the places that show them."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ssl_lightning.loggers import run_folder
+from ssl_lightning.runs import run_folder
 
 CELL, _GAP, _HEADER = 144, 4, 14  # pixels
 
 
 def picture_of(pixels: Tensor) -> Image.Image:
-    """An image ``(C, H, W)`` uint8 of any number of channels: three as colours, else the first as gray.
+    """An image ``(C, H, W)`` uint8 with any number of channels: three in color, otherwise the first in gray.
 
     Args:
         pixels: The image.
@@ -26,23 +26,23 @@ def picture_of(pixels: Tensor) -> Image.Image:
 
 
 def pixels_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels ``(C, S, S)`` uint8 of an image as it was before it was normalised.
+    """Pixels ``(C, S, S)`` uint8 of an image before it was normalized.
 
     Args:
-        image: ``(C, S, S)``.
-        mean: What was subtracted, of 1.
-        std: What divided, of 1.
+        image: The normalized image, ``(C, S, S)``.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel, for pixels from 0 to 1.
     """
-    offset, scale = (torch.tensor(tuple(one), device=image.device).view(-1, 1, 1) for one in (mean, std))
+    offset, scale = (torch.tensor(tuple(values), device=image.device).view(-1, 1, 1) for values in (mean, std))
     return ((image.float() * scale + offset) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def fitted(picture: Image.Image, side: int = CELL) -> Image.Image:
-    """The picture, its longer side as long as given.
+    """The picture, resized so that its longer side has a given length.
 
     Args:
-        picture: Any.
-        side: In pixels.
+        picture: A picture of any size.
+        side: Length in pixels.
     """
     scale = side / max(picture.size)
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
@@ -52,18 +52,18 @@ def framed(picture: Image.Image, color: str) -> Image.Image:
     """The picture with a frame of two pixels.
 
     Args:
-        picture: Any.
-        color: In the words of Pillow.
+        picture: A picture of any size.
+        color: A color that Pillow knows, e.g. ``#3cb44b``.
     """
     return ImageOps.expand(picture, 2, color)
 
 
 def heat(values: NDArray[np.float64], side: int = CELL) -> Image.Image:
-    """Values ``(H, W)`` from dark (least) to bright (most), each a square.
+    """Values ``(H, W)`` as squares from dark (smallest) to bright (largest).
 
     Args:
-        values: Any scale.
-        side: Of the picture, in pixels.
+        values: The values, on any scale.
+        side: Length of the longer side of the picture in pixels.
     """
     from matplotlib import colormaps
 
@@ -78,8 +78,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image
     """A table of pictures.
 
     Args:
-        rows: As many pictures each as there are titles.
-        titles: Of the columns.
+        rows: The pictures; each row has as many as there are titles.
+        titles: Titles of the columns.
     """
     widths = [max(row[column].width for row in rows) for column in range(len(titles))]
     heights = [max(cell.height for cell in row) for row in rows]
@@ -96,13 +96,13 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image
 
 
 def show(trainer: L.Trainer, name: str, picture: Image.Image, file: str) -> None:
-    """Put a picture into the run's folder, and into TensorBoard and Weights & Biases.
+    """Save a picture in the run folder, and log it to TensorBoard and Weights & Biases.
 
     Args:
-        trainer: Its loggers say where.
-        name: What the loggers call it.
-        picture: To show.
-        file: Path below the run's folder.
+        trainer: The trainer, whose loggers get the picture.
+        name: Name of the picture in the loggers.
+        picture: The picture.
+        file: Path inside the run folder.
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -1,8 +1,8 @@
-"""The one error type for what a user can mend."""
+"""The error type for what a user can fix."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says how.
+    """Something the user can fix; the message says how.
 
-    The command line prints the message alone, without a stack trace.
+    The command line prints only the message, without a stack trace.
     """

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from ssl_lightning import GramAnchoring, ImageTokenizer, SSLModule
-from ssl_lightning.cli import SSLCLI, _new_version, main
+from ssl_lightning.cli import SSLCLI, main
 from ssl_lightning.distributed import free_port
+from ssl_lightning.runs import new_version
 from tests.small import METHODS, VIT_ONLY, digits, simclr, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -220,7 +221,7 @@ def test_two_nodes_train_as_one_process(tmp_path: Path) -> None:
 
 def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        versions = list(pool.map(lambda _: _new_version(tmp_path / "run", dry=False), range(16)))
+        versions = list(pool.map(lambda _: new_version(tmp_path / "run", dry=False), range(16)))
     assert sorted(versions) == sorted(f"version_{number}" for number in range(16))
 
 

@@ -257,7 +257,7 @@ def test_a_classifier_is_resumed_from_its_checkpoint(run: tuple[Path, Any], tmp_
 
 
 def test_augmented_training_makes_no_choice_on_the_test_set(evaluation: Evaluation) -> None:
-    with pytest.raises(UserError, match="augment trains one classifier, and sweep tries 5; give lrs one number"):
+    with pytest.raises(UserError, match="augment trains one classifier, and sweep tries 5; give --lrs one number"):
         evaluation.linear(augment=True)
     found = evaluation.linear(augment=True, lrs=0.1, epochs=2, batch_size=128)
     assert found is not None
@@ -525,7 +525,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "needs validation images with labels",
     ),
     "no test set": ({"data": (classes(0, 1), None)}, "needs validation images with labels"),
-    "k": ({"data": (classes(0, 1), classes(0, 1)), "k": 13}, r"k=\[13\] must lie between 1 and 12"),
+    "k": ({"data": (classes(0, 1), classes(0, 1)), "k": 13}, r"--k \[13\] must lie between 1 and 12"),
     "patches": (
         {
             "data": (classes(0, 1), classes(0, 1)),
@@ -574,7 +574,10 @@ def test_commands_answer_mistakes_in_a_line(
     assert not (tmp_path / "evaluations").exists()
     printed = command(["compare", "gone"], tmp_path)  # as a person sees it
     assert printed.returncode != 0
-    assert printed.stderr.splitlines()[-1] == "error: gone does not exist; give the folder of a run."
+    assert (
+        printed.stderr.splitlines()[-1]
+        == "error: gone does not exist; give the folder of a run, e.g. runs/SimCLR or runs/SimCLR/version_0."
+    )
 
 
 def test_raw_pixels_and_untrained_backbones_are_baselines(tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_the_newest_version_of_a_run_is_taken(run: Path, tmp_path: Path) -> None
     ("words", "message"),
     [
         (["gone"], "gone does not exist"),
-        (["empty"], "empty is no run of fit"),
+        (["empty"], "empty is not a run"),
         (["fresh"], "fresh has no metrics yet: wait for its first logged step"),
         (["run", "--output", "none/page.html"], "name a file in a folder that exists"),
         (["run", "--output", "empty"], "name a file in a folder that exists"),

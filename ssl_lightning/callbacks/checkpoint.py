@@ -6,14 +6,16 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from ssl_lightning.runs import BEST_CHECKPOINT, LAST_CHECKPOINT
+
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``, written after every epoch, to resume from.
+    """Keeps ``last.ckpt`` to resume from, written after every epoch.
 
     Args:
-        every_n_epochs: Write it every that many epochs.
-        every_n_train_steps: Write it every that many optimizer steps instead.
-        dirpath: Folder; None is ``checkpoints`` in the run's folder.
+        every_n_epochs: Number of epochs between two writes; None is 1, or never with ``every_n_train_steps``.
+        every_n_train_steps: Number of optimizer steps between two writes, in place of epochs.
+        dirpath: Folder; None is ``checkpoints`` in the run folder.
     """
 
     def __init__(
@@ -21,7 +23,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         super().__init__(
             dirpath=dirpath,
-            filename="last",
+            filename=LAST_CHECKPOINT,
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
             save_on_train_epoch_end=None if every_n_train_steps else True,
@@ -29,7 +31,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take a resumed step as saved: the next batch, which may leave gradients to accumulate, is not its end."""
+        """Count the resumed step as saved: with gradient accumulation, the next batch does not end a new step."""
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
 
@@ -48,14 +50,14 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoint with the best value of a logged metric; nothing while the metric is not logged.
+    """Keeps the checkpoint with the best value of a logged metric; saves nothing while the metric is not logged.
 
     Args:
         monitor: The metric.
-        mode: Whether its ``max`` or ``min`` is best.
-        save_top_k: How many to keep.
-        dirpath: Folder; None is ``checkpoints`` in the run's folder.
-        filename: Name of the file, may hold metrics in braces.
+        mode: Whether the ``max`` or the ``min`` of the metric is best.
+        save_top_k: Number of checkpoints to keep.
+        dirpath: Folder; None is ``checkpoints`` in the run folder.
+        filename: Name of the file; may contain metrics in braces.
         save_weights_only: Whether to leave out what only resuming needs.
     """
 
@@ -65,7 +67,7 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Literal["min", "max"] = "max",
         save_top_k: int = 1,
         dirpath: str | None = None,
-        filename: str = "best",
+        filename: str = BEST_CHECKPOINT,
         save_weights_only: bool = False,
     ) -> None:
         super().__init__(

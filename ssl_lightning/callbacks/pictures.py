@@ -1,4 +1,4 @@
-"""Pictures of what a method has learnt, while it learns."""
+"""Pictures of what a method has learned, while it trains."""
 
 import io
 from collections.abc import Callable
@@ -17,26 +17,27 @@ from torch import Tensor
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, plain_features
 from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show
 from ssl_lightning.errors import UserError
+from ssl_lightning.runs import picture_file
 
-_NEIGHBOURS = 7
-_SAME, _OTHER = "#3cb44b", "#e6194b"  # class
+_NEIGHBORS = 7
+_SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
 
 
 class Pictures(L.Callback):
-    """Draws what is learnt, into TensorBoard or Weights & Biases, and ``pictures/<name>/<epoch>.png`` of the run.
+    """Draws what the method has learned, for TensorBoard, Weights & Biases and ``pictures/<name>/<epoch>.png``.
 
-    ``neighbours``: the training images that are nearest to some of them by cosine similarity, framed by whether the
-    class is the same. ``map``: features in two dimensions, coloured by class. ``attention``: what each head of a ViT's
-    class token looks at in the last block. ``reconstructions``: what a method that predicts pixels makes of images.
-    ``schedules``: learning rate, weight decay and momentum of the teacher over the whole training, and where it is. The
-    images are always the same, as evaluation prepares them; a stream has none to look at again.
+    ``neighbours``: some training images with their nearest neighbors by cosine similarity, in a green frame if the
+    class is the same. ``map``: features in two dimensions, colored by class. ``attention``: where each head of a ViT's
+    class token looks in the last block. ``reconstructions``: the output of a method that predicts pixels.
+    ``schedules``: learning rate, weight decay and teacher momentum over the whole run, with the current step. All
+    pictures use the same images, prepared as for evaluation; a stream cannot show its images again.
 
     Args:
-        every_n_epochs: Draw after every that many epochs, and after the last.
+        every_n_epochs: Epochs between pictures; the last epoch always draws.
         num_images: Images per picture.
-        num_compared: Training images among which neighbours are looked for and which the map shows, evenly spread;
-            None is a 32nd of them, from 64 to 2,048.
-        projection: How the map comes about: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
+        num_compared: Training images to search for neighbors and to show in the map, evenly spread; None is a 32nd of
+            them, from 64 to 2,048.
+        projection: Projection of the map: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
             (``pip install "ssl_lightning[umap]"``).
     """
 
@@ -55,10 +56,10 @@ class Pictures(L.Callback):
         self.every_n_epochs, self.num_images, self.num_compared = every_n_epochs, num_images, num_compared
         self.projection = projection
         if projection == "umap":
-            _umap()  # say now what is missing
+            _umap()  # report a missing library now
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, if it is time; all processes take part, the first draws."""
+        """Draw, if it is time. All processes take part; the first one draws."""
         epoch = trainer.current_epoch + 1
         if not trainer.loggers or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
             return
@@ -72,10 +73,10 @@ class Pictures(L.Callback):
             if (schedules := _schedules(trainer, pl_module)) is not None:
                 pictures["schedules"] = schedules
             for name, picture in pictures.items():
-                show(trainer, name, picture, f"pictures/{name}/{epoch:04d}.png")
+                show(trainer, name, picture, picture_file(name, epoch))
 
     def _of_images(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
-        """Pictures that show each image on its own."""
+        """Pictures that show each image separately."""
         batch = next(iter(data.plain_dataloader(self.num_images * trainer.world_size)), None)
         if batch is None:
             return {}
@@ -89,13 +90,13 @@ class Pictures(L.Callback):
                 vit.class_attention(images).double().cpu().numpy() if attends else []
             )  # (B, heads, rows, columns)
         columns = {
-            name: [_cell(one, mean, std) for one in column] for name, column in {"image": images, **made}.items()
+            name: [_cell(image, mean, std) for image in column] for name, column in {"image": images, **made}.items()
         }
         pictures = {}
         if made:
             pictures["reconstructions"] = sheet(list(zip(*columns.values(), strict=True)), list(columns))
         if attends:
-            rows = [[one, *map(heat, heads)] for one, heads in zip(columns["image"], attention, strict=True)]
+            rows = [[image, *map(heat, heads)] for image, heads in zip(columns["image"], attention, strict=True)]
             pictures["attention"] = sheet(
                 rows, ["image", *(f"head {number + 1}" for number in range(len(rows[0]) - 1))]
             )
@@ -103,37 +104,38 @@ class Pictures(L.Callback):
 
     def _of_features(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
         """Pictures that compare images."""
-        found = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
-        if not trainer.is_global_zero or len(found.features) < 3:
+        plain = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
+        if not trainer.is_global_zero or len(plain.features) < 3:
             return {}
         return {
-            "neighbours": _neighbours(found, data.train_images.read, self.num_images),
-            "map": _map(found, self.projection),
+            "neighbours": _neighbors(plain, data.train_images.read, self.num_images),
+            "map": _map(plain, self.projection),
         }
 
 
-def _neighbours(found: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:
-    """Some images in the first column, those with the nearest features beside them."""
-    features = F.normalize(found.features.double(), dim=1)
+def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:
+    """Some images in the first column, each followed by the images with the nearest features."""
+    features = F.normalize(plain.features.double(), dim=1)
     queries = torch.linspace(0, len(features) - 1, min(count, len(features)), device=features.device).long()
     similar = features[queries] @ features.T  # (count, N)
     similar[torch.arange(len(queries)), queries] = -2.0  # an image is not its own neighbour
-    nearest = similar.topk(min(_NEIGHBOURS, len(features) - 1)).indices
+    nearest = similar.topk(min(_NEIGHBORS, len(features) - 1)).indices
     rows = []
     for query, others in zip(queries.tolist(), nearest.tolist(), strict=True):
         row = []
-        for one in (query, *others):
-            labels = found.labels[query], found.labels[one]
-            color = "white" if min(labels) < 0 else _SAME if labels[0] == labels[1] else _OTHER
-            row.append(framed(fitted(picture_of(read(int(found.indices[one])))), "white" if one == query else color))
+        for index in (query, *others):
+            labels = plain.labels[query], plain.labels[index]
+            color = _SAME_CLASS if labels[0] == labels[1] else _OTHER_CLASS
+            color = "white" if index == query or min(labels) < 0 else color
+            row.append(framed(fitted(picture_of(read(int(plain.indices[index])))), color))
         rows.append(row)
     return sheet(rows, ["image", *(f"nearest {number + 1}" for number in range(nearest.shape[1]))])
 
 
-def _map(found: PlainFeatures, projection: str) -> Image.Image:
-    """The features as points, coloured by class."""
-    labels = found.labels.cpu().numpy()
-    points, axes = _projected(found.features.double().cpu().numpy(), projection)
+def _map(plain: PlainFeatures, projection: str) -> Image.Image:
+    """The features as points, colored by class."""
+    labels = plain.labels.cpu().numpy()
+    points, axes = _projected(plain.features.double().cpu().numpy(), projection)
     figure = Figure(figsize=(6, 5), layout="constrained")
     panel = figure.subplots()
     classes = np.unique(labels[labels >= 0])
@@ -155,7 +157,7 @@ def _cell(image: Tensor, mean: Any, std: Any) -> Image.Image:
 
 
 def _projected(features: NDArray[np.float64], how: str) -> tuple[NDArray[np.float64], tuple[str, str]]:
-    """Points ``(N, 2)`` of features ``(N, D)``, and what the axes are."""
+    """Points ``(N, 2)`` of features ``(N, D)``, and the names of the axes."""
     if how == "umap":
         return _umap().UMAP(random_state=0).fit_transform(features), ("UMAP 1", "UMAP 2")
     if how == "tsne":
@@ -185,7 +187,7 @@ def _umap() -> Any:
 
 
 def _schedules(trainer: L.Trainer, pl_module: Any) -> Image.Image | None:
-    """Learning rate, weight decay and teacher momentum of the whole training; None where it has no plan."""
+    """Learning rate, weight decay and teacher momentum over the whole run; None if its length is unknown."""
     total, optim = trainer.estimated_stepping_batches, getattr(pl_module, "optim", None)
     if optim is None or not 0 < total < float("inf") or not trainer.lr_scheduler_configs:
         return None

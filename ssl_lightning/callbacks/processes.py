@@ -1,4 +1,4 @@
-"""How a run ends before its end: saved when a scheduler asks, all processes together when one fails."""
+"""Early ends of a run: with a checkpoint when a scheduler asks, and for all processes together when one fails."""
 
 import atexit
 import os
@@ -18,23 +18,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ssl_lightning.callbacks.checkpoint import LastCheckpoint
 from ssl_lightning.distributed import reduced
+from ssl_lightning.runs import slurm_job
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # no latter on Windows
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
 
 
 class Preemption(L.Callback):
-    """Saves ``last.ckpt`` between two steps and exits when SIGTERM or SIGUSR1 arrives, on whichever process.
+    """Saves ``last.ckpt`` between two steps and exits when SIGTERM or SIGUSR1 arrives at any process.
 
-    One process does so after the step at hand or within a validation; several agree every ``every_n_steps`` training
-    steps, which must fit into the time that the scheduler leaves.
+    A single process exits after the current step or within a validation. Several processes agree every
+    ``every_n_steps`` training steps, which must take less time than the scheduler leaves.
 
-    The exit code is 128 + the signal's number (143, 138), which tells a scheduler to queue the job again. In a SLURM
-    job SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues it, and the command line then goes on from that file.
-    Lightning's own handling saves in the middle of a step, where a run cannot be taken up exactly, and asks all
-    processes after every step, which waits for the device.
+    The exit code is 128 + the number of the signal (143, 138), which asks a scheduler to queue the job again. In a
+    SLURM job, SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues the job, and the command line then continues
+    from that file. Lightning itself would save in the middle of a step, where a run cannot continue exactly, and ask
+    all processes after every step, which waits for the device.
 
     Args:
-        every_n_steps: Optimizer steps between asking the other processes, if there are any.
+        every_n_steps: Optimizer steps between two questions to the other processes, if there are any.
         requeue: Whether SIGUSR1 requeues a SLURM job.
     """
 
@@ -45,7 +46,7 @@ class Preemption(L.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen from now on, in place of Lightning."""
+        """Start to handle the signals, in place of Lightning."""
         self._signal, self._step = 0, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
@@ -66,7 +67,7 @@ class Preemption(L.Callback):
             self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Save and exit if asked to; the resumed run validates anew."""
+        """Save and exit if asked to; the resumed run repeats the validation."""
         if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_if_asked(trainer)
 
@@ -84,11 +85,13 @@ class Preemption(L.Callback):
             rank_zero_info(f"{name}: stopping; go on from {last.save(trainer)}")
         if self.requeue and name == "SIGUSR1" and trainer.is_global_zero and SLURMEnvironment.detect():
             _requeue()
-        trainer.strategy.barrier()  # srun may kill all at the first exit
-        raise SystemExit(0 if _started_by_lightning(trainer) else 128 + number)  # it kills the others at any other code
+        trainer.strategy.barrier()  # srun may kill all processes at the first exit
+        raise SystemExit(
+            0 if _started_by_lightning(trainer) else 128 + number
+        )  # Lightning kills the others at any other code
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the former handlers listen again."""
+        """Restore the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -97,11 +100,12 @@ class Preemption(L.Callback):
 class FailTogether(L.Callback):
     """Ends all processes of a machine within seconds when one of them fails.
 
-    Lightning ends them when one that it started fails. But if the first one fails, or is killed, the others wait for
-    it in a collective, with NCCL for ten minutes. torchrun sees to it itself, SLURM with ``srun --kill-on-bad-exit``.
+    Lightning ends them when a process that it started fails. But if the first process fails or is killed, the others
+    wait for it in a collective operation, with NCCL for ten minutes. torchrun ends all of them itself, as SLURM does
+    with ``srun --kill-on-bad-exit``.
 
     Args:
-        patience: Seconds in which the others may end by themselves and say why.
+        patience: Seconds in which the others may end by themselves and report their errors.
     """
 
     def __init__(self, patience: float = 10.0) -> None:
@@ -119,7 +123,7 @@ class FailTogether(L.Callback):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """End the processes that this one started, once it has said what happened."""
+        """End the processes that this one started, once it has reported the error."""
         if started := getattr(trainer.strategy.launcher, "procs", None):
             atexit.register(self._end, started)
 
@@ -142,10 +146,3 @@ def _requeue() -> None:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         rank_zero_warn(f"the job was not requeued ({error}); run: {' '.join(command)}")
-
-
-def slurm_job() -> str:
-    """Name of this SLURM job for ``scontrol``: ``<array>_<task>`` within an array."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]

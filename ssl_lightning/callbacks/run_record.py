@@ -1,4 +1,4 @@
-"""What a run leaves behind for its reader: where it ran, what it warned of, how it ended."""
+"""A record of the run: where it ran, its warnings, and how it ended."""
 
 import json
 import os
@@ -16,17 +16,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.checkpoints.files import replacing
-from ssl_lightning.loggers import run_folder
+from ssl_lightning.runs import ENVIRONMENT_FILE, WARNINGS_FILE, read_starts, run_folder
 
 _PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "numpy")
 
 
 class RunRecord(L.Callback):
-    """Writes ``environment.json`` and ``warnings.txt`` into the run's folder; the command ``report`` shows them.
+    """Writes ``environment.json`` and ``warnings.txt`` into the run folder; the command ``report`` shows them.
 
-    ``environment.json`` is a list with one entry for every start of the run: versions, hardware, processes, the
-    method's chance loss, when it started and ended, and how. ``warnings.txt`` has a line for each warning of this
-    package: time, step and text.
+    ``environment.json`` is a list with one entry for each start of the run: versions, hardware, processes, the
+    method's chance loss, when it started, and when and how it ended. ``warnings.txt`` has a line for each warning of
+    this package: time, step and text.
     """
 
     def __init__(self) -> None:
@@ -36,16 +36,16 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen to warnings from now on."""
+        """Start to record warnings."""
         self._folder = run_folder(trainer) if stage == "fit" else None
         if self._folder is None or self._show is not None:
             return
-        package, file = str(Path(__file__).parent.parent), self._folder / "warnings.txt"
+        package, file = str(Path(__file__).parent.parent), self._folder / WARNINGS_FILE
         self._show = show = warnings.showwarning
 
         def note(message: Warning | str, category: Any, filename: str, *rest: Any, **more: Any) -> None:
             if filename.startswith(package):
-                with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # no reason to stop a training
+                with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # no reason to stop the run
                     lines.write(f"{_now()}\t{trainer.global_step}\t{' '.join(str(message).split())}\n")
             show(message, category, filename, *rest, **more)
 
@@ -54,11 +54,10 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write where it runs, after what earlier starts of the run have written."""
+        """Write where it runs, after the entries of earlier starts."""
         if self._folder is None:
             return
-        with suppress(OSError, ValueError):
-            self._starts = json.loads((self._folder / "environment.json").read_text())
+        self._starts = read_starts(self._folder)
         data = getattr(trainer, "datamodule", None)
         self._starts.append(
             {
@@ -89,22 +88,22 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write that it ended, and whether before its last step."""
+        """Write that it ended, and whether that was before its last step."""
         planned = trainer.estimated_stepping_batches
         self._end("finished" if trainer.global_step >= planned else f"stopped early, at step {trainer.global_step}")
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write what ended it."""
-        said = " ".join(str(exception).split())[:300]
-        self._end(f"stopped by {type(exception).__name__}" + (f": {said}" if said else ""))
-        self._listen_no_more()
+        """Write the exception that ended it."""
+        message = " ".join(str(exception).split())[:300]
+        self._end(f"stopped by {type(exception).__name__}" + (f": {message}" if message else ""))
+        self._stop_recording()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen to warnings no more."""
-        self._listen_no_more()
+        """Stop recording warnings."""
+        self._stop_recording()
 
-    def _listen_no_more(self) -> None:
+    def _stop_recording(self) -> None:
         if self._show is not None:
             warnings.showwarning, self._show = self._show, None
 
@@ -115,7 +114,7 @@ class RunRecord(L.Callback):
 
     def _write(self) -> None:
         assert self._folder is not None
-        with suppress(OSError), replacing(self._folder / "environment.json") as file:
+        with suppress(OSError), replacing(self._folder / ENVIRONMENT_FILE) as file:
             file.write(json.dumps(self._starts, indent=1).encode())
 
 
@@ -124,21 +123,21 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": platform.node(), "system": platform.platform(), "device": device.type}
+    hardware: dict[str, Any] = {"machine": platform.node(), "system": platform.platform(), "device": device.type}
     if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        found |= {"device": about.name, "device memory, GB": round(about.total_memory / 1e9, 1)}
-        found |= {"devices of this machine": torch.cuda.device_count(), "CUDA": torch.version.cuda}
+        properties = torch.cuda.get_device_properties(device)
+        hardware |= {"device": properties.name, "device memory, GB": round(properties.total_memory / 1e9, 1)}
+        hardware |= {"devices of this machine": torch.cuda.device_count(), "CUDA": torch.version.cuda}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found |= {"processors": cores, "processor": platform.processor() or platform.machine()}
+    hardware |= {"processors": cores, "processor": platform.processor() or platform.machine()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory, GB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-    return found
+        hardware["memory, GB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    return hardware

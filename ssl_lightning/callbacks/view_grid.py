@@ -1,13 +1,14 @@
-"""A picture of the views, where people look."""
+"""A picture of the views when training starts."""
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.drawing import show
+from ssl_lightning.runs import VIEWS_FILE
 
 
 class ViewGrid(L.Callback):
-    """Draw the first images with their views when training starts: ``views.png`` in the run's folder, and the logger.
+    """Draws the first images with their views when training starts, as ``views.png`` in the run folder.
 
     TensorBoard and Weights & Biases show it under ``views``.
 
@@ -20,8 +21,8 @@ class ViewGrid(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, unless a resumed run has its picture."""
+        """Draw, unless the run was resumed and has its picture."""
         preview = getattr(getattr(trainer, "datamodule", None), "preview", None)
         if preview is None or trainer.global_step > 0 or not trainer.loggers:
             return
-        show(trainer, "views", preview(num_rows=self.num_images, num_images=self.num_images).sheet, "views.png")
+        show(trainer, "views", preview(num_rows=self.num_images, num_images=self.num_images).sheet, VIEWS_FILE)

@@ -28,16 +28,16 @@ def export(
     backbone: str | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the backbone of a checkpoint for other programs, and a model card beside it.
+    """Write the backbone of a checkpoint for other programs, with a model card.
 
-    The files take their place once they are whole.
+    Each file appears only when it is complete.
 
     Args:
-        checkpoint: A checkpoint of this package or another, or what else ``open_backbone`` takes.
+        checkpoint: A checkpoint of this package or another, or anything else that ``open_backbone`` takes.
         format: ``timm`` and ``torchvision`` are weights under the names of that library; ``safetensors`` are weights
-            that know their backbone, which ``load_backbone`` reads; ``onnx`` is a graph for batches of any length.
+            with the name of their backbone, for ``load_backbone``; ``onnx`` is a graph for batches of any length.
         output: The file; the card has its name with the suffix ``.md``.
-        backbone: Name of the timm or torchvision model, for checkpoints that do not tell it.
+        backbone: Name of the timm or torchvision model, for checkpoints that do not name it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
 
     Returns:

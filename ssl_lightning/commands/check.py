@@ -1,4 +1,4 @@
-"""Whether two processes train as one: the comparison behind ``python -m ssl_lightning check``."""
+"""The command ``check``: whether several processes train as one process does."""
 
 import logging
 import os
@@ -25,12 +25,12 @@ Recorded = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Largest differences between one process and several.
+    """The largest differences between one process and several.
 
     Args:
-        differences: Largest absolute difference of each quantity, in the order in which training meets them.
-        tolerance: What counts as equal.
-        hint: What may be the cause.
+        differences: Largest difference of each quantity, in the order in which training computes them.
+        tolerance: Largest difference that counts as equal.
+        hint: A likely cause of differences.
     """
 
     differences: dict[str, float]
@@ -44,7 +44,7 @@ class CheckResult:
 
     @property
     def differing(self) -> list[str]:
-        """The quantities that differ; the first is the nearest to the cause."""
+        """The quantities that differ; the first is the closest to the cause."""
         return [name for name, difference in self.differences.items() if not difference <= self.tolerance]
 
     def __str__(self) -> str:
@@ -54,6 +54,34 @@ class CheckResult:
             for name, difference in self.differences.items()
         ]
         return "\n".join([*lines, "" if self.equal else self.hint]).rstrip()
+
+
+def run(
+    trainer: L.Trainer,
+    model: SSLModule,
+    datamodule: SSLDataModule,
+    processes: int = 2,
+    steps: int = 5,
+    batch_size: int | None = None,
+) -> None:
+    """See whether several processes train as one does: same losses, gradients and parameters.
+
+    Args:
+        trainer: Only ``trainer.sync_batchnorm`` matters.
+        model: The method.
+        datamodule: The data.
+        processes: Number of processes, on the CPU.
+        steps: Optimizer steps.
+        batch_size: Images per batch and process; None is the batch size of the data.
+
+    Raises:
+        UserError: They train differently.
+    """
+    sync_batchnorm = trainer._accelerator_connector._layer_sync is not None
+    result = check(model, datamodule, processes, steps, batch_size, sync_batchnorm)
+    print(result)
+    if not result.equal:
+        raise UserError(f"{result.differing[0]} differ between one process and {processes}.")
 
 
 def check(
@@ -66,21 +94,21 @@ def check(
 ) -> CheckResult:
     """Train a few steps in one process and in several with the same global batches, and compare (CPU, float64).
 
-    The trainer's other options (accumulation, clipping, precision) are left out.
+    Other options of the trainer (accumulation, clipping, precision) are not used.
 
     Optimizers that divide by small numbers, as Adam does, enlarge rounding errors: from 1e-15 in a gradient to 1e-7 in
-    the parameters. A mistake is larger by orders of magnitude.
+    the parameters. The effect of a mistake is larger by orders of magnitude.
 
     Args:
         module: The method; it is not changed.
         data: The data.
         processes: Number of processes.
         steps: Optimizer steps.
-        batch_size: Images per batch of each of the several processes; None is that of the data.
+        batch_size: Images per batch of each of the several processes; None is the batch size of the data.
         sync_batchnorm: Whether BatchNorm sees the images of all processes.
 
     Returns:
-        Largest differences of losses, gradients of the first step, and of parameters and buffers after the last one.
+        The largest differences between losses, gradients of the first step, and parameters and buffers after the last.
     """
     batch_size = batch_size or data.batch_size
     try:
@@ -88,48 +116,48 @@ def check(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(f"the method or the data cannot be sent to other processes: {error}") from error
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        one = _run(pool, 1, batch_size * processes, task)[0]
-        several = _run(pool, processes, batch_size, task)
+        single = _trained(pool, 1, batch_size * processes, task)[0]
+        several = _trained(pool, processes, batch_size, task)
     if sync_batchnorm or module.batch_norm is None:
         hint = "Look for sums over the batch: gather and summed of ssl_lightning.distributed have the exact gradient."
     elif module.batch_norm == "global":
         hint = "Set trainer.sync_batchnorm to true: this method's BatchNorm sees the images of all processes."
     else:
-        hint = "This method's BatchNorm is per process, so that the number of processes matters."
-    return CheckResult(differences(several, one), 1e-5, hint)
+        hint = "This method computes BatchNorm per process, so the number of processes matters."
+    return CheckResult(differences(several, single), 1e-5, hint)
 
 
-def differences(several: list[Recorded], one: Recorded) -> dict[str, float]:
+def differences(several: list[Recorded], single: Recorded) -> dict[str, float]:
     """Largest difference of each quantity between one process and any of several, relative where values are large.
 
     Args:
-        several: What the processes that trained together recorded.
-        one: What the single process recorded.
+        several: Records of the processes that trained together.
+        single: Record of the single process.
     """
     largest: dict[str, float] = {}
-    for kind, expected_values in one.items():
+    for kind, expected_values in single.items():
         for name, expected in expected_values.items():
             part = f"{kind} of {name.split('.')[0]}" if name else kind
-            found = max(_difference(result[kind][name], expected) for result in several)
-            largest[part] = max(largest.get(part, 0.0), found)
+            difference = max(_difference(record[kind][name], expected) for record in several)
+            largest[part] = max(largest.get(part, 0.0), difference)
     return largest
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _difference(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
         return float("inf")
-    if not found.numel():
+    if not value.numel():
         return 0.0
     scale = float(expected.double().abs().max().clamp(min=1))
-    return float((found.double() - expected.double()).abs().max().nan_to_num(float("inf"))) / scale
+    return float((value.double() - expected.double()).abs().max().nan_to_num(float("inf"))) / scale
 
 
-def _run(pool: ProcessPoolExecutor, processes: int, batch_size: int, task: bytes) -> list[Recorded]:
-    """What each of the processes that train together has recorded."""
+def _trained(pool: ProcessPoolExecutor, processes: int, batch_size: int, task: bytes) -> list[Recorded]:
+    """Train together in several processes, and return the record of each."""
     port = free_port()
     calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
     failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
-    if failed:  # the others wait for it
+    if failed:  # the others wait for the one that failed
         for process in pool._processes.values():
             process.kill()
         failed[0].result()
@@ -185,7 +213,7 @@ def recorded(module: SSLModule, data: SSLDataModule, processes: int, steps: int,
 
 
 class _Recorder(L.Callback):
-    """Losses of all steps, gradients of the first."""
+    """Keeps the losses of all steps and the gradients of the first."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []

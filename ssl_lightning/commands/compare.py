@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from ssl_lightning.arguments import SSLArgumentParser
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.results import Results, table
+from ssl_lightning.runs import METRICS_FILE, RESULTS_FILE, read_config, runs_below
 
 _CURVES = {"train/loss": "loss", "val/knn_top1": "kNN top-1, %", "val/linear_top1": "linear top-1, %"}
 
@@ -20,8 +20,8 @@ class Point(NamedTuple):
     """A logged value.
 
     Args:
-        step: Optimizer steps done before the batch at hand.
-        epoch: Epochs done; None where it was not logged.
+        step: Optimizer steps before the batch that logged it.
+        epoch: Epochs before that batch; None where it was not logged.
         value: The value.
     """
 
@@ -32,30 +32,30 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """A run of ``fit`` or an evaluation on its own, and what was evaluated of it."""
+    """A run of ``fit`` with its evaluations, or an evaluation that belongs to no run."""
 
     name: str
     metrics: dict[str, list[Point]] = field(default_factory=dict)
-    """All that was logged, by its name."""
+    """Every logged value, by metric."""
     config: dict[str, Any] = field(default_factory=dict)
     results: list[tuple[str, Results]] = field(default_factory=list)
     """Evaluations with the names of their folders."""
 
     @property
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """What runs are compared by: the last value of each epoch, counted from 1; accuracies in per cent."""
-        found: dict[str, list[tuple[float, float]]] = {}
+        """The curves to compare: the last value of each epoch, counted from 1; accuracies in percent."""
+        curves: dict[str, list[tuple[float, float]]] = {}
         for key in _CURVES:
             scale = 1 if key == "train/loss" else 100
             points = self.metrics.get(key, [])
             last = {float(epoch + 1): scale * value for _, epoch, value in points if epoch is not None}
             if last:
-                found[key] = [*last.items()]
-        return found
+                curves[key] = [*last.items()]
+        return curves
 
     @property
     def row(self) -> dict[str, Any]:
-        """Its row in the table."""
+        """The row of the table."""
         model, trainer = self.config.get("model") or {}, self.config.get("trainer") or {}
         arguments = model.get("init_args") or {}
         row: dict[str, Any] = {
@@ -70,10 +70,10 @@ class Run:
         for key, title in _CURVES.items():
             if points := self.curves.get(key):
                 row[title] = round(points[-1][1], 2)
-        for folder, found in self.results:
+        for folder, results in self.results:
             number = folder.rpartition("_")[2]
-            title = _title(found) + (f" ({number})" if number.isdigit() else "")
-            row[f"{title}, %"] = f"{100 * found.accuracy['top1']:.1f} ± {_half(found):.1f}"
+            title = _title(results) + (f" ({number})" if number.isdigit() else "")
+            row[f"{title}, %"] = f"{100 * results.accuracy['top1']:.1f} ± {_half_interval(results):.1f}"
         return row
 
 
@@ -110,7 +110,7 @@ class Comparison:
             writer.writerows(self.rows)
 
     def draw(self, path: Path) -> None:
-        """Draw the curves of training, one panel for each quantity.
+        """Draw the training curves, one panel for each metric.
 
         Args:
             path: The picture, e.g. a PNG file.
@@ -122,7 +122,7 @@ class Comparison:
 
         wanted = [key for key in _CURVES if any(len(run.curves.get(key, [])) > 0 for run in self.runs)]
         if not wanted:
-            raise UserError("none of these runs has curves to draw; leave out plot, or give folders of fit.")
+            raise UserError("none of these runs has curves to draw; leave out --plot, or give folders of fit.")
         figure = Figure(figsize=(2 + 5 * len(wanted), 4), layout="constrained")
         shown: dict[str, Any] = {}
         for panel, key in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
@@ -139,6 +139,25 @@ class Comparison:
         figure.savefig(path, dpi=120)
 
 
+def run(words: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        words: The command line after ``compare``.
+    """
+    parser = SSLArgumentParser(prog="ssl-lightning compare", description="Put runs and their evaluations side by side.")
+    parser.add_argument("runs", type=str, nargs="+", help="Folders of fit or evaluate, or folders above them.")
+    parser.add_argument("--csv", type=str, default=None, help="Write the table to this CSV file.")
+    parser.add_argument("--plot", type=str, default=None, help="Draw the training curves to this picture, e.g. PNG.")
+    options = parser.parse_args(list(words))
+    comparison = compare(options.runs)
+    if options.csv is not None:
+        comparison.write_csv(Path(options.csv))
+    if options.plot is not None:
+        comparison.draw(Path(options.plot))
+    print(comparison)
+
+
 def compare(runs: Sequence[str]) -> Comparison:
     """Put runs side by side: the last value of their curves, and the results of their evaluations.
 
@@ -146,30 +165,14 @@ def compare(runs: Sequence[str]) -> Comparison:
         runs: Folders of ``fit`` or ``evaluate``, or folders above them.
 
     Raises:
-        UserError: There is nothing in a folder.
+        UserError: A folder holds neither runs nor evaluations.
     """
-    folders = [path for run in runs for path in _folders(Path(run))]
-    names = _names(list(dict.fromkeys(folders)))
-    return Comparison([read(folder, name) for folder, name in names.items()])
-
-
-def _folders(root: Path) -> list[Path]:
-    """The runs below a folder, and the evaluations that belong to none of them."""
-    if not root.exists():
-        raise UserError(f"{root} does not exist; give the folder of a run.")
-    if root.is_file():
-        root = root.parent
-    curves = (path.parent for path in root.rglob("metrics.csv") if "evaluations" not in path.parts)
-    fits = sorted(folder for folder in curves if not (folder / "results.json").exists())
-    alone = sorted(path.parent for path in root.rglob("results.json"))
-    alone = [path for path in alone if not any(fit in path.parents for fit in fits)]
-    if not fits and not alone:
-        raise UserError(f"there is neither a metrics.csv of fit nor a results.json of evaluate below {root}.")
-    return [*fits, *alone]
+    folders = dict.fromkeys(folder for path in runs for folder in runs_below(path))
+    return Comparison([read(folder, name) for folder, name in _names([*folders]).items()])
 
 
 def _names(folders: list[Path]) -> dict[Path, str]:
-    """What is left of the paths without what they have in common."""
+    """Names of runs: their paths without the part they share."""
     resolved = [folder.resolve() for folder in folders]
     common = os.path.commonpath(resolved) if len(resolved) > 1 else resolved[0].parent.parent
     names = [os.path.relpath(path, common).removesuffix("/version_0") for path in resolved]
@@ -177,44 +180,42 @@ def _names(folders: list[Path]) -> dict[Path, str]:
 
 
 def read(folder: Path, name: str) -> Run:
-    """Read a run, or an evaluation on its own, as far as it has come.
+    """Read a run, finished or not, or an evaluation that belongs to no run.
 
     Args:
         folder: Its folder.
         name: What to call it.
     """
-    run = Run(name, results=[(path.parent.name, Results.read(path)) for path in sorted(folder.rglob("results.json"))])
-    if (config := folder / "config.yaml").is_file():
-        run.config = yaml.safe_load(config.read_text()) or {}
-    if (metrics := folder / "metrics.csv").is_file():
-        run.metrics = _metrics(metrics.read_text(errors="replace"))
-    return run
+    results = [(file.parent.name, Results.read(file)) for file in sorted(folder.rglob(RESULTS_FILE))]
+    file = folder / METRICS_FILE
+    metrics = _metrics(file.read_text(errors="replace")) if file.is_file() else {}
+    return Run(name, metrics, read_config(folder), results)
 
 
 def _metrics(text: str) -> dict[str, list[Point]]:
-    """What a ``metrics.csv`` holds; its last line may be half written."""
+    """The values in a ``metrics.csv``, whose last line may be half written."""
     metrics: dict[str, list[Point]] = {}
     for line in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
         step, epoch = line.pop("step", None), line.pop("epoch", None)
-        with suppress(TypeError, ValueError):  # a run that begins to log something else rewrites the whole file
-            where = int(float(step or "")), int(float(epoch)) if epoch else None
+        with suppress(TypeError, ValueError):  # a run that logs a new metric rewrites the whole file
+            moment = int(float(step or "")), int(float(epoch)) if epoch else None
             for key, value in line.items():
                 if value:
-                    metrics.setdefault(key, []).append(Point(*where, float(value)))
+                    metrics.setdefault(key, []).append(Point(*moment, float(value)))
     return metrics
 
 
-def _title(found: Results) -> str:
-    """The evaluation with what tells it from others of its kind."""
-    parameters = found.parameters
+def _title(results: Results) -> str:
+    """The protocol, with the parameter that distinguishes its evaluations."""
+    protocol, parameters = results.protocol, results.parameters
     details = {
         "linear": parameters.get("protocol"),
         "finetune": f"{parameters.get('protocol')} {100 * parameters.get('fraction', 1):g} %",
         "lowshot": (parameters.get("reported") or {}).get("shots"),
     }
-    return f"{found.protocol} {details[found.protocol]}" if found.protocol in details else found.protocol
+    return f"{protocol} {details[protocol]}" if protocol in details else protocol
 
 
-def _half(found: Results) -> float:
-    low, high = found.accuracy["interval"]
+def _half_interval(results: Results) -> float:
+    low, high = results.accuracy["interval"]
     return 100 * (high - low) / 2

@@ -1,9 +1,11 @@
-"""The command ``evaluate``: what frozen or fine-tuned features are worth, to the letter of the protocols."""
+"""The command ``evaluate``: the accuracy of frozen or fine-tuned features, by published protocols."""
 
-import itertools
+import inspect
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from ssl_lightning.checkpoints import open_backbone
@@ -26,25 +27,70 @@ from ssl_lightning.evaluation.lowshot import low_shot
 from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
 from ssl_lightning.evaluation.supervised import labelled_share, named_protocol
+from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.runs import new_evaluation, read_config, run_of
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
 
 
-class Evaluation:
-    """A backbone, labelled data, and the protocols that say what one is worth on the other.
+def run(words: Sequence[str]) -> None:
+    """Run the command.
 
-    Each protocol prints nothing, writes ``results.json`` and returns its ``Results``; on processes other than the first
-    it returns None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
+    Args:
+        words: The command line after ``evaluate``.
+    """
+    # Only here, as it takes half a second: `import ssl_lightning` imports this file for Evaluation.
+    from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+
+    parser = SSLArgumentParser(prog="ssl-lightning evaluate", description="Evaluate a backbone on labeled images.")
+    protocols = parser.add_subcommands()
+    for name in PROTOCOLS:
+        protocol = SSLArgumentParser(description=title_of(getattr(Evaluation, name)))
+        protocol.add_argument("--config", action="config", help="A file with these options.")
+        protocol.add_class_arguments(Evaluation)
+        protocol.add_method_arguments(Evaluation, name)
+        protocols.add_subcommand(name, protocol, help=protocol.description)
+    options = parser.parse_args(_with_data_of_the_run(underscored(words)))
+    name = options.subcommand
+    arguments = vars(parser.instantiate(options)[name])
+    arguments.pop("config", None)
+    parameters = inspect.signature(getattr(Evaluation, name)).parameters.keys() - {"self"}
+    chosen = {key: arguments.pop(key) for key in [*arguments] if key in parameters}
+    results = getattr(Evaluation(**arguments), name)(**chosen)
+    if results is not None:  # on the first process
+        print(results)
+
+
+def _with_data_of_the_run(words: list[str]) -> list[str]:
+    """Add the data of the run that wrote the checkpoint, without its views, unless ``--data`` is given."""
+    options = [word.partition("=")[0] for word in words]
+    if "--data" in options or "--config" in options or "--checkpoint" not in options:
+        return words
+    place = options.index("--checkpoint")
+    checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
+    folder = run_of(checkpoint)
+    data = read_config(folder).get("data") if folder is not None and checkpoint.is_file() else None
+    if not isinstance(data, dict) or "class_path" not in data:
+        return words
+    data.get("init_args", {}).pop("views", None)
+    return [words[0], "--data", json.dumps(data), *words[1:]]
+
+
+class Evaluation:
+    """A backbone, labeled images, and the protocols that measure the backbone on them.
+
+    Each protocol prints nothing, writes ``results.json`` and returns its ``Results``; processes other than the first
+    get None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
 
     Args:
         checkpoint: A checkpoint of this package or an official one; the name of a timm or torchvision model, for its
             pretrained weights; ``untrained``: the backbone as it is before training; ``pixels``: the image itself.
-        data: Labelled images with a validation part; on the command line, by default those of the checkpoint's run.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
+        data: Labeled training and validation images; on the command line, by default those of the checkpoint's run.
+        backbone: Name of the timm or torchvision model, for ``untrained`` and for checkpoints that do not name it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
-        max_samples: Training images whose features are taken at most, evenly spread; None is all.
-        seed: Seed of first weights, of the order and of choices.
-        output: Folder for ``PROTOCOL/results.json``; None is ``evaluations`` beside the folder of the checkpoint.
+        max_samples: Number of training images to use, evenly spread; None is all.
+        seed: Seed of initial weights, of the order of images and of random choices.
+        output: Folder for ``PROTOCOL/results.json``; None is ``evaluations`` in the run of the checkpoint.
         trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
     """
 
@@ -62,7 +108,7 @@ class Evaluation:
         self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
         self.data, self.max_samples, self.seed, self.trainer = data, max_samples, seed, trainer or {}
         if output is not None and os.path.exists(output) and not os.path.isdir(output):
-            raise UserError(f"output {output} is a file; give a folder.")
+            raise UserError(f"--output {output} is a file; give a folder.")
         self.output = output
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -72,13 +118,13 @@ class Evaluation:
     # The protocols
 
     def knn(self, k: int | list[int] | None = None, temperature: float | list[float] | None = None) -> Results | None:
-        """Weighted k nearest neighbours, for each k and temperature; the accuracy is that of k 20 if it is among them.
+        """Weighted k nearest neighbors, for each k and temperature; the reported k is 20 if it is among them.
 
         Wu et al. 2018, Instance Discrimination, section 3.4; the online probe computes the same number.
 
         Args:
-            k: Numbers of neighbours; None is 10, 20, 100 and 200, as far as there are images.
-            temperature: What divides the cosine similarities; None is 0.07.
+            k: Numbers of neighbors; None is 10, 20, 100 and 200, as far as there are that many images.
+            temperature: Divides the cosine similarities; None is 0.07.
 
         Raises:
             UserError: A k is larger than the number of training images, or smaller than 1.
@@ -86,17 +132,15 @@ class Evaluation:
         if (features := self._features()) is None:
             return None
         size = len(features.train.labels)
-        ks = _neighbours(k, size, [one for one in (10, 20, 100, 200) if one <= size] or [size])
+        ks = _neighbors(k, size, [number for number in (10, 20, 100, 200) if number <= size] or [size])
         temperatures = _as_list(temperature) or [0.07]
         (bank, labels), (queries, truth) = map(self._on_device, (features.train, features.test))
         grid = knn_grid(bank, labels, queries, features.num_classes, ks, temperatures)
-        rows = [
-            {"k": one, "temperature": heat, "top-1, %": 100 * _share(found, truth)}
-            for (one, heat), found in grid.items()
-        ]
+        accuracies = {setting: _accuracy(predicted, truth) for setting, predicted in grid.items()}
+        rows = [{"k": k, "temperature": t, "top-1, %": 100 * accuracy} for (k, t), accuracy in accuracies.items()]
         chosen = (20 if 20 in ks else ks[0], temperatures[0])
         parameters = {"k": ks, "temperature": temperatures, "reported": {"k": chosen[0], "temperature": chosen[1]}}
-        return self._results("knn", parameters, features, _share(grid[chosen], truth), rows)
+        return self._results("knn", parameters, features, accuracies[chosen], rows)
 
     def linear(
         self,
@@ -106,36 +150,34 @@ class Evaluation:
         batch_size: int | None = None,
         augment: bool = False,
     ) -> Results | None:
-        """A linear classifier on frozen features, by a paper's protocol; the accuracy is that of the last epoch.
+        """A linear classifier on frozen features, by a paper's protocol; reports the accuracy after the last epoch.
 
-        Where several learning rates or inputs are tried, a tenth of the training images chooses among them, and the
-        chosen classifier is trained on all; the protocol of DINOv2 chooses on the test images, as it is published.
-        With ``augment`` only that may try several.
+        Where a protocol tries several learning rates or inputs, a tenth of the training images is held out to choose
+        among them, and the chosen classifier is trained on all. The protocol of DINOv2 chooses on the test images, as
+        published. With ``augment``, only that protocol may try several.
 
         Args:
             protocol: ``sweep`` (five learning rates, BatchNorm without affine parameters), or whose protocol: moco_v2,
                 moco_v3, moco_v3_vit, simclr, byol, swav, dino_vit_small, dino_vit_base, dinov2, mae, simsiam,
                 barlow_twins, vicreg, lightly.
-            lrs: Base learning rates to try; None is those of the protocol.
-            epochs: None is that of the protocol.
-            batch_size: None is that of the protocol, or data.batch_size where images are augmented.
+            lrs: Base learning rates to try; None takes those of the protocol.
+            epochs: Number of epochs; None takes that of the protocol.
+            batch_size: Images per step; None takes that of the protocol, or data.batch_size with ``augment``.
             augment: Whether to train on augmented images, as the papers do, instead of on features that are extracted
                 once; hundreds of times the work.
 
         Raises:
-            UserError: There is no such protocol, it needs another backbone, or tries too many with ``augment``.
+            UserError: The protocol is unknown, needs another backbone, or tries several settings with ``augment``.
         """
         chosen = named_protocol(LINEAR_PROTOCOLS, protocol)
-        changes: dict[str, Any] = {"lrs": tuple(_as_list(lrs))} if lrs else {}
-        changes |= {"epochs": epochs} if epochs else {}
-        changes |= {"batch_size": batch_size} if batch_size else {}
-        chosen = replace(chosen, **changes)
+        given: dict[str, Any] = {"lrs": tuple(_as_list(lrs)), "epochs": epochs, "batch_size": batch_size}
+        chosen = replace(chosen, **{key: value for key, value in given.items() if value})
         parameters: dict[str, Any] = {"protocol": protocol, "augment": augment, **asdict(chosen)}
         if augment:
             if len(chosen.choices) > 1 and not chosen.best_on_test:
                 raise UserError(
-                    f"augment trains one classifier, and {protocol} tries {len(chosen.choices)}; give lrs one number, "
-                    "or choose another protocol, e.g. simclr."
+                    f"--augment trains one classifier, and {protocol} tries {len(chosen.choices)}; give --lrs one "
+                    "number, or choose another protocol, e.g. simclr."
                 )
             return self._trained("linear", LinearClassifier, chosen, parameters, batch_size=batch_size)
         features = self._features(chosen.last_blocks, chosen.patch_mean)
@@ -146,9 +188,9 @@ class Evaluation:
         return self._results("linear", parameters, features, top1, rows)
 
     def lowshot(self, shots: int | list[int] | None = None, draws: int = 5) -> Results | None:
-        """Logistic regression on the features of a few images per class; mean and deviation over several draws.
+        """Logistic regression on the features of a few images per class: mean and standard deviation over draws.
 
-        The accuracy is the mean for the most images per class, its interval that of the mean over draws.
+        Reports the mean for the largest number of images per class, with the confidence interval of that mean.
 
         Args:
             shots: Images per class; None is 1, 5 and 10.
@@ -158,10 +200,10 @@ class Evaluation:
             UserError: A class has fewer images.
         """
         if draws < 2:
-            raise UserError(f"draws={draws}: a deviation needs at least 2.")
+            raise UserError(f"--draws {draws}: a standard deviation needs at least 2.")
         if (features := self._features()) is None:
             return None
-        from scipy import stats  # only here: reading help texts should not wait for it
+        from scipy import stats  # only here: help texts should not wait for it
 
         train, (queries, truth) = features.train, (features.test.features.flatten(1), features.test.labels)
         bank, labels = train.features.flatten(1), train.labels
@@ -169,8 +211,8 @@ class Evaluation:
         rows, shots = [], sorted(_as_list(shots) or [1, 5, 10])
         mean = deviation = 0.0
         for few in shots:
-            found = torch.tensor([_share(low_shot(bank, labels, queries, few, seed), truth) for seed in seeds])
-            mean, deviation = float(found.mean()), float(found.std())
+            accuracies = [_accuracy(low_shot(bank, labels, queries, few, seed), truth) for seed in seeds]
+            mean, deviation = float(torch.tensor(accuracies).mean()), float(torch.tensor(accuracies).std())
             rows.append({"per class": few, "top-1, %": 100 * mean, "deviation": 100 * deviation})
         half = float(stats.t.ppf(0.975, draws - 1)) * deviation / draws**0.5
         parameters = {"shots": shots, "draws": draws, "reported": {"shots": shots[-1]}}
@@ -184,22 +226,22 @@ class Evaluation:
         lr: float | None = None,
         head_lr: float | None = None,
     ) -> Results | None:
-        """Train the whole network, on all labels or a share of them; the accuracy is that of the last epoch.
+        """Train the whole network, on all labels or a share of them; reports the accuracy after the last epoch.
 
         Args:
             protocol: Whose protocol: mae_vit_base, mae_vit_large, mae_vit_huge; for a share of the labels
                 simclr_1percent, simclr_10percent, swav_1percent, swav_10percent, barlow_twins_1percent,
-                vicreg_1percent, vicreg_10percent. Learning rates are for 256 images and follow data.batch_size.
-            fraction: Share of each class to train on, chosen by the seed; the papers' lists are for ImageNet alone.
-            epochs: None is that of the protocol.
-            lr: Base learning rate; None is that of the protocol.
-            head_lr: Base learning rate of the classifier; None is that of the protocol.
+                vicreg_1percent, vicreg_10percent. Learning rates are for 256 images and scale with data.batch_size.
+            fraction: Share of each class to train on, chosen by the seed; the papers' lists exist only for ImageNet.
+            epochs: Number of epochs; None takes that of the protocol.
+            lr: Base learning rate; None takes that of the protocol.
+            head_lr: Base learning rate of the classifier; None takes that of the protocol.
 
         Raises:
-            UserError: There is no such protocol, or it needs another backbone.
+            UserError: The protocol is unknown, or needs another backbone.
         """
         if not 0 < fraction <= 1:
-            raise UserError(f"fraction={fraction} is a share of the labels; give a number above 0, up to 1.")
+            raise UserError(f"--fraction {fraction} is not a share of the labels; give a number above 0, up to 1.")
         chosen = named_protocol(FINETUNE_PROTOCOLS, protocol)
         optim = chosen.optim if lr is None else replace(chosen.optim, base_lr=lr)
         chosen = replace(chosen, optim=optim, epochs=epochs or chosen.epochs, head_lr=head_lr or chosen.head_lr)
@@ -217,38 +259,38 @@ class Evaluation:
         """
         if (features := self._features()) is None:
             return None
-        ks = sorted(_neighbours(k, len(features.train.labels), [1, 5, 10]))
-        found = retrieval(*self._on_device(features.train), *self._on_device(features.test), ks)
-        rows = [{"measure": name, "%": 100 * value} for name, value in found.items()]
-        return self._results("retrieval", {"k": ks}, features, found[f"recall@{ks[0]}"], rows)
+        ks = sorted(_neighbors(k, len(features.train.labels), [1, 5, 10]))
+        measures = retrieval(*self._on_device(features.train), *self._on_device(features.test), ks)
+        rows = [{"measure": name, "%": 100 * value} for name, value in measures.items()]
+        return self._results("retrieval", {"k": ks}, features, measures[f"recall@{ks[0]}"], rows)
 
     def robustness(self, k: int = 20, temperature: float = 0.07) -> Results | None:
-        """KNN accuracy of test images that are noisy, blurred, darker, brighter or rotated, and how far features move.
+        """KNN accuracy on test images that are noisy, blurred, darker, brighter or rotated, and how far features move.
 
-        The bank is of clean images. The accuracy is the mean over all changes.
+        The training images are clean. Reports the mean accuracy over all changes.
 
         Args:
-            k: Number of neighbours.
-            temperature: What divides the cosine similarities.
+            k: Number of neighbors.
+            temperature: Divides the cosine similarities.
         """
         features = self._features()
         changed = {name: self._features(corruption=corruption) for name, corruption in CORRUPTIONS.items()}
         if features is None:
             return None
-        _neighbours(k, len(features.train.labels), [])
+        _neighbors(k, len(features.train.labels), [])
         (bank, labels), (clean, truth) = map(self._on_device, (features.train, features.test))
-        rows, shares = [], []
-        for name, found in [("none", features), *changed.items()]:
-            assert found is not None
-            queries, _ = self._on_device(found.test)
+        rows, accuracies = [], []
+        for name, features_of_change in [("none", features), *changed.items()]:
+            assert features_of_change is not None
+            queries, _ = self._on_device(features_of_change.test)
             predicted = knn_predict(bank, labels, queries, features.num_classes, k, temperature)
-            shares.append(_share(predicted, truth))
+            accuracies.append(_accuracy(predicted, truth))
             similarity = float(torch.cosine_similarity(queries, clean).mean())
-            rows.append({"change": name, "top-1, %": 100 * shares[-1], "similarity to clean": similarity})
-        mean = sum(shares[1:]) / len(shares[1:])
+            rows.append({"change": name, "top-1, %": 100 * accuracies[-1], "similarity to clean": similarity})
+        mean = sum(accuracies[1:]) / len(accuracies[1:])
         return self._results("robustness", {"k": k, "temperature": temperature}, features, mean, rows)
 
-    # What they share
+    # Shared by the protocols
 
     def _features(
         self, last_blocks: int = 1, patch_mean: bool = False, corruption: Corruption | None = None
@@ -258,17 +300,16 @@ class Evaluation:
 
     def _trainer(self, **arguments: Any) -> L.Trainer:
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        return L.Trainer(
-            **{"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
-        )
+        options = {"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
+        return L.Trainer(**options)
 
     @cached_property
     def _device(self) -> torch.device:
         return self._trainer().strategy.root_device
 
-    def _on_device(self, found: LabelledFeatures) -> tuple[Tensor, Tensor]:
+    def _on_device(self, labelled: LabelledFeatures) -> tuple[Tensor, Tensor]:
         """Features ``(N, P * D)`` and their labels."""
-        return found.features.flatten(1).to(self._device), found.labels.to(self._device)
+        return labelled.features.flatten(1).to(self._device), labelled.labels.to(self._device)
 
     def _trained(
         self,
@@ -279,15 +320,14 @@ class Evaluation:
         fraction: float = 1.0,
         batch_size: int | None = None,
     ) -> Results | None:
-        """Train on labelled images; the curves lie beside the results."""
+        """Train on labeled images; the curves are written next to the results."""
         L.seed_everything(self.seed, verbose=False)
         module = classifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
         data, epochs = labelled_share(self.data, fraction, self.seed), chosen.epochs
-        folder = self._folder(protocol)
-        logger = CSVLogger(folder.parent, folder.name, "")
+        folder = new_evaluation(self.checkpoint, protocol, self.output)
         trainer = self._trainer(
             max_epochs=epochs,
-            logger=logger,
+            logger=CSVLogger(folder.parent, folder.name, ""),
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             check_val_every_n_epoch=next(n for n in range(max(1, epochs // 10), 0, -1) if epochs % n == 0),
@@ -296,21 +336,12 @@ class Evaluation:
         trainer.fit(module, datamodule=data)
         if not trainer.is_global_zero:
             return None
-        rows: list[dict[str, Any]] = [{"top-1, %": 100 * share} for share in module.accuracies]
+        rows: list[dict[str, Any]] = [{"top-1, %": 100 * accuracy} for accuracy in module.accuracies]
         if isinstance(module, LinearClassifier) and len(rows) > 1:
             rows = [{**label, **row} for label, row in zip(module.protocol.labels, rows, strict=True)]
         parameters = {**parameters, "batch_size": data.batch_size * trainer.world_size}
-        top1 = max(module.accuracies)
-        return self._results(protocol, parameters, labels_of(data), top1, rows, data=data, folder=folder)
-
-    def _folder(self, protocol: str) -> Path:
-        """A folder that these results have for themselves."""
-        path = Path(self.checkpoint)
-        beside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        parent = beside / "evaluations" if path.is_file() else Path("evaluations") / path.name
-        parent = parent if self.output is None else Path(self.output)
-        names = itertools.chain([protocol], (f"{protocol}_{number}" for number in itertools.count(1)))
-        return next(parent / name for name in names if not (parent / name).exists())
+        best = max(module.accuracies)
+        return self._results(protocol, parameters, labels_of(data), best, rows, data=data, folder=folder)
 
     def _results(
         self,
@@ -348,7 +379,7 @@ class Evaluation:
             seeds or [self.seed],
             round(time.perf_counter() - self._start, 3),
         )
-        results.write(folder or self._folder(protocol))
+        results.write(folder or new_evaluation(self.checkpoint, protocol, self.output))
         self._start = time.perf_counter()
         return results
 
@@ -357,12 +388,12 @@ def _as_list(values: Any) -> list[Any]:
     return [] if values is None else list(values) if isinstance(values, list | tuple) else [values]
 
 
-def _neighbours(k: Any, size: int, default: list[int]) -> list[int]:
+def _neighbors(k: Any, size: int, default: list[int]) -> list[int]:
     ks = _as_list(k) or default
-    if not all(1 <= one <= size for one in ks):
-        raise UserError(f"k={ks} must lie between 1 and {size}, the number of labelled training images.")
+    if not all(1 <= number <= size for number in ks):
+        raise UserError(f"--k {ks} must lie between 1 and {size}, the number of labeled training images.")
     return ks
 
 
-def _share(predicted: Tensor, truth: Tensor) -> float:
+def _accuracy(predicted: Tensor, truth: Tensor) -> float:
     return float((predicted == truth).double().mean())

@@ -1,4 +1,4 @@
-"""The command ``plan``: what a training would do, before it does it."""
+"""The command ``plan``: what a training run would do, before it starts."""
 
 import inspect
 import math
@@ -12,19 +12,21 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
-_MEASURED = 3
-"""Steps that are made; the first, which warms up, does not count."""
+_STEPS = 3
+"""Steps to take; the first one warms up and is not timed."""
 
 
 @dataclass
 class Plan:
-    """What a training would do.
+    """What a training run would do.
 
     Args:
-        rows: Quantities with their values.
-        doubts: What looks wrong, with what to change.
+        rows: Values by name.
+        doubts: What looks wrong, and what to change.
     """
 
     rows: dict[str, str] = field(default_factory=dict)
@@ -36,12 +38,25 @@ class Plan:
         return "\n".join([*lines, *(f"looks wrong: {doubt}" for doubt in self.doubts)])
 
 
-def plan(trainer: L.Trainer, model: Any, datamodule: Any) -> Plan:
-    """See what a training would do, and make a few steps of it to measure them.
+def run(trainer: L.Trainer, model: SSLModule, datamodule: SSLDataModule) -> None:
+    """Say what fit would do: steps, learning rate, parameters, measured memory and time, and what looks wrong.
 
     Args:
-        trainer: As for the training.
-        model: The method; its weights are changed by a few steps.
+        trainer: The trainer of the run.
+        model: The method.
+        datamodule: The data.
+    """
+    planned = plan(trainer, model, datamodule)
+    if trainer.is_global_zero:
+        print(planned)
+
+
+def plan(trainer: L.Trainer, model: Any, datamodule: Any) -> Plan:
+    """See what a training run would do, and measure a few of its steps.
+
+    Args:
+        trainer: The trainer of the run.
+        model: The method; the steps change its weights.
         datamodule: The data.
     """
     measure = _Measure()
@@ -64,7 +79,7 @@ class _Measure(L.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self.times.append(time.perf_counter())
-        trainer.should_stop = len(self.times) > _MEASURED
+        trainer.should_stop = len(self.times) > _STEPS
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -118,7 +133,7 @@ def _parameters(module: nn.Module) -> dict[str, str]:
 
 
 def _doubts(trainer: L.Trainer, module: Any) -> list[str]:
-    """What is far from what is known to work."""
+    """Settings that are far from those known to work."""
     data, optim, doubts = trainer.datamodule, module.optim, []  # type: ignore[attr-defined]
     default = inspect.signature(type(module).__init__).parameters.get("optim")
     recipe = default.default if default is not None and isinstance(default.default, Optim) else None

@@ -21,7 +21,7 @@ from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
-from ssl_lightning.loggers import run_folder
+from ssl_lightning.runs import run_folder, unreadable_file
 
 _TRANSFORM_KEYS = ("interpolation", "mean", "std")
 
@@ -336,7 +336,7 @@ class SSLDataModule(DataModule):
         if not new:
             return
         self.unreadable.update(new)
-        listing = self._run_folder / f"unreadable-{self._rank}.txt"
+        listing = self._run_folder / unreadable_file(self._rank)
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
         share = len(self.unreadable) / total

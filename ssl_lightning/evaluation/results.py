@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table and as ``results.json``."""
+"""The results of an evaluation, as a table and as ``results.json``."""
 
 import json
 import math
@@ -9,19 +9,20 @@ from typing import Any
 
 from ssl_lightning.checkpoints import replacing
 from ssl_lightning.errors import UserError
+from ssl_lightning.runs import RESULTS_FILE
 
 
 def interval(correct: float, total: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's score (Wilson 1927).
+    """95 % confidence interval of a share, by Wilson's score (Wilson 1927).
 
     Args:
-        correct: Share of right answers, in [0, 1].
+        correct: Share of correct answers, in [0, 1].
         total: Number of answers.
     """
     z = 1.959964
-    centre = (correct + z * z / (2 * total)) / (1 + z * z / total)
+    center = (correct + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(correct * (1 - correct) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _versions() -> dict[str, str]:
@@ -30,17 +31,17 @@ def _versions() -> dict[str, str]:
 
 @dataclass
 class Results:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Args:
         protocol: Name of the evaluation, e.g. knn.
         parameters: All its parameters.
-        backbone: Where it comes from: ``source``, ``name``, ``weights`` (a hash), ``method``, ...
+        backbone: Its origin: ``source``, ``name``, ``weights`` (a hash), ``method``, ...
         data: The data set, its sizes and how images were prepared.
         accuracy: ``top1`` in [0, 1] and its 95 % ``interval``.
         rows: The table.
-        seeds: Seeds.
-        seconds: Duration.
+        seeds: Seeds of its random choices.
+        seconds: Duration in seconds.
         versions: Versions of the packages.
     """
 
@@ -55,20 +56,20 @@ class Results:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def write(self, folder: Path) -> Path:
-        """Write ``results.json`` as a whole or not at all.
+        """Write ``results.json``, all of it or nothing.
 
         Args:
-            folder: Where to; made if it is not there.
+            folder: Its folder, created if it does not exist.
 
         Raises:
             UserError: It cannot be written.
         """
-        path = folder / "results.json"
+        path = folder / RESULTS_FILE
         try:
             with replacing(path) as file:
                 file.write((json.dumps(asdict(self), indent=2, default=str) + "\n").encode())
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error}); give another folder as output.") from error
+            raise UserError(f"cannot write {path} ({error}); give another folder as --output.") from error
         return path
 
     @classmethod
@@ -79,16 +80,16 @@ class Results:
             path: The file.
 
         Raises:
-            UserError: It is damaged, or none.
+            UserError: It is damaged or something else.
         """
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is no results.json of an evaluation: {error}") from error
+            raise UserError(f"{path} is not the {RESULTS_FILE} of an evaluation: {error}") from error
 
     @property
     def headline(self) -> str:
-        """Accuracy with its interval, in per cent."""
+        """Accuracy with its confidence interval, in percent."""
         low, high = self.accuracy["interval"]
         return f"{100 * self.accuracy['top1']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
 
@@ -103,7 +104,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as text, one column for each key.
 
     Args:
-        rows: The rows; numbers in [0, 1] of an accuracy are shown in per cent by whoever made them.
+        rows: The rows, with the accuracies already in percent.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *[["" if row.get(key) is None else _cell(row[key]) for key in columns] for row in rows]]

@@ -1,4 +1,4 @@
-"""Counts what the host dispatches, and what would make it wait for a device."""
+"""Counts the operations that the host dispatches, and those that would make it wait for a device."""
 
 import weakref
 from collections import Counter
@@ -16,20 +16,20 @@ _INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations inside ``with``, those that synchronise, and the bytes of the tensors they make.
+    """Counts the operations inside ``with``, those that synchronize, and the bytes of the tensors they make.
 
-    Every operation that reaches a kernel counts as one, in the backward pass and the optimizer as well. Those count as
-    synchronisations for which the host waits on a device: reading a value, an output whose shape depends on values
-    (a boolean mask among indices), and blocking copies between devices. On the CPU, all that would on a device do,
-    whether or not the tensor was meant for the host; but ``Tensor.numpy`` is no operation, and is for host tensors.
+    Every operation that reaches a kernel counts, also in the backward pass and in the optimizer. An operation
+    synchronizes if it makes the host wait for a device: reading a value, an output whose shape depends on values (a
+    boolean mask among indices), a blocking copy between devices. On the CPU, every operation counts that would
+    synchronize on a device, even if its tensor is meant for the host. ``Tensor.numpy`` is not an operation.
 
     Args:
         held: Tensors that count among those bytes until they are freed.
 
     Attributes:
         counts: Number of times that each operation was dispatched.
-        synchronisations: Number of times that each operation synchronised.
-        peak_bytes: Most bytes at a time in tensors that were made inside ``with``, and in ``held``.
+        synchronisations: Number of times that each operation synchronized.
+        peak_bytes: Largest total size of ``held`` and of the tensors made inside ``with``.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -44,10 +44,10 @@ class OperationCounter(TorchDispatchMode):
         """Count an operation and run it."""
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
-            self._storages.add(tensor.untyped_storage())  # known, or made outside
+            self._storages.add(tensor.untyped_storage())  # counted before, or made outside
         result = func(*args, **kwargs)
         self.counts[str(func)] += 1
-        if _synchronises(func.overloadpacket.__name__, args, kwargs, result):
+        if _synchronizes(func.overloadpacket.__name__, args, kwargs, result):
             self.synchronisations[str(func)] += 1
         self._hold(_tensors(result))
         return result
@@ -69,7 +69,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
 
 
-def _synchronises(name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> bool:
+def _synchronizes(name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> bool:
     if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         return True
     if name in _INDEXES:

@@ -1,4 +1,4 @@
-"""The training step of lightly for a method, composed as in its examples and its benchmarks on ImageNet."""
+"""lightly's training step for a method, as in its examples and its benchmarks on ImageNet."""
 
 import copy
 import warnings
@@ -17,13 +17,13 @@ _Parts = tuple[Callable[[], Tensor], torch.optim.Optimizer]
 
 
 def lightly_step(method: SSLModule, views: Sequence[Tensor]) -> tuple[Callable[[], None], list[Tensor]] | None:
-    """A function that takes one step of lightly's, with its parameters; None where lightly does not have the method.
+    """A function that takes lightly's step, and its parameters; None where lightly lacks the method.
 
     lightly's heads are as wide as the method's.
 
     Args:
-        method: Ours, whose backbone is copied.
-        views: What the step trains on.
+        method: Our method, whose backbone is copied.
+        views: The views to train on.
 
     Raises:
         UserError: lightly is not installed.
@@ -32,11 +32,11 @@ def lightly_step(method: SSLModule, views: Sequence[Tensor]) -> tuple[Callable[[
     if compose is None:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of lightly's own use of torch
+        warnings.simplefilter("ignore")  # about lightly's use of torch
         try:
             loss_of_step, optimizer = compose(method, views)
         except ImportError as error:
-            raise UserError("the benchmark compares with lightly; pip install 'ssl_lightning[benchmark]'.") from error
+            raise UserError("the benchmark compares with lightly: pip install 'ssl_lightning[benchmark]'.") from error
 
     def step() -> None:
         loss_of_step().backward()

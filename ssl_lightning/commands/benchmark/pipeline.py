@@ -1,4 +1,4 @@
-"""The input pipeline beside lightly's."""
+"""The benchmark ``pipeline``: our input pipeline and lightly's."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ from ssl_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What ``pipeline`` measured: medians over the passes; rates by the clock, ``ms`` of processor time an image."""
+    """What ``pipeline`` measured: medians over the passes; rates by the clock, ``ms`` in processor time per image."""
 
     views: str
     image_size: int
@@ -42,7 +42,7 @@ class PipelineResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """How many times as fast as lightly: the worker alone, everything on the CPU, and whole loaders."""
+        """How many times as fast as lightly: only the worker, everything on the CPU, and whole loaders."""
         ratios = {
             "worker_ratio": self.worker_images_per_second / self.lightly_images_per_second,
             "ratio": self.images_per_second / self.lightly_images_per_second,
@@ -105,10 +105,10 @@ def pipeline(
         root: Folder of images.
         views: Method whose views are made.
         image_size: Side of the full-size views in pixels.
-        num_workers: Also compare whole loaders with that many worker processes.
+        num_workers: Also compare whole loaders with that many worker processes; 0 compares none.
         batch_size: Images per batch.
         num_images: Images per pass.
-        passes: Number of passes; their median counts.
+        passes: Number of passes; the median is reported.
 
     Raises:
         UserError: lightly is not installed.
@@ -171,7 +171,7 @@ def _measured(data: SSLDataModule, views: str, passes: int) -> PipelineResult:
 
 
 class _Clock:
-    """Adds up what happens inside ``with``, pass by pass."""
+    """Adds up the time inside ``with``, pass by pass."""
 
     def __init__(self, images: int) -> None:
         self.images = images
@@ -230,7 +230,7 @@ def _size(batch: Any) -> int:
 
 
 class _Transformed(Dataset[Any]):
-    """Images under a transform of PIL images, as users of lightly have them."""
+    """A dataset of transformed PIL images, as users of lightly write it."""
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], Any]) -> None:
         self.transform = transform
@@ -249,12 +249,12 @@ class _Transformed(Dataset[Any]):
 
 
 def _lightly_transform(views: str, specs: Sequence[ViewSpec]) -> Callable[[Image.Image], Any]:
-    """Transform of lightly for a method, with as many views, of the same sizes, and no blur where we have none."""
+    """The transform of lightly for a method: as many views of the same sizes, and no blur where we have none."""
     try:
         from lightly import transforms
         from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
     except ImportError as error:
-        raise UserError("the benchmark compares with lightly; pip install 'ssl_lightning[benchmark]'.") from error
+        raise UserError("the benchmark compares with lightly: pip install 'ssl_lightning[benchmark]'.") from error
     size, last = specs[0].size, specs[-1]
     local_size, local_count = (last.size, last.count) if last.size < size else (size, 0)
     blurred = any(spec.blur for spec in specs)

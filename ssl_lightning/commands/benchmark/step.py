@@ -1,7 +1,6 @@
-"""The training step beside the passes that no step can avoid, and beside lightly's."""
+"""The benchmark ``step``: our training step, the passes that no step can avoid, and lightly's step."""
 
 import copy
-import difflib
 import inspect
 import logging
 import statistics
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ssl_lightning
+from ssl_lightning.arguments import did_you_mean
 from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.lightly_step import lightly_step
 from ssl_lightning.data.views import resolve
@@ -27,18 +27,18 @@ from ssl_lightning.methods.base import SSLModule
 
 _WARM_UP = 2
 _LATER: dict[str, dict[str, Any]] = {"SwAV": {"freeze_prototypes_steps": 0}, "DINO": {"freeze_last_layer": 0}}
-"""What makes the first steps cost as much as all later ones."""
+"""Arguments that make the first steps cost as much as all later ones."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs.
+    """The cost of a step.
 
     Args:
-        ms: Median milliseconds; of processor time on the CPU, which other programs disturb less.
+        ms: Median milliseconds; on the CPU of processor time, which other programs disturb less.
         operations: Operations that the host dispatches.
         synchronisations: Operations that make the host wait for a device; see ``OperationCounter``.
-        peak_bytes: Most bytes at a time of what the step makes: activations, gradients, temporary tensors.
+        peak_bytes: Largest total size of the tensors of the step: activations, gradients, temporary tensors.
     """
 
     ms: float
@@ -96,19 +96,19 @@ def step(
     steps: int = 10,
     model_kwargs: dict[str, Any] | None = None,
 ) -> StepResult:
-    """Compare the training step with its bare forward and backward passes, and with lightly's.
+    """Compare the training step with its bare forward and backward passes, and with lightly's step.
 
-    The three take turns on the same random views, of the sizes that the method's augmentation has. Ours is all that
-    Lightning does from batch to batch: loss, backward pass, optimizer, teacher. The bare passes are those of the same
-    modules on the same inputs, without loss, optimizer and teacher update. lightly's step is composed of its heads,
-    loss and optimizer as in its examples, on the same backbone.
+    The three take turns on the same random views, which have the sizes of the method's augmentation. Our step is all
+    that Lightning does from batch to batch: loss, backward pass, optimizer, teacher. The bare passes run the same
+    modules on the same inputs, without loss, optimizer and teacher update. lightly's step uses its heads, loss and
+    optimizer as in its examples, on the same backbone.
 
     Args:
-        model: Method by name.
-        backbone: Name of a timm or torchvision model; None is the method's own.
+        model: Name of the method.
+        backbone: Name of a timm or torchvision model; None takes the method's default.
         image_size: Side of the full-size views in pixels.
         batch_size: Images per batch.
-        steps: Steps of each that are timed; their median counts.
+        steps: Timed steps of each; the median is reported.
         model_kwargs: Further arguments of the method, e.g. ``{"queue_length": 4096}``.
 
     Raises:
@@ -153,15 +153,14 @@ def _method(name: str, arguments: dict[str, Any]) -> SSLModule:
         if inspect.isclass(value) and issubclass(value, SSLModule) and value is not SSLModule
     }
     if name not in methods:
-        near = difflib.get_close_matches(name, methods, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, methods)
         raise UserError(f"--model {name}: no such method; {hint}Choose from {', '.join(methods)}.")
     return methods[name](**{**_LATER.get(name, {}), **arguments})
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says about a training."""
+    """Silence Lightning."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -174,7 +173,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _bare_passes(method: SSLModule, views: Sequence[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
-    """A function that repeats the calls of modules that the loss makes, with a backward pass from the mean output."""
+    """A function that repeats the loss's calls of modules, with a backward pass from their mean outputs."""
     calls: list[tuple[nn.Module, Any, Any, bool]] = []
     inside: list[nn.Module] = []
 
@@ -214,9 +213,9 @@ def _as_leaf(value: Any) -> Any:
 
 
 class _Turns:
-    """The loader of our training: before each batch the others take their step.
+    """The loader of our training run: before each batch, the others take their step.
 
-    So Lightning itself drives our step, and from one batch to the next passes all that it does in a step.
+    So Lightning itself drives our step, and the time from one batch to the next covers all of it.
     """
 
     def __init__(self, views: list[Tensor], steps: int) -> None:
@@ -229,7 +228,7 @@ class _Turns:
         self.costs: dict[str, tuple[int, int, int]] = {}
 
     def add(self, name: str, run: Callable[[], None] | None, parameters: list[Tensor]) -> None:
-        """Let one more take turns; without a function it is the training that asks for batches."""
+        """Let one more take turns; None stands for the training run that asks for batches."""
         self.run[name], self.parameters[name], self.seconds[name] = run, parameters, []
 
     def __len__(self) -> int:
@@ -266,7 +265,7 @@ class _Turns:
         self.costs[name] = (counter.counts.total(), counter.synchronisations.total(), peak)
 
     def cost(self, name: str) -> StepCost:
-        """What the steps of one cost."""
+        """The cost of one of them."""
         return StepCost(1000 * statistics.median(self.seconds[name][_WARM_UP:]), *self.costs[name])
 
 

@@ -1,0 +1,18 @@
+"""The command ``export``: the backbone of a checkpoint in a format of other programs."""
+
+from collections.abc import Sequence
+
+from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+from ssl_lightning.checkpoints import export
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        words: The command line after ``export``.
+    """
+    parser = SSLArgumentParser(prog="ssl-lightning export", description=title_of(export))
+    parser.add_function_arguments(export, as_positional=False)
+    output = export(**parser.parse_args(underscored(words)))
+    print(f"{output}\n{output.with_suffix('.md')}")

@@ -1,0 +1,29 @@
+"""The command ``preview``: how training sees the images."""
+
+import lightning as L
+
+from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.methods.base import SSLModule
+
+
+def run(
+    _: L.Trainer,
+    model: SSLModule,
+    datamodule: SSLDataModule,
+    output: str = "views.png",
+    num_rows: int = 8,
+    num_images: int = 256,
+) -> None:
+    """Draw images and their views as training sees them, and measure them.
+
+    Args:
+        model: The method.
+        datamodule: The data.
+        output: The picture to write, e.g. a PNG file.
+        num_rows: Images in the picture.
+        num_images: Images to measure.
+    """
+    datamodule.views = model.views if datamodule.views is None else datamodule.views
+    preview = datamodule.preview(num_rows, num_images)
+    preview.sheet.save(output)
+    print(f"{output}\n{preview}")

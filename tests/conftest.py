@@ -1,18 +1,19 @@
-"""Real images for the tests."""
+"""Real images for the tests, and what they share.
+
+torch and scikit-learn are imported where they are used: the process that hands out the tests does without them.
+"""
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 DATA = Path(os.environ.get("SSL_LIGHTNING_TEST_DATA", "../shared/data")).resolve()  # before a test changes folder
-torch.set_num_threads(1)  # the networks are tiny
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: forked from one with more, they would hang
+os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny; and processes forked from one with more would hang
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,9 +21,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SSL_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    from tests.processes import stop_processes
+
+    yield
+    stop_processes()
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 JPEGs of different sizes in two class folders, cut from the two photographs that scikit-learn ships."""
+    from sklearn.datasets import load_sample_images
+
     root = tmp_path_factory.mktemp("photos")
     random = np.random.Generator(np.random.Philox(key=1))
     for name, photo in zip(("flower", "temple"), reversed(load_sample_images().images), strict=True):

@@ -1,12 +1,14 @@
-"""Small real trainings."""
+"""Small methods, data and trainers for real trainings of a second, and the parameters of tests of every method."""
 
 import atexit
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 
 import ssl_lightning
@@ -23,6 +25,7 @@ from ssl_lightning import (
     DeepClusterV2,
     DigitsData,
     DINOv2,
+    FakeData,
     GramAnchoring,
     ImageTokenizer,
     Jigsaw,
@@ -109,6 +112,33 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
 """Methods that train no CNN."""
 
+CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [
+    (method, net) for method in METHODS for net in ({}, VIT) if net or method not in VIT_ONLY
+]
+"""Each method with arguments for each kind of backbone that it trains."""
+
+
+def slow_unless(plain: Callable[..., bool], cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, marked slow unless ``plain`` of them is true."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, id=_name(row), marks=() if plain(*row) else pytest.mark.slow) for row in rows]
+
+
+def _name(row: tuple[Any, ...]) -> str | None:
+    """Such as SimCLR or SimCLR-vit; pytest finds a name for parameters of other kinds."""
+    method, *nets = row
+    if not isinstance(method, type) or not all(isinstance(net, dict) for net in nets):
+        return None
+    return "-".join([method.__name__, *("vit" if "vit" in net.get("backbone", "") else "cnn" for net in nets)])
+
+
+every_method = pytest.mark.parametrize("method", slow_unless(lambda _: True, METHODS))
+every_backbone = pytest.mark.parametrize(
+    ("method", "net"), slow_unless(lambda method, net: not net or method in VIT_ONLY, CNN_AND_VIT)
+)
+"""One backbone of each method in the plain tests, both in the slow ones."""
+
+CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
 DIGIT_VIEW = ViewSpec(size=16, count=2, scale=(0.5, 1), ratio=(0.9, 1.1), flip=0, jitter=0.8, brightness=0.4)
 ADAMW = Optim("adamw", base_lr=1e-3, lr_scaling="none", warmup_epochs=0)
 
@@ -135,6 +165,11 @@ def met(module: Any, images: int) -> Any:
 def simclr(**kwargs: Any) -> SimCLR:
     """SimCLR with a ResNet of 17 thousand parameters."""
     return SimCLR(**{**BACKBONE, "optim": ADAMW, **kwargs})
+
+
+def data(method: type[SSLModule], **kwargs: Any) -> FakeData:
+    """64 images in batches of 8, with local crops for the methods that take them."""
+    return FakeData(**{"batch_size": 8, "seed": 0, "views": CROPS if method.local_views else None, **kwargs})
 
 
 def digits(**kwargs: Any) -> DigitsData:

@@ -15,6 +15,7 @@ from ssl_lightning.data import augment as ours
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
 from ssl_lightning.data.views import CIFAR_PRESETS, PRESETS, ViewSpec, preset
 from ssl_lightning.errors import UserError
+from tests.small import slow_unless
 
 
 @pytest.fixture
@@ -138,8 +139,9 @@ def reference_view(image: Tensor, spec: ViewSpec, draws: Draws, row: int) -> Ten
     return TF.normalize(x, spec.mean, spec.std)
 
 
-@pytest.mark.parametrize("image_size", [32, 64])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("name", "image_size"), slow_unless(lambda _, image_size: image_size == 32, itertools.product(PRESETS, [32, 64]))
+)
 def test_whole_preset_equals_torchvision(name: str, image_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     for spec in preset(name, image_size):

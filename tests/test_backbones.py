@@ -24,7 +24,9 @@ from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
     ],
 )
 def test_backbones_have_the_published_size(name: str, parameters: int) -> None:
-    assert sum(p.numel() for p in create_backbone(name).parameters()) == parameters
+    with torch.device("meta"):
+        backbone = create_backbone(name)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
 
 
 @pytest.mark.parametrize(

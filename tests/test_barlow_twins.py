@@ -8,8 +8,8 @@ from lightly.loss import BarlowTwinsLoss
 from torch import Tensor, nn
 
 from ssl_lightning import BarlowTwins, Optim, losses
+from tests.oracle import Update, Weights, batch_norm, compare, lars, parameters, random_views, relu_mlp, run
 from tests.processes import run_processes
-from tests.restate import Update, Weights, batch_norm, compare, lars, parameters, random_views, relu_mlp, run
 from tests.small import small
 
 Z1 = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 4.0]], dtype=torch.float64)

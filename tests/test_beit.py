@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_lightning import BEiT, FakeData, ImageTokenizer, Optim, UserError, losses
 from ssl_lightning.backbones.tokens import masked_tokens
+from tests.oracle import Weights, adamw, compare, linear, random_views, run
 from tests.processes import run_processes
-from tests.restate import Weights, adamw, compare, linear, random_views, run
 from tests.small import SWIN, TOKENIZER, VIT, small, trainer
 
 
@@ -43,6 +43,7 @@ def test_defaults_are_the_papers() -> None:
     assert int(mask.sum(1).min()) > 60
 
 
+@pytest.mark.slow
 def test_it_starts_as_in_the_released_code() -> None:
     torch.manual_seed(0)
     method = BEiT(backbone_kwargs={"depth": 3})

@@ -25,6 +25,7 @@ TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_
 DATA = ["--data", "FakeData", "--batch_size", "8", "--steps", "2", "--data.image_size", "32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -43,6 +44,7 @@ def test_check_says_whether_processes_train_as_one(
     assert ("DIFFERS" in printed) == (not words)
 
 
+@pytest.mark.slow
 def test_check_finds_what_a_method_of_ones_own_forgets(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     words = ["check", "--model", "own.Local", "--trainer.sync_batchnorm", "true", *TINY, *DATA]

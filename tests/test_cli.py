@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from ssl_lightning import GramAnchoring, ImageTokenizer, SSLModule
 from ssl_lightning.cli import SSLCLI, main
 from ssl_lightning.distributed import free_port
 from ssl_lightning.runs import new_version
-from tests.small import METHODS, VIT_ONLY, digits, simclr, trainer
+from tests.small import METHODS, VIT_ONLY, digits, simclr, slow_unless, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "overlays")
@@ -71,6 +73,7 @@ def test_fit_resume_validate_test_and_predict(tmp_path: Path, capsys: pytest.Cap
     main(["predict", *DEBUG, "--ckpt_path", "best"])
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_over_the_checkpoint(tmp_path: Path) -> None:
     main(["fit", *DEBUG, "--last_checkpoint.every_n_train_steps", "3"])
     more = ["--trainer.max_epochs", "3", "--model.temperature", "0.9"]
@@ -95,6 +98,7 @@ def test_a_checkpoint_of_a_notebook_is_validated(tmp_path: Path, capsys: pytest.
     assert "val/knn_top1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_logger_of_ones_own_keeps_the_run_folder(tmp_path: Path) -> None:
     logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "elsewhere"]
     main(["fit", *DEBUG, *logger])
@@ -104,6 +108,7 @@ def test_a_logger_of_ones_own_keeps_the_run_folder(tmp_path: Path) -> None:
     assert len(curve(tmp_path / "runs" / "quickstart" / "version_0", "val/knn_top1")) == 3
 
 
+@pytest.mark.slow
 def test_a_saved_config_repeats_the_run(tmp_path: Path) -> None:
     main(["fit", *DEBUG, "--name", "one"])
     main(["fit", "--config", "runs/one/version_0/config.yaml", "--name", "two"])
@@ -113,6 +118,7 @@ def test_a_saved_config_repeats_the_run(tmp_path: Path) -> None:
     assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:batch_size=64 is larger than the")
 @pytest.mark.parametrize("labels", ["folders", "none"])
 def test_a_folder_of_photos_needs_no_config(photos: Path, tmp_path: Path, labels: str) -> None:
@@ -124,6 +130,7 @@ def test_a_folder_of_photos_needs_no_config(photos: Path, tmp_path: Path, labels
     assert (run / "checkpoints" / "best.ckpt").is_file() == (labels == "folders")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:batch_size=64 is larger than the", "ignore:.* unreadable and skipped")
 def test_broken_photos_are_listed_in_the_run_folder_or_stop_the_run(broken_photos: Path, tmp_path: Path) -> None:
     small = ["--model.backbone", "resnet10_cifar", "--data.image_size", "16", "--trainer.max_epochs", "1"]
@@ -136,6 +143,7 @@ def test_broken_photos_are_listed_in_the_run_folder_or_stop_the_run(broken_photo
     assert "more than data.max_unreadable=1.0%" in str(end.value.code)
 
 
+@pytest.mark.slow
 def test_callbacks_can_be_left_out_and_set(tmp_path: Path) -> None:
     main(["fit", *DEBUG, "--without", "[knn_probe, best_checkpoint]", "--linear_probe.lr", "0.5"])
     run = tmp_path / "runs" / "quickstart" / "version_0"
@@ -146,6 +154,7 @@ def test_callbacks_can_be_left_out_and_set(tmp_path: Path) -> None:
     assert not (run / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_module(tmp_path: Path) -> None:
     (tmp_path / "own_methods.py").write_text(
         "from ssl_lightning import SSLModule\n\n\n"
@@ -161,6 +170,7 @@ def test_a_method_of_ones_own_module(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     less = ["--without", "[pictures, view_grid, health_monitor]"]
@@ -187,6 +197,7 @@ def _read(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process(tmp_path: Path) -> None:
     recipe = ["--config", "configs/mae/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
     fit = [
@@ -225,6 +236,7 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     assert sorted(versions) == sorted(f"version_{number}" for number in range(16))
 
 
+@pytest.mark.slow
 def test_nothing_asks_the_network(tmp_path: Path) -> None:
     guard = tmp_path / "guard"
     guard.mkdir()
@@ -251,6 +263,7 @@ AFTER = {"beit": "image_tokenizer", "gram_anchoring": "dinov2"}
 """Whose checkpoint a method begins with."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", QUICKSTARTS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
     shorter = ["--config", "configs/overlays/debug.yaml", "--without", "[pictures, view_grid]"]
@@ -315,11 +328,46 @@ def test_one_backbone_can_be_held_fixed_on_cifar10(method: type[SSLModule]) -> N
             assert model["backbone_kwargs"]["patch_size"] == other["backbone_kwargs"]["patch_size"]
 
 
+class Parsed(SSLCLI):
+    """Reads its words and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def parser() -> LightningArgumentParser:
+    return Parsed(args=words_of(RECIPES[0]), run=False).parser
+
+
+def words_of(recipe: Path) -> list[str]:
+    return ["--config", str(recipe), *([] if "DigitsData" in recipe.read_text() else ["--data.root", "nowhere"])]
+
+
+def family(recipe: Path) -> tuple[str, str]:
+    """The method and the kind of its backbone, such as resnet or vit; nothing for the default."""
+    backbone = yaml.safe_load(recipe.read_text())["model"].get("init_args", {}).get("backbone", "")
+    return recipe.parent.name, re.split(r"[\d_]", backbone)[0]
+
+
+BUILT = {family(recipe): recipe for recipe in RECIPES if family(recipe)[1]}
+"""One recipe of each method and kind of backbone."""
+BUILT["simclr", "resnet"] = CONFIGS / "simclr" / "cifar10_resnet18.yaml"
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_every_recipe_can_be_read(recipe: Path, parser: LightningArgumentParser) -> None:
+    assert parser.parse_args(words_of(recipe)).trainer.max_epochs
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    slow_unless(lambda recipe: recipe in BUILT.values(), RECIPES),
+    ids=lambda path: path.relative_to(CONFIGS).as_posix(),
+)
 def test_every_recipe_can_be_built(recipe: Path) -> None:
-    root = [] if "DigitsData" in recipe.read_text() else ["--data.root", "nowhere"]
     with torch.device("meta"):  # of the size that is published, without the time to fill it
-        cli = SSLCLI(args=["--config", str(recipe), *root], run=False)
+        cli = SSLCLI(args=words_of(recipe), run=False)
     assert cli.trainer.max_epochs
     if recipe.match("simclr/cifar10_resnet18.yaml"):  # what a recipe leaves out stays the paper's
         optim = cli.model.optim
@@ -371,6 +419,7 @@ def test_help_comes_from_the_docstrings(
         assert text in printed, text
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_no_more_than_lightning() -> None:
     code = "import sys, ssl_lightning.cli; print({'timm', 'sklearn', 'lightly'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

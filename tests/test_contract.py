@@ -14,12 +14,15 @@ from torch import Tensor
 
 import ssl_lightning
 from ssl_lightning import (
+    DINO,
+    MAE,
     FakeData,
     Jigsaw,
     LastCheckpoint,
     LinearProbe,
     MoCoV2,
     Optim,
+    SimCLR,
     SSLModule,
     SwAV,
     UserError,
@@ -27,23 +30,21 @@ from ssl_lightning import (
 )
 from ssl_lightning.commands import check
 from tests.processes import run_processes
-from tests.small import METHODS, VIT, VIT_ONLY, met, small, trainer
+from tests.small import (
+    CNN_AND_VIT,
+    METHODS,
+    VIT,
+    VIT_ONLY,
+    data,
+    every_backbone,
+    every_method,
+    met,
+    slow_unless,
+    small,
+    trainer,
+)
 
-CNN_AND_VIT = [
-    pytest.param(method, net, id=f"{method.__name__}-{'vit' if net else 'cnn'}")
-    for method in METHODS
-    for net in ({}, VIT)
-    if net or method not in VIT_ONLY
-]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-every_backbone = pytest.mark.parametrize(("method", "net"), CNN_AND_VIT)
 SGD = Optim("sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0)
-CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
-
-
-def data(method: type[SSLModule], **kwargs: Any) -> FakeData:
-    """64 images in batches of 8, with local crops for the methods that take them."""
-    return FakeData(**{"batch_size": 8, "seed": 0, "views": CROPS if method.local_views else None, **kwargs})
 
 
 class Watch(L.Callback):
@@ -102,7 +103,7 @@ def test_teacher_queue_memory_and_centre_move_once_per_optimizer_step(method: ty
         assert method.update_teacher is SSLModule.update_teacher
 
 
-@every_backbone
+@pytest.mark.parametrize(("method", "net"), slow_unless(lambda method, net: method is MoCoV2 and not net, CNN_AND_VIT))
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(
     method: type[SSLModule], net: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -137,7 +138,7 @@ def test_features_have_the_promised_width(method: type[SSLModule], net: dict[str
     assert module(torch.rand(2, 3, 32, 32)).shape == (2, module.embed_dim)
 
 
-@every_method
+@pytest.mark.parametrize("method", slow_unless(lambda method: method in (SimCLR, SwAV, DINO, MAE), METHODS))
 def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) -> None:
     losses = []
     for precision in ("32-true", "bf16-mixed"):
@@ -151,7 +152,7 @@ def test_bf16_loss_is_close_to_float32(method: type[SSLModule], tmp_path: Path) 
     assert losses[1] == pytest.approx(losses[0], rel=0.02, abs=0.01)
 
 
-@every_method
+@pytest.mark.parametrize("method", slow_unless(lambda method: method is SimCLR, METHODS))
 def test_the_backbone_can_be_compiled(method: type[SSLModule]) -> None:
     torch.manual_seed(0)
     signatures = [inspect.signature(base) for base in method.__mro__ if issubclass(base, SSLModule)]
@@ -220,7 +221,9 @@ def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], t
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet18_cifar", "vit_tiny_patch16_224"])
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in VIT_ONLY], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "method", slow_unless(lambda method: method is SimCLR, [method for method in METHODS if method not in VIT_ONLY])
+)
 def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> None:
     larger = {"patch_size": 16} if method is Jigsaw else {}
     module = met(small(method, {"backbone": name, "backbone_kwargs": {}}, larger), 4)
@@ -257,40 +260,27 @@ def test_a_module_can_be_pickled_and_copied(method: type[SSLModule]) -> None:
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
 
 
-def _recorded(rank: int, processes: int) -> dict[Any, Any]:
-    """Five optimizer steps of every method on a ResNet and a ViT, 16 images per global batch."""
-    found = {}
-    for method, net in (case.values for case in CNN_AND_VIT):
-        torch.manual_seed(0)
-        queue: dict[str, Any] = {"queue_length": 16, "queue_start_epoch": 0} if method is SwAV else {}
-        module = small(method, net, queue, {"bn_splits": 1} if method is MoCoV2 else {}, optim=SGD)
-        if method is MoCoV2:  # whose BatchNorm is to depend on the process
-            for part in module.modules():
-                if isinstance(part, torch.nn.BatchNorm2d):
-                    part.eval()
-        source = data(method, batch_size=16 // processes)
-        sync = method.batch_norm != "per_process"
-        found[method, bool(net)] = check.recorded(module, source, processes, steps=5, sync_batchnorm=sync)
-    return found
+def _recorded(rank: int, processes: int, method: type[SSLModule], net: dict[str, Any]) -> check.Recorded:
+    """Five optimizer steps, 16 images per global batch."""
+    torch.manual_seed(0)
+    queue: dict[str, Any] = {"queue_length": 16, "queue_start_epoch": 0} if method is SwAV else {}
+    module = small(method, net, queue, {"bn_splits": 1} if method is MoCoV2 else {}, optim=SGD)
+    if method is MoCoV2:  # whose BatchNorm is to depend on the process
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eval()
+    source = data(method, batch_size=16 // processes)
+    sync = method.batch_norm != "per_process"
+    return check.recorded(module, source, processes, steps=5, sync_batchnorm=sync)
 
 
-@pytest.fixture(scope="module")
-def of_one_and_of_two_processes() -> tuple[dict[Any, Any], list[dict[Any, Any]]]:
-    return run_processes(_recorded, 1, 1)[0], run_processes(_recorded, 2, 2)
-
-
-@every_backbone
-def test_two_processes_train_as_one(
-    method: type[SSLModule],
-    net: dict[str, Any],
-    of_one_and_of_two_processes: tuple[dict[Any, Any], list[dict[Any, Any]]],
-) -> None:
-    one, two = of_one_and_of_two_processes
-    key = method, bool(net)
-    differences = check.differences([recorded[key] for recorded in two], one[key])
+@pytest.mark.parametrize(("method", "net"), slow_unless(lambda method, net: method is SimCLR and not net, CNN_AND_VIT))
+def test_two_processes_train_as_one(method: type[SSLModule], net: dict[str, Any]) -> None:
+    one, two = run_processes(_recorded, 1, 1, method, net)[0], run_processes(_recorded, 2, 2, method, net)
+    differences = check.differences(two, one)
     assert {"losses", "gradients of backbone", "parameters of backbone"} <= differences.keys()
     assert all(difference < 1e-9 for difference in differences.values()), differences
-    assert len(one[key]["losses"][""]) == 5
+    assert len(one["losses"][""]) == 5
 
 
 # What cannot be trained is refused before training starts

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ssl_lightning import DeepClusterV2, FakeData, Optim, UserError, ViewSpec, losses
 from ssl_lightning.memory import Memory, spherical_kmeans
-from tests.restate import Weights, compare, larc, parameters, random_views, relu_mlp, run, unit
+from tests.oracle import Weights, compare, larc, parameters, random_views, relu_mlp, run, unit
 from tests.small import BACKBONE, HEADS, small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]

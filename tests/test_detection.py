@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_lightning import COCODetectionData, ObjectDetector, Optim, UserError, VOCDetectionData
 from ssl_lightning.checkpoints import open_backbone
-from tests import drawn
+from tests import voc_and_coco
 from tests.processes import run_processes
 from tests.small import VIT, trainer
 
@@ -24,7 +24,7 @@ FEW = {"rpn_post_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 50, "box_batc
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drawn.write(tmp_path_factory.mktemp("drawn"))
+    return voc_and_coco.write(tmp_path_factory.mktemp("drawn"))
 
 
 def boxes(pictures: Path, **kwargs: Any) -> COCODetectionData:
@@ -43,6 +43,7 @@ def detector(net: dict[str, Any] = CNN, **kwargs: Any) -> ObjectDetector:
     return ObjectDetector(**{"checkpoint": "untrained", **net, **sizes, "optim": optim, **kwargs})
 
 
+@pytest.mark.slow
 def test_a_detector_learns(pictures: Path, tmp_path: Path) -> None:
     module = detector()
     running = trainer(tmp_path, max_epochs=3, check_val_every_n_epoch=3, num_sanity_val_steps=0)
@@ -178,22 +179,22 @@ def test_a_checkpoint_needs_neither_the_data_nor_what_was_transferred(pictures: 
 
 
 def test_ignored_objects_count_neither_in_training_nor_in_evaluation(tmp_path: Path) -> None:
-    drawn.write(tmp_path)
+    voc_and_coco.write(tmp_path)
     before = validated(tmp_path, voc(tmp_path))
     one = [(1, (2, 2, 40, 40))]
     for split in ("train", "val"):  # where nothing is to be seen
-        (tmp_path / f"voc/Annotations/{split}_000.xml").write_text(drawn.annotation(one, difficult=1))
+        (tmp_path / f"voc/Annotations/{split}_000.xml").write_text(voc_and_coco.annotation(one, difficult=1))
     data = voc(tmp_path)
     assert [len(images) for images in data.splits] == [47, 17]
     assert data.num_classes == 2
     _, targets = next(iter(data.val_dataloader()))
     assert targets[0]["iscrowd"].tolist() == [1]
     assert targets[0]["boxes"].tolist() == [[2, 2, 40, 40]]
-    (tmp_path / "voc/Annotations/val_000.xml").write_text(drawn.annotation([]))
+    (tmp_path / "voc/Annotations/val_000.xml").write_text(voc_and_coco.annotation([]))
     none = validated(tmp_path, voc(tmp_path))
-    (tmp_path / "voc/Annotations/val_000.xml").write_text(drawn.annotation(one))
+    (tmp_path / "voc/Annotations/val_000.xml").write_text(voc_and_coco.annotation(one))
     counted = validated(tmp_path, voc(tmp_path))
-    (tmp_path / "voc/Annotations/val_000.xml").write_text(drawn.annotation(one, difficult=1))
+    (tmp_path / "voc/Annotations/val_000.xml").write_text(voc_and_coco.annotation(one, difficult=1))
     assert validated(tmp_path, voc(tmp_path)) == none
     assert counted["val/map"] < none["val/map"]
     assert before["val/map"] != none["val/map"]
@@ -212,7 +213,7 @@ def spoil(folder: Path, what: str) -> None:
             file.write_text("<annotation/>")
     elif what == "class":
         file = folder / "voc/Annotations/val_002.xml"
-        file.write_text(drawn.annotation([(1, (0, 0, 9, 9))]).replace("disc", "cat"))
+        file.write_text(voc_and_coco.annotation([(1, (0, 0, 9, 9))]).replace("disc", "cat"))
     else:
         file = folder / f"coco/annotations/instances_{'val' if what == 'category' else 'train'}.json"
         told = json.loads(file.read_text())
@@ -242,7 +243,7 @@ def spoil(folder: Path, what: str) -> None:
     ],
 )
 def test_data_that_does_not_fit_says_so(what: str, read: Any, message: str, tmp_path: Path) -> None:
-    drawn.write(tmp_path)
+    voc_and_coco.write(tmp_path)
     spoil(tmp_path, what)
     with pytest.raises(UserError, match=message):
         read(tmp_path).setup()

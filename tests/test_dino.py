@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ssl_lightning import DINO, FakeData, Optim, ViewSpec, ema
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.optim import clip_each
+from tests.oracle import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.processes import run_processes
-from tests.restate import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.small import VIT, small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]

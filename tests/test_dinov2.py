@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_lightning import DINOv2, FakeData, Optim, UserError, ViewSpec, losses
 from ssl_lightning.backbones.tokens import layer_scale
 from ssl_lightning.optim import clip_together
-from tests.restate import Weights, adamw, compare, linear, moved, random_views, run, unit
+from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run, unit
 from tests.small import VIT, small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]

@@ -273,6 +273,7 @@ def words(photos: Path, *more: str) -> list[str]:
     return [*net, *data, "--data.num_workers", "0", "--data.batch_size", "2", "--trainer.accelerator", "cpu", *more]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_kill(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     more = words(photos, "--embedding_writer.format", "parquet", "--embedding_writer.images_per_file", "4")

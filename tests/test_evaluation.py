@@ -43,7 +43,7 @@ from ssl_lightning.evaluation.linear import LINEAR_PROTOCOLS, accuracies, fit_he
 from ssl_lightning.evaluation.lowshot import choose, low_shot
 from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
-from tests.small import BACKBONE, VIT, digits, simclr, trainer
+from tests.small import BACKBONE, VIT, digits, simclr, slow_unless, trainer
 
 CPU = {"accelerator": "cpu"}
 VIT_KWARGS = {**VIT["backbone_kwargs"], "depth": 5}
@@ -112,7 +112,7 @@ def test_features_are_extracted_once(run: tuple[Path, Any], tmp_path: Path, monk
         pretrained = open_backbone(source, **kwargs)
         count = len(passes)
         pretrained.backbone.register_forward_hook(lambda *_: passes.append(1))
-        found = extract(pretrained, DigitsData(), trainer(tmp_path))
+        found = extract(pretrained, DigitsData(image_size=16), trainer(tmp_path))
         return found, len(passes) > count
 
     first, computed = features()
@@ -129,6 +129,7 @@ def test_features_are_extracted_once(run: tuple[Path, Any], tmp_path: Path, monk
     torch.testing.assert_close(again.test.features, first.test.features, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(run: tuple[Path, Any], tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
@@ -211,7 +212,13 @@ def test_classifiers_trained_at_once_are_those_trained_alone(clusters: tuple[Lab
         torch.testing.assert_close(together.heads[number][1].weight, alone.heads[0][1].weight)
 
 
-@pytest.mark.parametrize("name", [name for name, one in LINEAR_PROTOCOLS.items() if one.inputs == ((1, False),)])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless(
+        lambda name: name in ("simclr", "mae"),
+        [name for name, one in LINEAR_PROTOCOLS.items() if one.inputs == ((1, False),)],
+    ),
+)
 def test_every_protocol_learns_what_logistic_regression_learns(
     name: str, clusters: tuple[LabelledFeatures, LabelledFeatures]
 ) -> None:
@@ -275,6 +282,7 @@ def test_images_without_a_label_are_not_trained_on(run: tuple[Path, Any], tmp_pa
     assert found.data["train_images"] == (labels >= 0).sum() == 30
 
 
+@pytest.mark.slow
 def test_every_protocol_runs_from_the_command(tmp_path: Path) -> None:
     for name, protocol in LINEAR_PROTOCOLS.items():
         found = Evaluation(
@@ -344,6 +352,7 @@ def finetuned(tmp_path: Path, protocol: Any, **kwargs: Any) -> tuple[FineTune, l
     return module, rates, float(running.callback_metrics["val/top1"])
 
 
+@pytest.mark.slow
 def test_fine_tuning_like_mae(tmp_path: Path) -> None:
     protocol = FINETUNE_PROTOCOLS["mae_vit_base"]
     module, rates, _ = finetuned(tmp_path, protocol, max_epochs=1)
@@ -376,6 +385,7 @@ def test_the_norm_after_pooling_is_new_and_the_rest_is_the_checkpoints(tmp_path:
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1])
 
 
+@pytest.mark.slow
 def test_fine_tuning_trains_the_batch_norms_and_learns(run: tuple[Path, Any], tmp_path: Path) -> None:
     data = DigitsData(batch_size=32)
     found = Evaluation(str(run[0]), data, output=str(tmp_path / "out"), trainer=CPU).finetune(
@@ -392,7 +402,7 @@ def test_fine_tuning_trains_the_batch_norms_and_learns(run: tuple[Path, Any], tm
     assert not torch.equal(module.backbone.bn1.running_mean, before)
 
 
-@pytest.mark.parametrize("name", FINETUNE_PROTOCOLS)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "mae_vit_base", FINETUNE_PROTOCOLS))
 def test_every_fine_tuning_protocol_runs(name: str, tmp_path: Path) -> None:
     module = FineTune("untrained", VIT["backbone"], VIT_KWARGS, name)
     weights = module.backbone.patch_embed.proj.weight.detach().clone()
@@ -486,6 +496,7 @@ def test_results_say_everything(run: tuple[Path, Any], evaluation: Evaluation, t
     assert low < found["accuracy"]["top1"] < high
 
 
+@pytest.mark.slow
 def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ssl-lightning"])
@@ -572,7 +583,11 @@ def test_commands_answer_mistakes_in_a_line(
         assert said.startswith("error: ")
         assert message in said
     assert not (tmp_path / "evaluations").exists()
-    printed = command(["compare", "gone"], tmp_path)  # as a person sees it
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_shell_is_answered_in_a_line(tmp_path: Path) -> None:
+    printed = command(["compare", "gone"], tmp_path)
     assert printed.returncode != 0
     assert (
         printed.stderr.splitlines()[-1]
@@ -582,7 +597,7 @@ def test_commands_answer_mistakes_in_a_line(
 
 def test_raw_pixels_and_untrained_backbones_are_baselines(tmp_path: Path) -> None:
     pixels = Evaluation("pixels", DigitsData(), None, {"img_size": 16}, output=str(tmp_path), trainer=CPU).knn()
-    untrained = Evaluation("untrained", DigitsData(), **BACKBONE, output=str(tmp_path), trainer=CPU).knn()
+    untrained = Evaluation("untrained", DigitsData(image_size=16), **BACKBONE, output=str(tmp_path), trainer=CPU).knn()
     assert pixels is not None
     assert untrained is not None
     assert pixels.accuracy["top1"] > 0.95  # digits are easy

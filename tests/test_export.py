@@ -1,5 +1,6 @@
 """Backbones for other programs: the same features there, and a card that tells how to use them."""
 
+import itertools
 import json
 import re
 import resource
@@ -21,8 +22,7 @@ from ssl_lightning import DINO, MAE, ImageFolderData, MoCoV3, SimCLR, SSLModule,
 from ssl_lightning.checkpoints import Pretrained, export, load_backbone, open_backbone
 from ssl_lightning.cli import main
 from tests.processes import FORKSERVER
-from tests.small import BACKBONE, VIT, small, trainer
-from tests.test_contract import data
+from tests.small import BACKBONE, VIT, data, slow_unless, small, trainer
 
 RESNET18: dict[str, Any] = {"backbone": "resnet18", "backbone_kwargs": {}}
 SOURCES: dict[str, tuple[type[SSLModule], dict[str, Any]]] = {
@@ -72,10 +72,19 @@ def card_features(card: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 FORMATS = {"timm": "x.pth", "torchvision": "x.pth", "safetensors": "x.safetensors", "onnx": "x.onnx"}
+PLAIN = [
+    ("ResNet with the CIFAR stem", "timm"),
+    ("ResNet-18", "torchvision"),
+    ("teacher", "torchvision"),
+    ("ViT", "onnx"),
+    ("teacher", "safetensors"),
+]
+"""Pairs in which every source and every format occurs."""
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "format"), slow_unless(lambda *case: case in PLAIN, itertools.product(SOURCES, FORMATS))
+)
 def test_the_code_of_the_card_gives_the_features_of_the_checkpoint(
     checkpoints: dict[str, Path],
     source: str,
@@ -118,6 +127,7 @@ def test_our_safetensors_know_everything_and_can_be_opened_again(checkpoints: di
         torch.testing.assert_close(load_backbone(output)(images), before.backbone(images), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [MAE, MoCoV3])
 def test_fixed_positions_stay_fixed_at_other_sizes(method: type[SSLModule], tmp_path: Path) -> None:
     checkpoint = trained(tmp_path, method, {**VIT, "backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 48}})
@@ -144,10 +154,13 @@ def random_weights(model: nn.Module, path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "twin", "kwargs", "twin_kwargs"),
-    [
-        ("resnet18", "resnet18", {}, {}),
-        ("vit_base_patch32_224", "vit_b_32", {"img_size": 64}, {"image_size": 64}),
-    ],
+    slow_unless(
+        lambda name, *_: name == "resnet18",
+        [
+            ("resnet18", "resnet18", {}, {}),
+            ("vit_base_patch32_224", "vit_b_32", {"img_size": 64}, {"image_size": 64}),
+        ],
+    ),
 )
 def test_timm_and_torchvision_load_what_the_other_trained(
     name: str, twin: str, kwargs: dict[str, int], twin_kwargs: dict[str, int], tmp_path: Path

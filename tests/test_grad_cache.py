@@ -1,5 +1,6 @@
 """Batches larger than memory: chunks give the gradient of the whole batch in the memory of one chunk."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.distributed import world_size
 from ssl_lightning.grad_cache import encode_in_chunks
 from tests.processes import run_processes
-from tests.small import BACKBONE, VIT, digits, small, trainer
+from tests.small import BACKBONE, VIT, digits, slow_unless, small, trainer
 
 CHUNKED: list[type[SSLModule]] = [SimCLR, MoCoV3]
 DROP_PATH: dict[str, Any] = {**VIT, "backbone_kwargs": {**VIT["backbone_kwargs"], "drop_path_rate": 0.3}}
@@ -49,9 +50,13 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], value, atol=1e-10, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@every_method
-@pytest.mark.parametrize("net", [BACKBONE, VIT], ids=["resnet", "vit"])
-@pytest.mark.parametrize("chunk_size", [2, 4, 11, 100])
+@pytest.mark.parametrize(  # each pair of values occurs among those that are not slow
+    ("method", "net", "chunk_size"),
+    slow_unless(
+        lambda method, net, chunk_size: ((method is SimCLR) == (net is VIT)) == (chunk_size in (2, 11)),
+        product(CHUNKED, [BACKBONE, VIT], [2, 4, 11, 100]),
+    ),
+)
 def test_gradients_equal_those_of_the_whole_batch(method: Any, net: dict[str, Any], chunk_size: int) -> None:
     views = random_views()
     expected, module = build(method, net, None), build(method, net, chunk_size)
@@ -176,8 +181,9 @@ def peak(module: SSLModule, batch: int) -> int:
     return memory.peak_bytes
 
 
-@every_method
-@pytest.mark.parametrize("net", [BACKBONE, VIT], ids=["resnet", "vit"])
+@pytest.mark.parametrize(
+    ("method", "net"), slow_unless(lambda *case: case == (SimCLR, BACKBONE), product(CHUNKED, [BACKBONE, VIT]))
+)
 def test_memory_is_that_of_a_chunk(method: Any, net: dict[str, Any]) -> None:
     whole, module = (small(method, net, chunk_size=size) for size in (None, 8))
     one, many = peak(module, 8), peak(module, 128)
@@ -211,8 +217,13 @@ def test_probes_get_the_features_of_all_images_in_order(method: Any, tmp_path: P
     assert "val/linear_top1" in running.callback_metrics
 
 
-@every_method
-@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-8), ("bf16-mixed", 0.02)])
+@pytest.mark.parametrize(
+    ("method", "precision", "tolerance"),
+    slow_unless(
+        lambda method, precision, _: (method is SimCLR) == (precision == "64-true"),
+        [(method, *rest) for method in CHUNKED for rest in (("64-true", 1e-8), ("bf16-mixed", 0.02))],
+    ),
+)
 def test_a_training_in_chunks_is_that_of_the_whole_batch(
     method: Any, precision: Any, tolerance: float, tmp_path: Path
 ) -> None:

@@ -45,7 +45,7 @@ from ssl_lightning import (
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
 from tests.processes import run_processes
-from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, small, trainer
+from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, slow_unless, small, trainer
 
 OWN = {
     DeepClusterV2: {"prototypes_in_use"},
@@ -127,7 +127,7 @@ def metrics(folder: Path) -> str:
     return (folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_unless(lambda method: method in (SimCLR, DINOv2), METHODS))
 def test_health_is_logged_and_changes_no_weight(method: type[SSLModule], tmp_path: Path) -> None:
     weights = []
     for callbacks in ([], [HealthMonitor()]):
@@ -198,7 +198,7 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
     return alarm, running
 
 
-@pytest.mark.parametrize("method", list(WRONG))
+@pytest.mark.parametrize("method", slow_unless(lambda method: method is SimCLR, WRONG))
 def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[SSLModule], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="LossFloorAlarm: ") as warned:
         alarm, running = alarmed(method, tmp_path, wrong=True, stop=True)
@@ -210,7 +210,7 @@ def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[S
     assert "health/alarm" in metrics(tmp_path)
 
 
-@pytest.mark.parametrize("method", list(WRONG))
+@pytest.mark.parametrize("method", slow_unless(lambda method: method is SimCLR, WRONG))
 def test_a_run_that_learns_is_left_alone(method: type[SSLModule], tmp_path: Path) -> None:
     alarm, running = alarmed(method, tmp_path, wrong=False)
     assert alarm.raised is None

@@ -12,7 +12,7 @@ from ssl_lightning.backbones.tokens import masked_tokens
 from ssl_lightning.heads import IBOTHead
 from ssl_lightning.masks import block_mask, masked_patches, random_mask
 from ssl_lightning.optim import clip_each
-from tests.restate import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
+from tests.oracle import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.small import VIT, small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_lightning import IJEPA, FakeData, LinearProbe, Optim, UserError, ema, losses
 from ssl_lightning.masks import multi_block
-from tests.restate import Weights, adamw, compare, linear, moved, random_views, run
+from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run
 from tests.small import VIT, small, trainer
 
 PAPER: Any = (4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10)

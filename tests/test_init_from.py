@@ -30,8 +30,7 @@ from ssl_lightning import (
 )
 from ssl_lightning.checkpoints import open_backbone
 from tests.processes import run_processes
-from tests.small import BACKBONE, VIT, small, trainer
-from tests.test_contract import CNN_AND_VIT, data
+from tests.small import BACKBONE, CNN_AND_VIT, VIT, data, slow_unless, small, trainer
 
 STILL = Optim("sgd", base_lr=0, lr_scaling="none", warmup_epochs=0)
 
@@ -68,7 +67,9 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
-@pytest.mark.parametrize(("method", "net"), CNN_AND_VIT)
+@pytest.mark.parametrize(
+    ("method", "net"), slow_unless(lambda method, net: (method, net) in ((BYOL, {}), (MAE, VIT)), CNN_AND_VIT)
+)
 def test_a_run_begins_with_the_backbone_of_its_source(
     method: type[SSLModule], net: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -110,7 +111,10 @@ def test_a_run_does_not_depend_on_when_its_weights_came(tmp_path: Path) -> None:
     assert same(end(source), end(None))
 
 
-@pytest.mark.parametrize("method", [SimCLR, MoCoV2, DINO, MAE, IJEPA, NPID, DeepClusterV2, BEiT])
+@pytest.mark.parametrize(
+    "method",
+    slow_unless(lambda method: method is DINO, [SimCLR, MoCoV2, DINO, MAE, IJEPA, NPID, DeepClusterV2, BEiT]),
+)
 def test_a_checkpoint_of_such_a_run_does_without_its_source(method: type[SSLModule], tmp_path: Path) -> None:
     source = saved(tmp_path, method, VIT)
     module = small(method, VIT, init_from=source)
@@ -157,7 +161,7 @@ def test_other_methods_and_files_can_be_the_source(tmp_path: Path) -> None:
             torch.testing.assert_close(module.eval()(images), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("method", [MAE, MoCoV3])
+@pytest.mark.parametrize("method", slow_unless(lambda method: method is MAE, [MAE, MoCoV3]))
 def test_learnt_positions_take_the_place_of_fixed_ones_at_all_sizes_and_after_a_resume(
     method: type[SSLModule], tmp_path: Path
 ) -> None:

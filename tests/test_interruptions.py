@@ -35,8 +35,7 @@ from ssl_lightning import (
 )
 from ssl_lightning.checkpoints import AtomicCheckpointIO
 from tests.processes import FORKSERVER
-from tests.small import VIT, small, trainer
-from tests.test_contract import data
+from tests.small import VIT, data, slow_unless, small, trainer
 
 # Killed at any moment
 
@@ -91,6 +90,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_the_uninterrupted(
     tmp_path: Path,
 ) -> None:
@@ -100,7 +100,9 @@ def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_the_uninterrupted(
     same(ended(BYOL, tmp_path / "killed", 12, 2), ended(BYOL, tmp_path / "whole", 12, 2))
 
 
-@pytest.mark.parametrize("method", [DINO, MAE, NPID, DeepClusterV2, MoCoV2, SwAV])  # a teacher, masks, memories, queues
+@pytest.mark.parametrize(  # a teacher, masks, memories, queues
+    "method", slow_unless(lambda method: method is MoCoV2, [DINO, MAE, NPID, DeepClusterV2, MoCoV2, SwAV])
+)
 def test_methods_of_all_kinds_go_on_after_a_kill_bit_for_bit(method: type[SSLModule], tmp_path: Path) -> None:
     whole = ended(method, tmp_path / "whole", 3, 0)
     killed(method, tmp_path / "killed", 3, 2, 0.2)
@@ -165,6 +167,7 @@ def weights(file: Path) -> dict[str, Tensor]:
     return torch.load(file, weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "several"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
 def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_exactly(
     number: signal.Signals, several: bool, folder: Path
@@ -189,6 +192,7 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_exactly(
     same(weights(last), weights(folder / "runs/whole/version_0/checkpoints/last.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_requeued_and_goes_on_by_the_same_command(folder: Path) -> None:
     (folder / "bin").mkdir()
     (folder / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {folder}/requeued\n")
@@ -219,6 +223,7 @@ def alive(folder: Path) -> Iterator[int]:
             yield process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", ["0 raises", "1 nan", "0 killed"])
 def test_one_process_that_fails_stops_all_within_a_minute(fail: str, folder: Path) -> None:
     (folder / "pids").mkdir()
@@ -314,14 +319,17 @@ def test_other_hyper_parameters_are_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"limit_val_batches": 0},
-        {"limit_train_batches": 2, "limit_val_batches": 0},
-        {"limit_train_batches": 2, "check_val_every_n_epoch": 2},
-        {"val_check_interval": 0.5},
-        {"max_epochs": -1, "max_steps": 11},
-        {"accumulate_grad_batches": 3},
-    ],
+    slow_unless(
+        lambda options: options == {"limit_train_batches": 2, "check_val_every_n_epoch": 2},
+        [
+            {"limit_val_batches": 0},
+            {"limit_train_batches": 2, "limit_val_batches": 0},
+            {"limit_train_batches": 2, "check_val_every_n_epoch": 2},
+            {"val_check_interval": 0.5},
+            {"max_epochs": -1, "max_steps": 11},
+            {"accumulate_grad_batches": 3},
+        ],
+    ),
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
 def test_a_run_taken_up_after_every_batch_ends_as_the_uninterrupted(options: dict[str, Any], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ssl_lightning import FakeData, Jigsaw, Optim, UserError
 from ssl_lightning.data.views import preset
 from ssl_lightning.methods.jigsaw import cut, distant_permutations, shuffled
+from tests.oracle import Weights, batch_norm, compare, linear, parameters, random_views, run, sgd
 from tests.processes import run_processes
-from tests.restate import Weights, batch_norm, compare, linear, parameters, random_views, run, sgd
 from tests.small import VIT, small, trainer
 
 

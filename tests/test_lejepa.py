@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import LeJEPA, Optim, losses
-from tests.restate import Weights, adamw, compare, random_views, relu_mlp, run
+from tests.oracle import Weights, adamw, compare, random_views, relu_mlp, run
 from tests.small import VIT, small
 
 AT_ZERO = math.sqrt(2 * math.pi) * (1 - math.sqrt(2) + 1 / math.sqrt(3))

@@ -17,6 +17,7 @@ from ssl_lightning.distributed import gather
 from ssl_lightning.heads import patchify
 from ssl_lightning.losses import nt_xent
 from tests.processes import run_processes
+from tests.small import slow_unless
 
 Z0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
 Z1 = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
@@ -366,7 +367,7 @@ def peak(loss: Any, rows: int, chunk: int | None) -> int:
     return memory.peak_bytes
 
 
-@pytest.mark.parametrize("loss", [nt_xent, losses.moco_v3])
+@pytest.mark.parametrize("loss", slow_unless(lambda loss: loss is losses.moco_v3, [nt_xent, losses.moco_v3]))
 def test_memory_of_losses_in_blocks_is_linear_in_the_batch(loss: Any) -> None:
     small, large = peak(loss, 512, 256), peak(loss, 2048, 256)
     assert large < 4.1 * small

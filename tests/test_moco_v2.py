@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssl_lightning import FakeData, MoCoV2, Optim, UserError
 from ssl_lightning.methods.moco_v2 import SplitBatchNorm2d
+from tests.oracle import Weights, compare, linear, moved, parameters, random_views, run, sgd, unit
 from tests.processes import run_processes
-from tests.restate import Weights, compare, linear, moved, parameters, random_views, run, sgd, unit
 from tests.small import small, trainer
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import MoCoV3, Optim, UserError
 from ssl_lightning.backbones.tokens import sincos_positions
-from tests.restate import Weights, adamw, compare, lars, moved, parameters, random_views, relu_mlp, run, unit
+from tests.oracle import Weights, adamw, compare, lars, moved, parameters, random_views, relu_mlp, run, unit
 from tests.small import VIT, small
 
 

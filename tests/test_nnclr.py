@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import NNCLR, FakeData, Optim, UserError, losses
+from tests.oracle import Weights, batch_norm, compare, lars, parameters, random_views, relu_mlp, run, unit
 from tests.processes import run_processes
-from tests.restate import Weights, batch_norm, compare, lars, parameters, random_views, relu_mlp, run, unit
 from tests.small import small, trainer
 
 NEIGHBOURS = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning import NPID, FakeData, Optim, UserError, losses
+from tests.oracle import Weights, compare, linear, parameters, random_views, run, sgd, unit
 from tests.processes import run_processes
-from tests.restate import Weights, compare, linear, parameters, random_views, run, sgd, unit
 from tests.small import met, small, trainer
 
 

@@ -42,6 +42,7 @@ def test_what_looks_wrong_is_told_with_the_argument_to_change(tmp_path: Path) ->
     assert found.rows["queue"] == "2,048, that is 256 steps"
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan_alone_and_leaves_nothing(tmp_path: Path) -> None:
     words = ["plan", "--config", "configs/quickstart.yaml", "--trainer.accelerator", "cpu"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -16,7 +16,7 @@ from ssl_lightning import ArrayData, HuggingFaceData, ImageFolderData, ViewGrid,
 from ssl_lightning.commands.benchmark import pipeline
 from ssl_lightning.data.preview import _overlaps
 from ssl_lightning.loggers import CSVLogger
-from tests.small import simclr, trainer
+from tests.small import simclr, slow_unless, trainer
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +72,7 @@ def test_a_stream_can_be_looked_at(photos: Path) -> None:
     assert preview.images_per_second > 0
 
 
+@pytest.mark.slow
 def test_preview_on_the_command_line(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "views.png"
     done = run(
@@ -98,7 +99,10 @@ def test_the_grid_is_drawn_when_training_starts(photos: Path, tmp_path: Path) ->
     assert events.Tags()["images"] == ["views"]
 
 
-@pytest.mark.parametrize("views", ["simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae"])
+@pytest.mark.parametrize(
+    "views",
+    slow_unless(lambda views: views == "swav", ["simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae"]),
+)
 def test_the_pipeline_is_measured_beside_lightly(photos: Path, views: Any) -> None:
     pytest.importorskip("lightly")
     threads = torch.get_num_threads()
@@ -113,6 +117,7 @@ def test_the_pipeline_is_measured_beside_lightly(photos: Path, views: Any) -> No
     assert "lightly" in str(result)
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_the_command_line(photos: Path) -> None:
     pytest.importorskip("lightly")
     words = f"benchmark pipeline --root {photos} --views swav --image-size 32 --num-workers 1 --num-images 8 --json"

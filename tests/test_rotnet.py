@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_lightning import FakeData, LinearProbe, Optim, RotNet
 from ssl_lightning.data.augment import flip
 from ssl_lightning.methods.rotnet import rotations
-from tests.restate import Weights, compare, linear, parameters, random_views, run, sgd
+from tests.oracle import Weights, compare, linear, parameters, random_views, run, sgd
 from tests.small import small, trainer
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ssl_lightning import MAE, ArrayData, Optim, SemanticSegmenter, SimCLR, UserError, VOCSegmentationData
 from ssl_lightning.checkpoints import open_backbone
-from tests import drawn
+from tests import voc_and_coco
 from tests.processes import run_processes
-from tests.small import ADAMW, VIT, small, trainer
-from tests.test_contract import data as views
+from tests.small import ADAMW, VIT, slow_unless, small, trainer
+from tests.small import data as views
 
 CNN: dict[str, Any] = {
     "backbone": "resnet10_cifar",
@@ -29,7 +29,7 @@ BACKBONES = pytest.mark.parametrize("net", [CNN, TORCHVISION, VIT], ids=["timm",
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drawn.write(tmp_path_factory.mktemp("drawn"))
+    return voc_and_coco.write(tmp_path_factory.mktemp("drawn"))
 
 
 def masks(pictures: Path, **kwargs: Any) -> VOCSegmentationData:
@@ -50,9 +50,10 @@ def miou(module: SemanticSegmenter, pictures: Path, folder: Path, **kwargs: Any)
     return float(running.callback_metrics["val/miou"])
 
 
+@pytest.mark.slow
 def test_a_pretrained_backbone_stays_as_it_is_and_beats_an_untrained_one(pictures: Path, tmp_path: Path) -> None:
     random = np.random.Generator(np.random.Philox(key=1))
-    unlabelled = np.stack([np.array(drawn.draw(random, (96, 80))[0]) for _ in range(256)]).transpose(0, 3, 1, 2)
+    unlabelled = np.stack([np.array(voc_and_coco.draw(random, (96, 80))[0]) for _ in range(256)]).transpose(0, 3, 1, 2)
     L.seed_everything(0)
     pretraining = trainer(tmp_path, max_epochs=10)
     pretraining.fit(SimCLR(**CNN, optim=ADAMW), ArrayData(unlabelled, image_size=32, batch_size=64, num_workers=0))
@@ -126,7 +127,7 @@ def by_hand(module: SemanticSegmenter, pictures: Path) -> tuple[float, float]:
 
 
 def test_metrics_count_the_pixels_of_whole_masks(pictures: Path, tmp_path: Path) -> None:
-    drawn.write(tmp_path)
+    voc_and_coco.write(tmp_path)
     for file in (tmp_path / "voc/SegmentationClass").glob("val_00*.png"):
         with Image.open(file) as opened:
             mask = np.array(opened)
@@ -199,7 +200,7 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("step", [3, 4])  # three make an epoch
+@pytest.mark.parametrize("step", slow_unless(lambda step: step == 4, [3, 4]))  # three make an epoch
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(step: int, pictures: Path, tmp_path: Path) -> None:
     heads = []
     for ckpt_path in (None, tmp_path / "x.ckpt"):
@@ -246,7 +247,7 @@ def spoil(folder: Path, what: str) -> None:
     ],
 )
 def test_data_that_does_not_fit_says_so(what: str, kwargs: dict[str, Any], message: str, tmp_path: Path) -> None:
-    drawn.write(tmp_path)
+    voc_and_coco.write(tmp_path)
     spoil(tmp_path, what)
     for workers in (0, 1) if what == "image" else (0,):
         with pytest.raises(UserError, match=message):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssl_lightning import Optim, SimMIM, UserError, losses
 from ssl_lightning.backbones.tokens import masked_tokens
+from tests.oracle import Weights, adamw, compare, parameters, random_views, run
 from tests.processes import run_processes
-from tests.restate import Weights, adamw, compare, parameters, random_views, run
 from tests.small import SWIN, VIT, small, trainer
 
 BEIT: dict[str, Any] = {"backbone": "beit_base_patch16_224", "backbone_kwargs": VIT["backbone_kwargs"]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import FakeData, Optim, SimSiam, UserError, losses
-from tests.restate import Weights, compare, parameters, random_views, relu_mlp, run, sgd, unit
+from tests.oracle import Weights, compare, parameters, random_views, relu_mlp, run, sgd, unit
 from tests.small import BACKBONE, HEADS, small, trainer
 
 

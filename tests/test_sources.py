@@ -12,7 +12,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from ssl_lightning.data import shards
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.batches import RawViews
 from ssl_lightning.data.folder import find_images
-from tests.small import simclr, trainer
+from tests.small import simclr, slow_unless, trainer
 
 SMALL: dict[str, Any] = {"batch_size": 4, "image_size": 32, "num_workers": 0}
 PLAIN = ViewSpec(size=32, count=2)
@@ -228,7 +228,10 @@ def test_hugging_face_data_is_read_with_random_access(photos: Path, parquet: str
     trainer(tmp_path, max_steps=2).fit(simclr(), data)
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize(
+    ("world_size", "num_workers"),
+    slow_unless(lambda *case: case in ((2, 2), (3, 0)), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)]),
+)
 def test_a_stream_is_divided_among_processes_and_workers(parquet: str, world_size: int, num_workers: int) -> None:
     settings: dict[str, Any] = {**SMALL, "batch_size": 5, "num_workers": num_workers, "seed": 1}
     settings |= {"data_files": parquet, "streaming": True, "num_images": 40}
@@ -244,7 +247,7 @@ def test_a_stream_is_divided_among_processes_and_workers(parquet: str, world_siz
     assert not torch.equal(other_epoch[0].labels, parts[0][0].labels)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_workers", slow_unless((0, 2).__contains__, [0, 1, 2, 3]))
 def test_a_stream_goes_on_where_it_was_interrupted(parquet: str, num_workers: int) -> None:
     settings: dict[str, Any] = {**SMALL, "data_files": parquet, "streaming": True, "num_images": 40}
     settings["num_workers"] = num_workers
@@ -438,9 +441,15 @@ class Damage(L.Callback):
             self.break_it()
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate])
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("broken_shards", ["stop", "skip"])
+@pytest.mark.parametrize(  # each pair of values occurs among those that are not slow
+    ("damage", "num_workers", "broken_shards"),
+    slow_unless(
+        lambda damage, num_workers, broken_shards: (
+            (damage is truncate) ^ (num_workers == 1) ^ (broken_shards == "skip")
+        ),
+        product([Path.unlink, truncate], [0, 1], ["stop", "skip"]),
+    ),
+)
 def test_a_tar_file_broken_while_training_stops_the_run_or_is_skipped(
     tars: Path,
     tmp_path: Path,
@@ -503,6 +512,7 @@ print(len(data.train_images), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_as_tar_files_grow(photos: Path, tmp_path: Path) -> None:
     files = sorted(photos.rglob("*.jpg"))
     peaks = []
@@ -519,6 +529,7 @@ def test_memory_stays_flat_as_tar_files_grow(photos: Path, tmp_path: Path) -> No
     assert peaks[1] - peaks[0] < size / 3, f"{size:.0f} MB more of images took {peaks[1] - peaks[0]:.0f} MB"
 
 
+@pytest.mark.slow
 def test_every_source_can_be_chosen_by_its_name(tars: Path, tmp_path: Path) -> None:
     run = "fit --model SimCLR --model.backbone resnet10_cifar --trainer.max_steps 2 --trainer.accelerator cpu "
     run += f"--data ShardsData --data.urls {tars}/*.tar --data.image_size 32 --data.batch_size 8 --data.num_workers 0 "

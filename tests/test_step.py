@@ -10,17 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import ssl_lightning
-from ssl_lightning import KNNProbe, LinearProbe, ProgressBar, SSLModule, Throughput, UserError
+from ssl_lightning import DINO, MAE, KNNProbe, LinearProbe, MoCoV2, ProgressBar, SSLModule, SwAV, Throughput, UserError
 from ssl_lightning.commands.benchmark import OperationCounter, step
 from ssl_lightning.data.batches import Views
-from tests.small import BACKBONE, small, trainer
+from tests.small import BACKBONE, METHODS, slow_unless, small, trainer
 
-METHODS = [
-    value
-    for value in vars(ssl_lightning).values()
-    if isinstance(value, type) and issubclass(value, SSLModule) and value is not SSLModule
-]
 NARROW: dict[str, dict[str, Any]] = {
     "SimCLR": {},
     "MoCoV2": {"queue_length": 64},
@@ -119,7 +113,7 @@ class CountSteps(L.Callback):
         self.counters.pop().__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", slow_unless(lambda method: method in (MoCoV2, SwAV, DINO, MAE), METHODS))
 def test_no_step_waits_for_the_device(method: type[SSLModule], tmp_path: Any) -> None:
     """With the probes and the progress bar, but for the steps that are written to a logger."""
     count = CountSteps()
@@ -134,7 +128,7 @@ def test_no_step_waits_for_the_device(method: type[SSLModule], tmp_path: Any) ->
     assert {"loss", "images/s"} <= shown.keys()
 
 
-@pytest.mark.parametrize("model", NARROW)
+@pytest.mark.parametrize("model", slow_unless(lambda model: model in ("SimCLR", "MoCoV3"), NARROW))
 def test_the_step_is_measured_beside_bare_passes_and_lightly(model: str) -> None:
     pytest.importorskip("lightly")
     backbone = {"backbone": "vit_tiny_patch16_224"} if model == "MAE" else BACKBONE
@@ -154,6 +148,7 @@ def test_the_step_is_measured_beside_bare_passes_and_lightly(model: str) -> None
         assert "lightly" in str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["SimCLR", "MoCoV2", "BYOL", "SwAV", "DINO"])
 def test_a_step_dispatches_seven_tenths_of_the_operations_of_lightlys(model: str) -> None:
     pytest.importorskip("lightly")
@@ -167,6 +162,7 @@ def test_an_unknown_method_is_told() -> None:
         step("SimCRL")
 
 
+@pytest.mark.slow
 def test_the_step_on_the_command_line() -> None:
     pytest.importorskip("lightly")
     words = "benchmark step --model SimCLR --backbone resnet10_cifar --image-size 16 --batch-size=4 --steps 1 --json"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ssl_lightning import DINO, MAE, FakeData, Jigsaw, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
 from tests.processes import run_processes
-from tests.small import BACKBONE, VIT, small, trainer
-from tests.test_contract import data, every_method
+from tests.small import BACKBONE, METHODS, VIT, data, slow_unless, small, trainer
 
 LARS = Optim("lars", base_lr=0.5, lr_scaling="none", warmup_epochs=0)
 SGD = Optim("sgd", base_lr=0.05, lr_scaling="none", warmup_epochs=0)
@@ -55,6 +54,7 @@ def _trainings(rank: int, folder: Path) -> dict[str, list[dict[str, Tensor]]]:
     }
 
 
+@pytest.mark.slow
 def test_sharded_training_ends_as_ddp(tmp_path: Path) -> None:
     states, _ = run_processes(_trainings, 2, tmp_path)
     for name, (expected, found) in states.items():
@@ -96,7 +96,7 @@ def test_strategies_that_do_not_know_the_methods_are_refused() -> None:
 # Precision and clipping
 
 
-@every_method
+@pytest.mark.parametrize("method", slow_unless(lambda method: method in (MoCoV2, DINO, MAE, Jigsaw), METHODS))
 def test_gradients_are_clipped_by_their_norm(method: type[SSLModule], tmp_path: Path) -> None:
     class Norm(L.Callback):
         def __init__(self) -> None:

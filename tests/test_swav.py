@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import FakeData, Optim, SwAV, UserError, ViewSpec
+from tests.oracle import Weights, compare, larc, parameters, random_views, relu_mlp, run, unit
 from tests.processes import run_processes
-from tests.restate import Weights, compare, larc, parameters, random_views, relu_mlp, run, unit
 from tests.small import small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]

@@ -15,7 +15,7 @@ from ssl_lightning import DigitsData, Images, SimCLR, SSLDataModule, Throughput
 from ssl_lightning.callbacks.progress import _TimeSplit
 from ssl_lightning.data.decoding import OpenedImage, opened_already
 from ssl_lightning.loggers import CSVLogger
-from tests.small import ADAMW, BACKBONE, DIGIT_VIEW, digits, simclr, trainer
+from tests.small import ADAMW, BACKBONE, DIGIT_VIEW, digits, simclr, slow_unless, trainer
 
 
 class SlowImages(Images):
@@ -114,7 +114,7 @@ def shares(folder: Path, model: Any, data: Any, **kwargs: Any) -> dict[str, floa
     return found
 
 
-@pytest.mark.parametrize("slow", PHASES)
+@pytest.mark.parametrize("slow", slow_unless(lambda phase: phase == "backward", PHASES))
 def test_the_share_of_a_phase_follows_its_time(slow: str, tmp_path: Path) -> None:
     data: Any = digits(batch_size=16)
     if slow == "augment":
@@ -126,12 +126,14 @@ def test_the_share_of_a_phase_follows_its_time(slow: str, tmp_path: Path) -> Non
     assert max(found, key=lambda phase: found[phase]) == slow
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_split_alike(tmp_path: Path) -> None:
     found = shares(tmp_path, Sleeper("backward"), digits(batch_size=16), accumulate_grad_batches=2)
     assert found.keys() == set(PHASES)
     assert max(found, key=lambda phase: found[phase]) == "backward"
 
 
+@pytest.mark.slow
 def test_a_loader_of_another_kind_ends_where_the_step_starts(tmp_path: Path) -> None:
     batch = ([torch.rand(8, 3, 16, 16) for _ in range(2)], torch.arange(8) % 2)
 

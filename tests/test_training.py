@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import FakeData, KNNProbe, LastCheckpoint, LinearProbe, Optim, SSLModule, Throughput, UserError
 from ssl_lightning.evaluation import knn_predict
-from tests.small import BACKBONE, digits, simclr, trainer
+from tests.small import BACKBONE, digits, simclr, slow_unless, trainer
 
 
 class Recorder(L.Callback):
@@ -33,6 +33,7 @@ class Recorder(L.Callback):
             self.metrics.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
 
+@pytest.mark.slow
 def test_simclr_learns_digits_and_the_probes_see_it(tmp_path: Path) -> None:
     L.seed_everything(0)
     recorder = Recorder()
@@ -76,8 +77,10 @@ class Stop(L.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stop", [4, 11, 17])  # within the first epoch, at its end, within the second
+@pytest.mark.parametrize(  # within the first epoch, at its end, within the second
+    ("stop", "num_workers"),
+    slow_unless(lambda *case: case == (17, 2), [(4, 0), (4, 2), (11, 0), (11, 2), (17, 0), (17, 2)]),
+)
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(tmp_path: Path, stop: int, num_workers: int) -> None:
     def run(folder: Path, ckpt_path: str | None, extra: list[L.Callback]) -> tuple[dict[str, Tensor], Recorder, Any]:
         L.seed_everything(1)

@@ -6,8 +6,8 @@ from lightly.loss import VICRegLoss
 from torch import Tensor
 
 from ssl_lightning import Optim, VICReg, losses
+from tests.oracle import Weights, compare, lars, parameters, random_views, relu_mlp, run
 from tests.processes import run_processes
-from tests.restate import Weights, compare, lars, parameters, random_views, relu_mlp, run
 from tests.small import small
 from tests.test_barlow_twins import Z1, Z2
 

@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes on textured ground, in the folders of Pascal VOC and COCO."""
+"""A small data set in the folders of Pascal VOC and COCO: drawn pictures of colored shapes on textured ground."""
 
 import json
 from pathlib import Path

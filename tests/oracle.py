@@ -1,6 +1,9 @@
-"""Whole training steps written down plainly, to hold the methods against: optimizers, heads and teachers."""
+"""What the methods are held against: whole training steps, with optimizers, heads and teachers, written down plainly.
 
-from collections.abc import Callable, Iterable
+``compare`` trains a method next to its restatement, which a test gives as a function of weights and views.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 def batch_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
     out = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
-    return out * weights[f"{name}.weight"] + weights[f"{name}.bias"] if f"{name}.weight" in weights else out
+    return out * weights.get(f"{name}.weight", 1) + weights.get(f"{name}.bias", 0)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -96,16 +99,20 @@ def compare(
     clip: Callable[[], None] = lambda: None,
     gradients_of: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda gradients: gradients,
     after: Callable[[Weights], None] = lambda _: None,
+    lrs: Sequence[float] | None = None,
+    atol: float = 1e-6,
 ) -> None:
     """Train the method and its restatement side by side; losses and all parameters must agree.
 
-    The method must be in float64; its learning rate is that of a batch of 256.
+    The method must be in float64; its learning rate is that of a batch of 256, or that of the step in ``lrs``.
     """
     optimizer = method.optim.create(method, 256)
     weights: Weights = {name: p.detach().clone() for name, p in method.named_parameters()}
     trained = [name for name, p in method.named_parameters() if p.requires_grad]
     state: dict[str, Any] = {}
-    for views in batches:
+    for step, views in enumerate(batches):
+        for group in optimizer.param_groups if lrs else ():
+            group["lr"] = lrs[step]
         loss = method.training_loss(views)
         optimizer.zero_grad()
         loss.backward()
@@ -123,7 +130,7 @@ def compare(
             weights[name] = update(name, weights[name], gradient, state)
         after(weights)
     for name, p in method.named_parameters():
-        torch.testing.assert_close(p.detach(), weights[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.detach(), weights[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def random_views(steps: int, *sizes: int, batch: int = 4) -> Iterable[list[Tensor]]:

@@ -49,7 +49,7 @@ class StepRandomness:
 
 def _mixed(*numbers: int) -> int:
     """A single seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager

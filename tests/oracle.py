@@ -60,6 +60,21 @@ def lars(lr: float, decay: float) -> Update:
     return update
 
 
+def lars_simclr(lrs: Sequence[float], decay: float) -> Update:
+    """LARS of SimCLR's code: the learning rate multiplies what enters the velocity, not what leaves it."""
+
+    def update(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        step, velocity = state.get(name, (0, 0))
+        if p.ndim > 1:
+            gradient = gradient + decay * p
+            gradient = gradient * (0.001 * p.norm() / gradient.norm() if p.norm() * gradient.norm() > 0 else 1)
+        velocity = 0.9 * velocity + lrs[step] * gradient
+        state[name] = (step + 1, velocity)
+        return p - velocity
+
+    return update
+
+
 def larc(lr: float, decay: float) -> Update:
     def update(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         if p.norm() > 0 and gradient.norm() > 0:

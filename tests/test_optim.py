@@ -117,7 +117,13 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert group["params"] == [module.bias]
 
 
-@pytest.mark.parametrize("name", ["lars", "LARS", "sgd", "AdamW", "lamb", "lion", "muon"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lars", "LARS", "sgd", "AdamW", "lamb", "lion"),
+        pytest.param("muon", marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 brought it")),
+    ],
+)
 def test_optimizers_of_torch_and_timm_by_name(name: str) -> None:
     module = nn.Linear(3, 3, bias=False)
     before = module.weight.detach().clone()

@@ -1,7 +1,6 @@
 """SimCLR: architecture, order of the computation, and several whole steps against a plain restatement."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import Optim, SimCLR
-from tests.oracle import Update, Weights, compare, parameters, random_views, relu_mlp, run
+from tests.oracle import Weights, compare, lars_simclr, parameters, random_views, relu_mlp, run
 from tests.small import simclr
 
 
@@ -61,21 +60,6 @@ def restated_loss(z: Tensor, temperature: float) -> Tensor:
         others = torch.stack([value for k, value in enumerate(similarity) if k != i])
         total = total - (similarity[(i + n) % (2 * n)] - torch.logsumexp(others, 0))
     return total / (2 * n)
-
-
-def lars_simclr(lrs: list[float], decay: float) -> Update:
-    """LARS of SimCLR's code: the learning rate multiplies what enters the velocity, not what leaves it."""
-
-    def update(name: str, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        step, velocity = state.get(name, (0, 0))
-        if p.ndim > 1:
-            gradient = gradient + decay * p
-            gradient = gradient * (0.001 * p.norm() / gradient.norm() if p.norm() * gradient.norm() > 0 else 1)
-        velocity = 0.9 * velocity + lrs[step] * gradient
-        state[name] = (step + 1, velocity)
-        return p - velocity
-
-    return update
 
 
 def test_whole_steps_equal_a_plain_restatement() -> None:

@@ -1,4 +1,4 @@
-"""How the command line reads its words, and how it answers mistakes in them."""
+"""How the command line is parsed, and how it reports mistakes."""
 
 import difflib
 import os
@@ -15,20 +15,20 @@ from ssl_lightning.methods.base import SSLModule
 
 
 class SSLArgumentParser(LightningArgumentParser):
-    """Answers mistakes in a few lines; jsonargparse would print every option."""
+    """Reports a mistake in a few lines, where jsonargparse would print every option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and what to change, and exit with code 2.
+        """Print what is wrong and what to change, and exit with code 2.
 
         Args:
             message: The message of jsonargparse.
-            ex: The exception behind it.
+            ex: The exception that caused it.
         """
         self.exit(2, f"error: {user_error(ex) or _shortened(message)}\n")
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """The UserError inside the exceptions that jsonargparse wrapped around it, if there is one.
+    """The UserError inside the exceptions that jsonargparse wrapped around it; None if there is no UserError.
 
     Args:
         error: The outermost exception.
@@ -50,7 +50,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _shortened(message: str) -> str:
-    """A message of jsonargparse without its internals, and with the names to choose from."""
+    """A message of jsonargparse without its internals, with the names to choose from."""
     if unknown := re.search(r'key "(model|data)"(?:.|\n)*Expected a dot import path string: (\S+)', message):
         key, name = unknown.groups()
         names = sorted(_public_subclasses(SSLModule if key == "model" else SSLDataModule))
@@ -70,7 +70,7 @@ def _public_subclasses(base: type) -> set[str]:
 
 
 def with_shipped_configs(words: Sequence[str]) -> list[str]:
-    """Let ``--config configs/...`` name a recipe of the package from any folder.
+    """Find ``--config configs/...`` among the package's recipes if the current folder has no such file.
 
     Args:
         words: The command line.
@@ -88,7 +88,7 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
 
 
 def underscored(words: Sequence[str]) -> list[str]:
-    """Options with underscores: ``--image-size=32`` as ``--image_size=32``.
+    """Write options with underscores: ``--image-size=32`` becomes ``--image_size=32``.
 
     Args:
         words: The command line.

@@ -11,15 +11,15 @@ from ssl_lightning.distributed import summed
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm with mean and variance over all processes, with the exact gradient.
 
-    With a loss that is this process's share and gradients averaged over processes, everything equals one process that
-    holds the whole batch. Own code because torch's refuses tensors on the CPU; on GPUs torch's is the faster one.
+    If each process computes its share of the loss and gradients are averaged over processes, everything equals a single
+    process that holds the whole batch. Own code because torch's refuses tensors on the CPU; on GPUs torch's is faster.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Take any number of dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(B, C, ...)``."""
+        """Normalize ``(B, C, ...)``."""
         if not self.training:
             return super().forward(x)
         wide = x.float() if x.dtype.itemsize < 4 else x
@@ -47,18 +47,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """timm's BatchNormAct2d, which drops and activates what it has normalized, over all processes."""
+    """timm's BatchNormAct2d (BatchNorm, dropout and activation) over all processes."""
 
     act: nn.Module
     drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise and activate ``(B, C, H, W)``."""
+        """Normalize and activate ``(B, C, H, W)``."""
         return self.act(self.drop(super().forward(x)))
 
 
 class SyncedBatchNorm(TorchSyncBatchNorm):
-    """Lightning's plugin behind ``trainer.sync_batchnorm`` for GPUs, with torch's SyncBatchNorm, and CPUs, with ours.
+    """Lightning's plugin behind ``trainer.sync_batchnorm``: torch's SyncBatchNorm on GPUs, this file's on CPUs.
 
     The layers stay the same objects and only change their class. Give it to a Trainer as
     ``Trainer(sync_batchnorm=True, plugins=[SyncedBatchNorm()])``; the command line does so.

@@ -64,7 +64,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "loss_floor_alarm": LossFloorAlarm,
     "embedding_writer": EmbeddingWriter,
 }
-"""Callbacks of every run, each with its options on the command line; only ``predict`` has the last one.
+"""Callbacks of every run, each with its options on the command line; only ``predict`` has ``embedding_writer``.
 
 Throughput comes before the probes, so that their work does not count as the method's.
 """
@@ -85,7 +85,7 @@ _DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "ru
 
 
 class _Trainer(Trainer):
-    """Lightning's Trainer with the commands of this package that need a method and its data."""
+    """Lightning's Trainer: epochs, devices, precision, loggers and so on."""
 
     check = check.run
     plan = plan.run
@@ -96,7 +96,7 @@ class SSLCLI(LightningCLI):
     """LightningCLI whose runs live in ``<trainer.default_root_dir>/<name>/version_<n>``.
 
     Args:
-        args: Words of the command line; None takes those of the process.
+        args: Words of the command line; None takes the words this process was started with.
         run: Whether to run a subcommand; if not, only the method, the data and the trainer are built.
     """
 
@@ -128,7 +128,7 @@ class SSLCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Gather only the arguments of the chosen command: gathering those of all takes a second at every start."""
+        """Gather the arguments of the chosen command only: gathering them for all commands takes a second."""
         if self._first_word in self.subcommands() and self._first_word != subcommand:
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -139,13 +139,13 @@ class SSLCLI(LightningCLI):
             "--name",
             type=str,
             default=None,
-            help="Name of the run: its folder in trainer.default_root_dir; the name of the method by default.",
+            help="Name of the run, and of its folder in --trainer.default_root_dir; by default the name of the method.",
         )
         parser.add_argument(
             "--without",
             type=list[str],
             default=[],
-            help=f"Callbacks to leave out, of {', '.join(CALLBACKS)}.",
+            help=f"List of callbacks to leave out, from {', '.join(CALLBACKS)}.",
         )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
@@ -213,7 +213,7 @@ class SSLCLI(LightningCLI):
             newest = newest_checkpoint(self._named_folder, path)
             if newest is None:
                 raise UserError(
-                    f"there is no {path}*.ckpt below {self._named_folder}; give --ckpt_path a file, or --name the run."
+                    f"there is no {path}*.ckpt below {self._named_folder}; set --ckpt_path to a file, or --name."
                 )
             rank_zero_info(f"ckpt_path {path}: {newest}")
             self.config[self.subcommand]["ckpt_path"] = str(newest)
@@ -221,7 +221,7 @@ class SSLCLI(LightningCLI):
             raise UserError(f"--ckpt_path {path} does not exist; give a file, last or best.")
 
     def _parse_ckpt_path(self) -> None:
-        """Keep what the command line says: Lightning would replace it by the checkpoint's hyperparameters."""
+        """Keep the command line's values: Lightning would replace them by the checkpoint's hyperparameters."""
 
 
 class _OneVersion(Callback):
@@ -241,12 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        arguments: Words of the command line; None takes those of the process.
+        arguments: Words of the command line; None takes the words this process was started with.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
-    # Nothing that the user could fix: Lightning's use of torch, frozen modules, a validate that writes no checkpoints,
-    # data without labels and so without a validation set, and a predict that has no images left.
+    # Warnings that the user cannot act on: Lightning's use of torch, frozen modules, validate without checkpoints,
+    # data without labels (so without a validation set), and predict with no images left.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")

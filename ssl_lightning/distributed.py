@@ -21,7 +21,7 @@ def rank() -> int:
 
 
 def free_port() -> int:
-    """A port of this machine at which processes can meet."""
+    """A free port of this machine, for processes to connect."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -48,7 +48,7 @@ def gather(local: Tensor) -> Tensor:
     """Concatenate the rows of all processes in order of rank, with the exact gradient.
 
     If the loss averages over the local rows and gradients are averaged over processes, the gradient equals the gradient
-    of one process that holds the whole batch.
+    of a single process that holds the whole batch.
 
     Args:
         local: ``(B, ...)``, the same shape on every process.
@@ -141,7 +141,7 @@ def gather_objects(local: list[Any]) -> list[Any]:
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of each sharded tensor, in the same memory; others as they are.
+    """This process's part of each sharded tensor, sharing its memory; other tensors as they are.
 
     Args:
         tensors: Parameters, gradients or states of an optimizer.
@@ -151,10 +151,10 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, of sharded tensors over all shards; all in a handful of calls.
+    """Euclidean norm of each tensor, over all shards of a sharded tensor; all in a handful of calls.
 
     Args:
-        tensors: All sharded alike, or none.
+        tensors: All sharded in the same way, or all whole.
     """
     local = torch.stack(torch._foreach_norm(shards(tensors)))
     if not isinstance(tensors[0], DTensor):

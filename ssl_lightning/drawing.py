@@ -1,4 +1,4 @@
-"""Pictures of tensors, and the places that show them."""
+"""Pictures of tensors, and where to show them."""
 
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 def teacher_of(student: Part) -> Part:
-    """A copy that gets no gradient and drops nothing; it stays in train mode, where BatchNorm sees the batch.
+    """A copy without gradient, dropout or drop path; it stays in train mode, so its BatchNorm uses the batch.
 
     Args:
         student: Backbone or head to copy.
@@ -59,7 +59,7 @@ def follow_mean(center: Tensor, means: Sequence[Tensor], momentum: float) -> Non
 
     Args:
         center: ``(K,)``; moved in place.
-        means: ``(K,)`` of each batch of this process; none leaves the center where it is.
+        means: ``(K,)`` for each batch of this process; an empty sequence leaves the center unchanged.
         momentum: Share of the center that stays.
     """
     if means:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class FeatureRecorder:
-    """Keeps the detached features that a backbone gives within a step, so that probes need no forward of their own."""
+    """Keeps the detached features that a backbone computes within a step, so that probes need no extra forward pass."""
 
     def __init__(self) -> None:
         self._features: list[Tensor] = []
@@ -32,7 +32,7 @@ class FeatureRecorder:
             self._features, self._images = [], 0
 
     def record(self, features: Tensor) -> None:
-        """Keep features, unless all images have theirs.
+        """Keep features, unless all images already have some.
 
         Args:
             features: ``(B, embed_dim)``.

@@ -1,4 +1,4 @@
-"""Batches larger than memory: the backbone takes them in chunks, the loss spans them all (GradCache)."""
+"""Batches larger than memory: the backbone takes them in chunks, the loss spans the whole batch (GradCache)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,35 +11,35 @@ from ssl_lightning.errors import UserError
 
 
 def checked_chunk_size(chunk_size: int | None) -> int | None:
-    """The chunk size, if there can be one.
+    """The chunk size, if it is valid.
 
     Args:
-        chunk_size: Images per backbone pass; None is the whole batch.
+        chunk_size: Most images per backbone pass; None is the whole batch.
 
     Raises:
         UserError: It is less than 2.
     """
     if chunk_size is not None and chunk_size < 2:
         raise UserError(
-            f"chunks of {chunk_size} images have no BatchNorm; set model.chunk_size to 2 or more, or to null for the "
-            "whole batch in one pass."
+            f"BatchNorm needs chunks of at least 2 images, not {chunk_size}; set --model.chunk_size to 2 or "
+            "more, or to null for the whole batch in one pass."
         )
     return chunk_size
 
 
 def encode_in_chunks(backbone: nn.Module, views: Sequence[Tensor], chunk_size: int | None) -> Tensor:
-    """Features ``(V * B, embed_dim)`` of views, view by view, in memory for the activations of one chunk.
+    """Features ``(V * B, embed_dim)`` of views, view by view, holding the activations of only one chunk in memory.
 
-    Each chunk is computed twice: for its features, and again when their gradient is known. The gradient is exact:
+    Each chunk is computed twice: once for its features, and again when their gradient is known. The gradient is exact:
     random numbers and autocast are the same both times, BatchNorm moves its running statistics once, and a
-    parameter gets one gradient, as DDP expects. With live BatchNorm the statistics are per chunk. Source: Gao
+    parameter gets one gradient, as DDP expects. BatchNorm in train mode takes its statistics per chunk. Source: Gao
     et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, section 3, by torch's
     checkpoints.
 
     Args:
         backbone: Maps images to features.
         views: ``(B, 3, S, S)`` each, all of one size.
-        chunk_size: Most images per pass, all of one view; None takes all views together in one pass.
+        chunk_size: Most images per pass; a pass takes images of only one view. None takes all views in one pass.
     """
     if chunk_size is None:
         return backbone(views[0] if len(views) == 1 else torch.cat(list(views)))
@@ -49,7 +49,7 @@ def encode_in_chunks(backbone: nn.Module, views: Sequence[Tensor], chunk_size: i
 
     features = []
     for view in views:
-        chunks = view.tensor_split(-(-len(view) // chunk_size))  # of equal size, or one image fewer
+        chunks = view.tensor_split(-(-len(view) // chunk_size))  # sizes differ by at most one image
         features += [checkpoint(backbone, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks]
     return torch.cat(features)
 

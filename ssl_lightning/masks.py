@@ -20,7 +20,7 @@ def checked_ratio(mask_ratio: float) -> float:
         UserError: It does not lie between 0 and 1.
     """
     if not 0 < mask_ratio < 1:
-        raise UserError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1.")
+        raise UserError(f"--model.mask_ratio={mask_ratio} must lie between 0 and 1.")
     return mask_ratio
 
 

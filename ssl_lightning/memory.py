@@ -1,4 +1,4 @@
-"""Memory of the embedding of each image, and clusters of it."""
+"""A memory with the newest embedding of each image, and k-means clusters of embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Memory(nn.Module):
         self.register_buffer("rows", torch.zeros(0, *shape))
 
     def resize(self, images: int) -> None:
-        """Forget all, and make room.
+        """Forget all embeddings, and make room for new ones.
 
         Args:
             images: Images of the data set.
@@ -36,18 +36,18 @@ class Memory(nn.Module):
         self.rows = self.rows.new_zeros(images, *self.rows.shape[1:])
 
     def check(self, images: int) -> None:
-        """See whether it is of these images.
+        """Check that the memory has a row for each of these images.
 
         Args:
-            images: Images of the data set, or of a checkpoint.
+            images: Number of images of the data set, or of a checkpoint.
 
         Raises:
-            UserError: Their number is another.
+            UserError: The memory has another number of rows.
         """
         if len(self.rows) != images:
             raise UserError(
-                f"the memory is of {len(self.rows):,} images, not of {images:,}; go on with the images that the run "
-                "began with, or start again with model.init_from."
+                f"the memory is of {len(self.rows):,} images, not of {images:,}; resume with the images that the run "
+                "started with, or start a new run with --model.init_from."
             )
 
     def write(self, indices: Tensor, rows: Tensor) -> None:
@@ -69,14 +69,14 @@ class Memory(nn.Module):
 def spherical_kmeans(rows: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
     """Centroids of unit norm, by cosine similarity.
 
-    They begin as random rows, the same several times if there are too few; one that has no rows stays where it is. The
-    same rows give the same bits, on a GPU too: sums are products of matrices, not scattered.
+    They start as random rows; rows repeat if there are fewer rows than clusters. A centroid without rows stays where it
+    is. The same rows give the same bits, also on a GPU: sums are matrix products, not scatters.
 
     Args:
         rows: ``(M, D)`` of unit norm.
         clusters: Number of centroids K.
-        iterations: Assignments and new centroids.
-        generator: On the CPU, draws the first centroids.
+        iterations: How many times rows are assigned and centroids recomputed.
+        generator: Draws the first centroids; on the CPU.
 
     Returns:
         ``(K, D)``.

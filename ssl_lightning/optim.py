@@ -22,7 +22,7 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as self-supervised methods use it.
 
     Tensors of fewer than two dimensions (biases, norms) get neither weight decay nor rate scaling. Own code because
-    the forms in timm and lightly differ from the papers' and wait on the device for every parameter; here the norms
+    timm's and lightly's versions differ from the papers' and wait on the device for every parameter; here the norms
     stay on the device and all tensors are updated in a handful of calls.
 
     Args:
@@ -33,7 +33,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: The trust ratio is this times norm(p) / norm(gradient + weight_decay * p); 1 where a norm
             is zero.
         lr_in_momentum: Whether the learning rate multiplies the update before it enters the momentum (SimCLR's code)
-            or after (BYOL, MoCo v3, Barlow Twins, VICReg). The same while the learning rate is constant.
+            or after (BYOL, MoCo v3, Barlow Twins, VICReg). Both are the same while the learning rate is constant.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class LARS(torch.optim.Optimizer):
 class LARC(LARS):
     """LARS as SwAV uses it (NVIDIA apex's LARC without clipping): nothing is excluded.
 
-    The trust ratio divides by norm(gradient) + weight_decay * norm(p), the sum of the norms; a tensor one of whose
-    norms is zero gets its plain gradient without decay.
+    The trust ratio divides by norm(gradient) + weight_decay * norm(p), the sum of the norms. If either norm is zero,
+    the tensor gets its plain gradient without decay.
 
     Args:
         params: Parameters or groups of parameters.
@@ -158,7 +158,7 @@ def steps_per_epoch(trainer: L.Trainer) -> float:
     """Optimizer steps of an epoch, once the loader is there; infinite if it has no length.
 
     Args:
-        trainer: Of the training.
+        trainer: The trainer of the training.
     """
     batches = trainer.num_training_batches
     return math.ceil(batches / trainer.accumulate_grad_batches) if batches < float("inf") else float("inf")
@@ -170,25 +170,27 @@ class Optim:
 
     Args:
         name: Optimizer: ``lars``, ``lars_simclr`` (the learning rate enters the momentum, as in SimCLR's code),
-            ``larc`` (SwAV's form), or any name of torch.optim or timm, e.g. ``sgd``, ``adamw``, ``lamb``.
+            ``larc`` (SwAV's variant), or any optimizer of torch.optim or timm, e.g. ``sgd``, ``adamw``, ``lamb``.
         base_lr: Learning rate before scaling.
-        lr_scaling: How the peak learning rate follows from ``base_lr`` and the global batch (processes and
-            accumulation counted): ``linear`` times batch / 256, ``sqrt`` times the root of the batch, ``none``.
-        weight_decay: Weight decay.
+        lr_scaling: How the peak learning rate follows from ``base_lr`` and the global batch size (over processes and
+            accumulated batches): ``linear`` multiplies by batch / 256, ``sqrt`` by the square root of the batch,
+            ``none`` by 1.
+        weight_decay: Weight decay at the start.
         end_weight_decay: Weight decay at the end, reached along a cosine (DINO); None keeps it constant.
         decay_norm_and_bias: Whether tensors of fewer than two dimensions (biases, norms) are decayed too.
-        momentum: Momentum, for optimizers that have one.
-        warmup_epochs: Epochs of linear warm-up, stepped per optimizer step.
-        warmup_start_factor: Learning rate of the first step of warm-up, as a share of the peak.
-        warmup_inclusive: Whether the last step of warm-up has the peak already (SwAV, DINO), not the one after.
-        end_lr_factor: Learning rate at the end, as a share of the peak; in between lies a cosine.
-        milestones: Shares of the training after which the learning rate is ``step_factor`` of what it was, instead of
-            the cosine.
-        step_factor: See ``milestones``.
-        per_epoch: Whether the cosine changes once per epoch (MoCo v2), not per optimizer step.
-        norm_and_bias_lr_scale: Learning-rate multiplier of tensors of fewer than two dimensions: biases and norms
+        momentum: Momentum; ignored by optimizers without it.
+        warmup_epochs: Epochs of linear warm-up; the learning rate rises at every optimizer step.
+        warmup_start_factor: Learning rate of the first warm-up step, as a share of the peak.
+        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO). If false, the
+            step after it is the first.
+        end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
+        milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
+            they replace the cosine.
+        step_factor: Multiplies the learning rate at each milestone.
+        per_epoch: Whether the cosine advances once per epoch (MoCo v2) instead of at every optimizer step.
+        norm_and_bias_lr_scale: Learning-rate multiplier for tensors of fewer than two dimensions: biases and norms
             (Barlow Twins).
-        constant_lr: Parts of the method whose learning rate stays at the peak, without warm-up and schedule, e.g.
+        constant_lr: Parts of the method whose learning rate stays at the peak, without warm-up or schedule, e.g.
             ``[predictor]`` (SimSiam).
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
     """
@@ -265,21 +267,21 @@ class Optim:
         """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
-            module: The method; decay spares those that its ``undecayed`` names.
+            module: The method; parameters named in its ``undecayed`` get no weight decay.
             global_batch: Images per optimizer step over all processes and accumulated batches.
             lr_scale: Learning-rate multiplier for a parameter, given its name. None means 1 for every parameter.
 
         Raises:
-            UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names no part.
+            UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names an unknown part.
         """
         parts = [name for name, _ in module.named_children()]
         if unknown := set(self.constant_lr) - set(parts):
-            raise UserError(f"optim.constant_lr: no part {', '.join(unknown)}; there are {', '.join(parts)}.")
-        spared: tuple[str, ...] = getattr(module, "undecayed", ())
+            raise UserError(f"--model.optim.constant_lr: no part {', '.join(unknown)}; choose from {', '.join(parts)}.")
+        undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
         groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
-                decayed = (p.ndim > 1 and name.rpartition(".")[2] not in spared) or self.decay_norm_and_bias
+                decayed = (p.ndim > 1 and name.rpartition(".")[2] not in undecayed) or self.decay_norm_and_bias
                 scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
                 groups.setdefault((decayed, scale, scheduled), []).append(p)
@@ -301,8 +303,8 @@ class Optim:
         """Build the optimizer over groups of parameters.
 
         Args:
-            groups: ``params`` and ``weight_decay`` of each, ``lr_scale`` where it has a share of the learning rate, and
-                ``scheduled``, which is False where the learning rate is constant.
+            groups: Each has ``params`` and ``weight_decay``; optionally ``lr_scale``, a learning-rate multiplier, and
+                ``scheduled``, False for a constant learning rate.
             global_batch: As for ``create``.
 
         Raises:
@@ -314,15 +316,15 @@ class Optim:
         groups = [{**group, "lr": peak * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
         if "momentum" in inspect.signature(build).parameters:
             arguments.setdefault("momentum", self.momentum)
-        if not arguments.keys() & {"foreach", "fused"}:  # all parameters in a handful of calls, none of which waits
+        if not arguments.keys() & {"foreach", "fused"}:  # all parameters in a handful of calls that do not wait
             if build in (torch.optim.Adam, torch.optim.AdamW):
                 arguments["fused"] = True
-            elif build is torch.optim.SGD:  # whose fused form fails where a parameter was frozen at first
+            elif build is torch.optim.SGD:  # its fused version fails if a parameter was frozen at first
                 arguments["foreach"] = True
         try:
             optimizer = build(groups, **arguments)
         except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see optim.extra") from error
+            raise UserError(f"optimizer {self.name!r} refuses {arguments}: {error}; see --model.optim.extra") from error
         optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping
         return optimizer
 
@@ -330,34 +332,34 @@ class Optim:
         """Optimizer and schedule of a training, for the global batch over processes and accumulated batches.
 
         Args:
-            module: What its trainer trains.
-            create: Builds the optimizer for a global batch; None is ``create``.
+            module: The module that its trainer trains.
+            create: Builds the optimizer for a global batch size; None uses this recipe's ``create``.
 
         Returns:
             What ``configure_optimizers`` returns.
 
         Raises:
-            UserError: The loader has no length, and the schedule needs it.
+            UserError: The schedule needs the loader's length, and the loader has none.
         """
         trainer: Any = module.trainer
-        trainer.fit_loop.setup_data()  # which Lightning does not need yet to know max_steps
+        trainer.fit_loop.setup_data()  # Lightning itself would do so later
         total_steps = trainer.estimated_stepping_batches
         source = trainer.datamodule or trainer.train_dataloader
         batch_size = getattr(source, "batch_size", None)
         if batch_size is None and self.lr_scaling != "none":
-            rank_zero_warn("the loader has no batch_size to scale the learning rate by; assuming 256.")
+            rank_zero_warn("the loader has no batch_size to scale the learning rate with; assuming 256 images.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
         optimizer = self.create(module, global_batch) if create is None else create(global_batch)
         if total_steps < 0:
-            raise UserError("the loader has no length to plan the schedules by; set trainer.max_steps.")
+            raise UserError("the loader has no length to plan the schedules by; set --trainer.max_steps.")
         if total_steps == float("inf"):  # an endless run has no end to anneal to
             return {"optimizer": optimizer}
         steps = steps_per_epoch(trainer)
         if steps == float("inf"):
             if self.warmup_epochs > 0 or self.per_epoch:
                 raise UserError(
-                    "the loader has no length to count epochs by; set model.optim.warmup_epochs "
-                    "to 0 and model.optim.per_epoch to false."
+                    "the loader has no length to count epochs by; set --model.optim.warmup_epochs "
+                    "to 0 and --model.optim.per_epoch to false."
                 )
             steps = total_steps
 
@@ -383,15 +385,15 @@ def _optimizer_class(name: str) -> Any:
         return ours[name.lower()]
     from timm.optim import get_optimizer_class, list_optimizers
 
-    of_torch = {
+    torch_optimizers = {
         key.lower(): value
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    if name.lower() in of_torch:
-        return of_torch[name.lower()]
+    if name.lower() in torch_optimizers:
+        return torch_optimizers[name.lower()]
     if name.lower() in list_optimizers():
         return get_optimizer_class(name.lower(), bind_defaults=True)
-    near = difflib.get_close_matches(name.lower(), {*ours, *of_torch, *map(str, list_optimizers())}, n=5)
+    near = difflib.get_close_matches(name.lower(), {*ours, *torch_optimizers, *map(str, list_optimizers())}, n=5)
     hint = f"did you mean {', '.join(near)}?" if near else "see torch.optim and timm.optim.list_optimizers()."
     raise UserError(f"unknown optimizer {name!r}; {hint}")

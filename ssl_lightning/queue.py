@@ -12,7 +12,7 @@ class Queue(nn.Module):
     A ring of rows. Own code because lightly's memory bank is left out of checkpoints and drops rows where it wraps.
 
     Args:
-        rows: ``(K, ...)`` first content.
+        rows: ``(K, ...)``, the initial content.
 
     Attributes:
         rows: ``(K, ...)``.
@@ -27,20 +27,20 @@ class Queue(nn.Module):
         self.written = 0
 
     def check(self, global_batch: int) -> None:
-        """See whether the queue holds a whole number of global batches.
+        """Check that the queue holds a whole number of global batches.
 
         Args:
             global_batch: Images per step over all processes.
 
         Raises:
-            UserError: It does not.
+            UserError: It does not; the message gives a length that does.
         """
         length = len(self.rows)
         if length < global_batch or length % global_batch:
             near = max(global_batch, length // global_batch * global_batch)
             raise UserError(
-                f"model.queue_length={length} is not a multiple of the global batch of {global_batch} images; set it "
-                f"to {near}, or change data.batch_size."
+                f"--model.queue_length={length} is not a multiple of the global batch of {global_batch} images; set it "
+                f"to {near}, or change --data.batch_size."
             )
 
     def push(self, rows: Tensor) -> None:
@@ -56,7 +56,7 @@ class Queue(nn.Module):
         self.written += len(rows)
 
     def get_extra_state(self) -> Tensor:
-        """Rows written so far: on the host, as looking at a counter on the device would wait for it."""
+        """Rows written so far; counted on the host, as reading a counter on the device would wait for it."""
         return torch.tensor(self.written)
 
     def set_extra_state(self, state: Tensor) -> None:

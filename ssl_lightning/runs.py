@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.errors import UserError
 
-CONFIG_FILE = "config.yaml"  # Lightning's name, like the next one
+CONFIG_FILE = "config.yaml"  # Lightning's name, as is the next
 METRICS_FILE = "metrics.csv"
 ENVIRONMENT_FILE = "environment.json"
 WARNINGS_FILE = "warnings.txt"
@@ -56,7 +56,7 @@ def picture_file(name: str, epoch: int) -> str:
 
 
 def unreadable_file(process: int) -> str:
-    """Name of the file that lists the images one process could not read.
+    """Name of the file that lists the images a process could not read.
 
     Args:
         process: Rank of the process.
@@ -102,7 +102,7 @@ def new_evaluation(checkpoint: str, protocol: str, output: str | None = None) ->
     Args:
         checkpoint: A checkpoint file, or the name of a backbone.
         protocol: Name of the evaluation.
-        output: Folder above; None is ``evaluations`` in the run of the checkpoint, or next to a checkpoint of no run.
+        output: Parent folder; None is ``evaluations`` in the checkpoint's run, or next to a checkpoint outside any run.
     """
     path = Path(checkpoint)
     if output is not None:
@@ -119,7 +119,7 @@ def new_evaluation(checkpoint: str, protocol: str, output: str | None = None) ->
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
-    """The run folder of a trainer: that of its first logger with a folder; None without such a logger.
+    """The run folder of a trainer: the folder of its first logger that has one; None if no logger has a folder.
 
     Args:
         trainer: The trainer.
@@ -201,7 +201,7 @@ def runs_below(path: str) -> list[Path]:
     evaluations = sorted(file.parent for file in root.rglob(RESULTS_FILE))
     separate = [folder for folder in evaluations if not any(run in folder.parents for run in runs)]
     if not runs and not separate:
-        raise UserError(f"{root} holds neither {METRICS_FILE} of fit nor {RESULTS_FILE} of evaluate.")
+        raise UserError(f"{root} holds neither a {METRICS_FILE} of fit nor a {RESULTS_FILE} of evaluate.")
     return [*runs, *separate]
 
 
@@ -251,7 +251,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def unreadable_lists(folder: Path) -> list[Path]:
-    """The lists of unreadable images, one for each process that met any.
+    """The lists of unreadable images, one file for each process that met any.
 
     Args:
         folder: The run folder.

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where the training is, not on what was drawn before."""
+"""Random numbers that depend only on the seed and the step, not on what was drawn before."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ class StepRandomness:
     Attributes:
         seed: Seed of the training; None before its start.
         drop_paths: Layers of stochastic depth that must know how many images a batch has.
-        generator: What masks are drawn from, on the CPU; None outside a step.
+        generator: Generator on the CPU from which masks are drawn; None outside a step.
     """
 
     def __init__(self) -> None:

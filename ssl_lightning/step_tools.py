@@ -1,4 +1,4 @@
-"""What a method finds within a step."""
+"""Tools that a method uses within a training step."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class StepTools(L.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Optimizer steps done, as a share of those planned, in [0, 1]; 0 outside a training."""
+        """Share of the planned optimizer steps that are done, in [0, 1]; 0 outside a training."""
         return self.progress_of(self.global_step)
 
     def progress_of(self, step: int) -> float:
@@ -53,11 +53,11 @@ class StepTools(L.LightningModule):
         return getattr(getattr(self.trainer, "datamodule", None), "train_images", None)
 
     def uniform(self, images: int, numbers: int) -> Tensor:
-        """Random numbers in [0, 1) for each image, on the CPU: the same for it on any number of processes.
+        """Random numbers in [0, 1) for each image, on the CPU; they do not depend on the number of processes.
 
         Args:
             images: Images of this process.
-            numbers: Numbers for each.
+            numbers: Numbers per image.
 
         Returns:
             ``(images, numbers)``.
@@ -84,7 +84,7 @@ class StepTools(L.LightningModule):
         """Hand features of the training images to the probes: for methods that call parts of the evaluated backbone.
 
         Args:
-            features: ``(B, embed_dim)``; more than the images of the batch, as of further views, are left out.
+            features: ``(B, embed_dim)``; rows beyond the images of the batch, e.g. of further views, are ignored.
         """
         self.recorder.record(features)
 
@@ -100,7 +100,7 @@ class StepTools(L.LightningModule):
             self._deferred.setdefault(name, []).append(value)
 
     def deferred(self, name: str) -> list[Tensor]:
-        """Take the values that the batches of this step deferred, in their order.
+        """Take the values that the batches of this step deferred, in order.
 
         Args:
             name: As given to ``defer``.

@@ -17,14 +17,15 @@ from ssl_lightning.errors import UserError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Torch's fully sharded data parallelism: a process holds its part of parameters, gradients and optimizer state.
+    """Torch's fully sharded data parallelism: each process holds a part of parameters, gradients and optimizer state.
 
     ``trainer.strategy: fsdp2``. The blocks of a ViT are gathered one by one as they compute, everything else for the
-    step. A checkpoint is one file, as with other strategies: each resumes what another began.
+    step. A checkpoint is a single file, as with other strategies, so any strategy can resume
+    the run of another.
 
     Own class because Lightning's ``ModelParallelStrategy`` shards nothing by itself, leaves ``sync_batchnorm`` and
     the extra state of modules out, and numbers the optimizer's state as no other strategy does; its ``FSDPStrategy``
-    needs GPUs and flattens parameters, which weight decay, LARS and DINO's clipping have to tell apart.
+    needs GPUs and flattens parameters, but weight decay, LARS and DINO's clipping need them separately.
     """
 
     def __init__(self) -> None:
@@ -45,10 +46,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert module is not None
         if not getattr(module, "shardable", True):
             raise UserError(
-                f"{type(module).__name__} sets or uses weights outside its step; set trainer.strategy to ddp."
+                f"{type(module).__name__} sets or uses weights outside its step; set --trainer.strategy to ddp."
             )
         if self.precision_plugin.precision not in ("32-true", "bf16-mixed"):
-            raise UserError("fsdp2 trains in 32-true and bf16-mixed; set trainer.precision to one of them.")
+            raise UserError("fsdp2 trains in 32-true and bf16-mixed only; set --trainer.precision to either.")
         loops = trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop
         for loop in loops:
             loop.inference_mode = False  # what is gathered in inference mode cannot be trained
@@ -63,16 +64,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             register_fsdp_forward_method(module, "training_step")
         super().setup(trainer)
 
-    # Evaluation: processes may have different numbers of batches, so none may wait for another within one
+    # Evaluation: processes may have different numbers of batches, so no batch may wait for another process
 
     def on_validation_start(self) -> None:
-        """Gather what evaluation computes with."""
+        """Gather the parts that evaluation uses."""
         for part in self._evaluated:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
 
     def on_validation_end(self) -> None:
-        """Shard it again."""
+        """Shard them again."""
         for part in self._evaluated:
             part.set_reshard_after_forward(part is not self.lightning_module, recurse=False)
             part.reshard()
@@ -160,7 +161,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _like(shard: Any, whole: Any) -> Any:
-    """A tensor sharded as another, if that has its shape."""
+    """A tensor, sharded like another if that has the same shape."""
     if not isinstance(shard, DTensor) or not isinstance(whole, Tensor) or whole.shape != shard.shape:
         return whole
     return distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements)

@@ -1,7 +1,7 @@
-"""What surrounds the steps of every method: callbacks that ``SSLModule`` brings along to any Trainer.
+"""Callbacks around the steps of every method; ``SSLModule`` adds them to any Trainer.
 
-They hold what must not depend on hooks of the method: a subclass may override any hook of Lightning without ``super()``
-and trains to the same weights. They keep nothing of a method between two trainings.
+They do what must not depend on hooks of the method: a subclass may override any hook of Lightning without ``super()``
+and still trains to the same weights. They keep no state of a method between two trainings.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from ssl_lightning.errors import UserError
 class Steps(L.Callback):
     """Seeds the steps, and calls ``edit_gradients`` before and ``update_teacher`` after each optimizer step.
 
-    It does so in hooks of the optimizer: they run once per real step, also with accumulated batches, and not for a step
-    that 16-mixed skips because its gradients overflowed.
+    It uses hooks of the optimizer: they run once per real step, also with accumulated batches. They do not run for a
+    step that 16-mixed skips because its gradients overflowed.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Steps(L.Callback):
             return args, {**kwargs, "closure": then_edit}
 
         def after(optimizer: Any, *_: Any) -> None:
-            if not getattr(optimizer, "found_inf", None):  # set by 16-mixed for optimizers that skip steps themselves
+            if not getattr(optimizer, "found_inf", None):  # set by 16-mixed for optimizers that skip steps on their own
                 pl_module.update_teacher()
 
         for optimizer in trainer.optimizers:
@@ -78,7 +78,7 @@ class Steps(L.Callback):
 
 
 class InitFrom(L.Callback):
-    """Lets a method begin with the weights of ``init_from``, unless a checkpoint has brought others."""
+    """Gives a method the weights of ``init_from``, unless a checkpoint was loaded."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Read the weights, and let the method prepare its first step."""
@@ -92,7 +92,7 @@ class InitFrom(L.Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def _begin(self, pl_module: Any) -> None:
-        source, pl_module.init_from = pl_module.init_from, None  # once: a second training goes on with what it has
+        source, pl_module.init_from = pl_module.init_from, None  # only once: a second training keeps its weights
         if source is not None:
             pl_module.begin_with(source)
 
@@ -107,10 +107,12 @@ class Checks(L.Callback):
         """Check what is known before the first batch.
 
         Raises:
-            UserError: The method cannot train like this; says what to change.
+            UserError: The method cannot train with these settings; the message says what to change.
         """
         if hasattr(pl_module, "teacher_backbone") and pl_module.dtype in (torch.float16, torch.bfloat16):
-            raise UserError("a teacher in half precision never moves; set trainer.precision to bf16-mixed or 32-true.")
+            raise UserError(
+                "a teacher in half precision never moves; set --trainer.precision to bf16-mixed or 32-true."
+            )
         check_batch_norm(pl_module, trainer.world_size)
         data: Any = getattr(trainer, "datamodule", None)
         specs = getattr(data, "view_specs", None)
@@ -127,7 +129,7 @@ class Checks(L.Callback):
 
 
 class FiniteLoss(L.Callback):
-    """Stops at a loss that is not finite on any process, before it reaches the weights of all."""
+    """Stops if the loss of any process is not finite, before it reaches the weights."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Forget the losses of a step that was interrupted."""
@@ -144,13 +146,13 @@ class FiniteLoss(L.Callback):
             if not abs(loss) < float("inf"):
                 raise UserError(
                     f"the loss is {loss} at step {trainer.global_step} (epoch {trainer.current_epoch}); the weights "
-                    "are as before that step. Lower model.optim.base_lr or lengthen the warm-up, and under 16-mixed "
-                    "try trainer.precision bf16-mixed or 32."
+                    "have not changed in that step. Lower --model.optim.base_lr or raise "
+                    "--model.optim.warmup_epochs, and under 16-mixed try --trainer.precision bf16-mixed or 32."
                 )
 
 
 class HostLosses:
-    """Losses on their way from the device to the host; the device does not wait."""
+    """Copies losses from the device to the host without making the device wait."""
 
     def __init__(self) -> None:
         self._copies: list[tuple[Tensor, torch.Event | None]] = []
@@ -187,31 +189,31 @@ def check_batch_norm(method: Any, processes: int) -> None:
     """Check whose images BatchNorm sees.
 
     Args:
-        method: Its ``batch_norm`` says what the paper does.
+        method: Its ``batch_norm`` says whose images the paper's BatchNorm sees.
         processes: Number of processes that train together.
 
     Raises:
-        UserError: BatchNorm is synchronized where the paper's is per process.
+        UserError: BatchNorm is synchronized, but the paper's is per process.
     """
     name = type(method).__name__
     layers = [module for module in method.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     synced = [layer for layer in layers if isinstance(layer, nn.SyncBatchNorm | SyncBatchNorm)]
     if method.batch_norm == "per_process" and synced:
-        raise UserError(f"{name}'s BatchNorm is per process; set trainer.sync_batchnorm to false.")
+        raise UserError(f"{name}'s BatchNorm is per process; set --trainer.sync_batchnorm to false.")
     if method.batch_norm == "global" and len(synced) < len(layers) and processes > 1:
-        rank_zero_warn(f"{name}'s BatchNorm is global; set trainer.sync_batchnorm to true.")
+        rank_zero_warn(f"{name}'s BatchNorm is global; set --trainer.sync_batchnorm to true.")
 
 
 def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
-    """Check whether a method can train on such views.
+    """Check whether a method can train on views of these sizes.
 
     Args:
-        method: Says how many views it takes; its backbone, which sizes.
+        method: It says how many views it takes, and its backbone which sizes.
         sizes: Side of each view in pixels.
         global_batch: Images per batch over all processes.
 
     Raises:
-        UserError: It cannot; says which argument to change.
+        UserError: It cannot; the message says which option to change.
     """
     count = method.global_views
     if count is not None and (
@@ -219,41 +221,41 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
     ):
         others = "smaller ones may follow" if method.local_views else "and no others"
         raise UserError(
-            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; data.views gives "
+            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; --data.views gives "
             f"{', '.join(f'{size} px' for size in sizes)}."
         )
     if global_batch < 2:
-        raise UserError("a batch of 1 image has no BatchNorm and no negatives; set data.batch_size to 2 or more.")
+        raise UserError("a batch of 1 image has no BatchNorm and no negatives; set --data.batch_size to 2 or more.")
     patch = getattr(method.backbone, "patch_side", 1)
     for size in sizes:
         if size % patch:
             raise UserError(
-                f"the backbone's patches of {patch} px do not divide views of {size} px; set data.image_size, "
-                "the sizes in data.views, or model.backbone_kwargs.patch_size."
+                f"the backbone's patches of {patch} px do not divide views of {size} px; set --data.image_size, "
+                "the sizes in --data.views, or --model.backbone_kwargs.patch_size."
             )
         if (only := only_size(method.backbone)) not in (None, size):
             raise UserError(
                 f"the backbone takes images of {only} px only, not views of {size} px; set "
-                "model.backbone_kwargs.img_size, data.image_size or the sizes in data.views."
+                "--model.backbone_kwargs.img_size, --data.image_size or the sizes in --data.views."
             )
 
 
 def begin_with(method: Any, source: str) -> None:
-    """Give the backbone of a method and its teacher the weights of a source.
+    """Load the weights of a source into the backbone of a method and its teacher.
 
     Args:
         method: Has a ``backbone``, and perhaps a ``teacher_backbone``.
-        source: As ``init_from``.
+        source: See ``init_from`` of SSLModule.
 
     Raises:
-        UserError: They do not fit the backbone; says what differs.
+        UserError: The weights do not fit the backbone; the message says what differs.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     try:
         weights: Any = weights_for(source, method.hparams["backbone"], method.hparams["backbone_kwargs"])
     except UserError as error:
-        raise UserError(f"model.init_from {source} does not fit the model: {error}") from error
+        raise UserError(f"--model.init_from {source} does not fit the model: {error}") from error
     for part in (method.backbone, getattr(method, "teacher_backbone", None)):
         if part is not None:
             set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
@@ -261,17 +263,17 @@ def begin_with(method: Any, source: str) -> None:
 
 
 def prepare(method: Any, compile: bool) -> None:  # noqa: A002 # the word that people look for
-    """Check the strategy of the trainer, and compile in place, which changes no name in the state.
+    """Check the strategy of the trainer, and compile in place: names in the state stay the same.
 
     Args:
         method: Its ``compiled_parts`` are compiled.
-        compile: Whether they are.
+        compile: Whether to compile.
 
     Raises:
-        UserError: The strategy shards by itself.
+        UserError: The strategy is one of Lightning's that shard.
     """
     if type(method.trainer.strategy) in (FSDPStrategy, ModelParallelStrategy):
-        raise UserError("methods are sharded by this package's strategy; set trainer.strategy to fsdp2.")
+        raise UserError("only this package's strategy can shard a method; set --trainer.strategy to fsdp2.")
     for part in method.compiled_parts if compile else ():
         if part._compiled_call_impl is None:
             part.compile()

@@ -30,7 +30,7 @@ DATA = ["--data", "FakeData", "--batch_size", "8", "--steps", "2", "--data.image
     ("words", "message"),
     [
         (["--trainer.sync_batchnorm", "true"], "parameters of projector"),
-        ([], "Set trainer.sync_batchnorm to true"),
+        ([], "Set --trainer.sync_batchnorm true"),
     ],
 )
 def test_check_says_whether_processes_train_as_one(

@@ -445,7 +445,7 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
         (["--model", "SimCLR", "--data", "DigitsData", "--without", "[probes]"], "choose from run_record"),
         (["--model", "SimCLR", "--data", "DigitsData", "--model.optim.name", "adan2"], "unknown optimizer"),
         (["--config", "configs/none.yaml"], "configs/none.yaml"),
-        (["--model", "MAE", "--model.backbone", "resnet18", "--data", "DigitsData"], "set model.backbone to a ViT"),
+        (["--model", "MAE", "--model.backbone", "resnet18", "--data", "DigitsData"], "set --model.backbone to a ViT"),
         (["--config", "configs/moco_v2/quickstart.yaml", "--model.queue_length", "100"], "queue_length=100"),
         (["--config", "configs/dino/quickstart.yaml", "--data.views", "mae"], "DINO needs 2 views"),
         (

@@ -300,7 +300,11 @@ def test_two_processes_train_as_one(method: type[SSLModule], net: dict[str, Any]
             if method.global_views == 1
         ),
         (MoCoV2, [ViewSpec(size=32, count=2), ViewSpec(size=16)], "needs 2 views of full size, and no others"),
-        (SwAV, [ViewSpec(size=16), ViewSpec(size=32, count=2)], "smaller ones may follow; data.views gives 16 px, 32"),
+        (
+            SwAV,
+            [ViewSpec(size=16), ViewSpec(size=32, count=2)],
+            "smaller ones may follow; --data.views gives 16 px, 32",
+        ),
     ],
 )
 def test_views_that_do_not_fit_are_refused(method: Any, views: list[ViewSpec], message: str, tmp_path: Path) -> None:
@@ -311,7 +315,7 @@ def test_views_that_do_not_fit_are_refused(method: Any, views: list[ViewSpec], m
 @every_method
 def test_patches_that_do_not_divide_the_crops_are_refused(method: type[SSLModule], tmp_path: Path) -> None:
     views = [ViewSpec(size=20, count=method.global_views or 1)]
-    with pytest.raises(UserError, match=r"patches of 8 px do not divide views of 20 px; set data.image_size"):
+    with pytest.raises(UserError, match=r"patches of 8 px do not divide views of 20 px; set --data.image_size"):
         trainer(tmp_path).fit(small(method, VIT), FakeData(batch_size=8, views=views))
 
 

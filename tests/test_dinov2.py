@@ -169,7 +169,7 @@ def test_registers_and_patches_of_14_pixels_train() -> None:
 
 
 def test_backbones_without_patch_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match=r"DINOv2 reads the patch tokens of a ViT .* set model.backbone"):
+    with pytest.raises(UserError, match=r"DINOv2 reads the patch tokens of a ViT .* set --model.backbone"):
         DINOv2(backbone="resnet18")
 
 

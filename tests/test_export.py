@@ -182,7 +182,7 @@ def test_timm_and_torchvision_load_what_the_other_trained(
 def test_a_network_that_only_looks_the_same_is_refused(tmp_path: Path) -> None:
     kwargs = {"output_stride": 8}  # in no weight
     weights = random_weights(timm.create_model("resnet18", num_classes=0, **kwargs), tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"the weights fit, but the features are .* apart"):
+    with pytest.raises(UserError, match=r"the weights fit, but the features differ by"):
         export(weights, "torchvision", tmp_path / "b.pth", "resnet18", kwargs)
 
 
@@ -222,7 +222,7 @@ def test_the_command_line_exports(
         ("safetensors", "x.pth", "a file of the format safetensors ends in .safetensors"),
         ("onnx", "x.pth", "a file of the format onnx ends in .onnx"),
         ("timm", "x.md", "weights for timm end in .pth or .safetensors"),
-        ("timm", "a file/x.pth", "cannot write .*a file/x.pth .*; choose another output"),
+        ("timm", "a file/x.pth", "cannot write .*a file/x.pth .*; choose another --output"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_words(
@@ -255,6 +255,6 @@ def test_a_full_disk_leaves_the_earlier_file(checkpoints: dict[str, Path], tmp_p
     before = output.read_bytes()
     with FORKSERVER.Pool(1) as pool:
         for message in pool.apply_async(_fill_the_disk, (checkpoints["ViT"], tmp_path)).get(timeout=60):
-            assert re.match(r"cannot write .* \(\[Errno 27\] File too large\); choose another output", message)
+            assert re.match(r"cannot write .* \(\[Errno 27\] File too large\); choose another --output", message)
     assert output.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "x.md"}

@@ -239,5 +239,5 @@ def test_a_training_in_chunks_is_that_of_the_whole_batch(
 @every_method
 @pytest.mark.parametrize("chunk_size", [1, 0, -8])
 def test_chunks_of_fewer_than_two_images_are_refused(method: Any, chunk_size: int) -> None:
-    with pytest.raises(UserError, match=r"set model\.chunk_size to 2 or more, or to null"):
+    with pytest.raises(UserError, match=r"set --model\.chunk_size to 2 or more, or to null"):
         small(method, chunk_size=chunk_size)

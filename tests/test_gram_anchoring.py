@@ -118,5 +118,5 @@ def test_as_a_stage_it_goes_on_with_the_teacher_of_dinov2(separate: bool, tmp_pa
         assert torch.equal(value, left.get(teachers, left.get(name))), name
 
     other = small(GramAnchoring, **heads, num_prototypes=7, init_from=str(tmp_path / "first.ckpt"))
-    with pytest.raises(UserError, match=r"heads of .*first.ckpt differ in .*set model.num_prototypes"):
+    with pytest.raises(UserError, match=r"heads of .*first.ckpt differ in .*set --model.num_prototypes"):
         trainer(tmp_path).fit(other, FakeData(batch_size=8, views=CROPS))

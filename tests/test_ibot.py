@@ -154,7 +154,7 @@ def test_both_teacher_temperatures_rise_by_epoch() -> None:
     ],
 )
 def test_backbones_without_a_class_token_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"IBOT reads the patch tokens of a ViT .* set model.backbone"):
+    with pytest.raises(UserError, match=r"IBOT reads the patch tokens of a ViT .* set --model.backbone"):
         IBOT(**arguments)
 
 

@@ -186,9 +186,9 @@ def test_learnt_positions_take_the_place_of_fixed_ones_at_all_sizes_and_after_a_
         (
             {},
             {"backbone": "resnet18", "backbone_kwargs": {}},
-            r"a resnet10_cifar .* wanted is a resnet18 .*: .* missing",
+            r"a resnet10_cifar .* but a resnet18 .* is needed: .* missing",
         ),
-        ({}, VIT, "a resnet10_cifar .* wanted is a vit_tiny_patch16_224 .* left over"),
+        ({}, VIT, "a resnet10_cifar .* but a vit_tiny_patch16_224 .* is needed: .* left over"),
         (
             {},
             {"backbone_kwargs": {**BACKBONE["backbone_kwargs"], "stem_stride": 1}},

@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     with FORKSERVER.Pool(1) as pool:
         message = pool.apply_async(_fill_the_disk, (tmp_path,)).get(timeout=60)
     assert "cannot write the checkpoint" in message
-    assert "the earlier one is kept. Free space" in message
+    assert "the earlier file is kept. Free space" in message
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["weights"].sum() == 10
 

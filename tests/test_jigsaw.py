@@ -115,7 +115,7 @@ def test_probes_have_features_of_whole_views_every_few_steps(tmp_path: Any) -> N
     ("arguments", "message"),
     [
         ({"patch_size": 11}, "patch_size=11 is larger than the cells of 10 px, a third of the view; set it to about 8"),
-        ({**VIT, "patch_size": 10}, "patches of 8 px do not divide model.patch_size=10"),
+        ({**VIT, "patch_size": 10}, "patches of 8 px do not divide --model.patch_size=10"),
     ],
 )
 def test_patches_that_do_not_fit_are_refused(tmp_path: Any, arguments: dict[str, Any], message: str) -> None:

@@ -171,7 +171,7 @@ def vit() -> Weights:
             None,
             "not hold a resnet50. .* no prefix: .* missing",
         ),
-        (lambda: {"state_dict": resnet()}, None, None, "does not say what its backbone is"),
+        (lambda: {"state_dict": resnet()}, None, None, "does not name its backbone"),
         (lambda: {**resnet(), "extra.weight": torch.ones(1)}, "resnet18", None, "1 are left over, e.g. extra.weight"),
         (lambda: {"state_dict": {"other": torch.ones(1)}}, "resnet18", None, "are missing, e.g. conv1.weight"),
         (vit, "vit_small_patch16_224", {**NET, "img_size": 48}, r"pos_embed is \(1, 17, 48\), not \(1, 37, 48\)"),

@@ -103,9 +103,9 @@ def test_probes_learn_from_whole_views_in_eval_mode_every_few_steps(tmp_path: An
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "resnet18"}, "set model.backbone to a ViT"),
-        ({"backbone": "vit_base_patch16_siglip_224"}, "set model.backbone to a ViT"),
-        ({"backbone": "vit_base_patch16_clip_224"}, "set model.backbone to a ViT"),
+        ({"backbone": "resnet18"}, "set --model.backbone to a ViT"),
+        ({"backbone": "vit_base_patch16_siglip_224"}, "set --model.backbone to a ViT"),
+        ({"backbone": "vit_base_patch16_clip_224"}, "set --model.backbone to a ViT"),
         ({"mask_ratio": 1.5}, "mask_ratio"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_compiled_method_trains_as_it_would_without(
 def test_backbones_without_blocks_to_compute_twice_are_refused() -> None:
     with pytest.raises(UserError, match=r"BatchNorm would count every batch twice; .*model.backbone to a ViT"):
         small(SimCLR, checkpoint_blocks=True)
-    with pytest.raises(UserError, match=r"no blocks to compute again; set model.checkpoint_blocks to false"):
+    with pytest.raises(UserError, match=r"no blocks to compute again; set --model.checkpoint_blocks to false"):
         small(
             SimCLR, {"backbone": "torchvision/vit_b_16", "backbone_kwargs": {"image_size": 32}}, checkpoint_blocks=True
         )

@@ -36,8 +36,8 @@ def test_what_looks_wrong_is_told_with_the_argument_to_change(tmp_path: Path) ->
     doubts = "\n".join(found.doubts)
     assert "model.optim.base_lr 3 is 1e+02 times the paper's 0.03" in doubts
     assert "the warm-up of 5 epochs is the whole training" in doubts
-    assert "BatchNorm of 8 images is noise; raise data.batch_size" in doubts
-    assert "the queue of 2,048 holds images twice, there are 1,437" in doubts
+    assert "BatchNorm statistics of 8 images are noisy; raise --data.batch_size" in doubts
+    assert "the queue of 2,048 is longer than the data set of 1,437 images" in doubts
     assert "crops down to 4 px are enlarged to 64 px" in doubts
     assert found.rows["queue"] == "2,048, that is 256 steps"
 

@@ -98,7 +98,7 @@ def test_the_papers_encoders_see_the_token_in_the_place_of_masked_patches() -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "resnet18"}, "set model.backbone to a ViT, BEiT or Swin"),
+        ({"backbone": "resnet18"}, "set --model.backbone to a ViT, BEiT or Swin"),
         ({"mask_ratio": 1.0}, "mask_ratio=1.0 must lie between 0 and 1"),
         ({"mask_unit": 24}, "mask_unit=24 is not a multiple of the backbone's patches of 16 px"),
     ],
@@ -118,7 +118,7 @@ def test_units_that_do_not_divide_the_view_are_refused(tmp_path: Any) -> None:
 def test_views_that_the_backbone_does_not_take_are_refused(tmp_path: Any) -> None:
     from ssl_lightning import FakeData
 
-    with pytest.raises(UserError, match=r"takes images of 32 px only, not views of 64 px; set model.backbone_kwargs"):
+    with pytest.raises(UserError, match=r"takes images of 32 px only, not views of 64 px; set --model.backbone_kwargs"):
         trainer(tmp_path).fit(small(SimMIM, SWIN), FakeData(batch_size=8, image_size=64))
 
 

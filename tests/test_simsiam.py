@@ -105,7 +105,7 @@ def test_the_learning_rate_of_the_predictor_stays(tmp_path: Path) -> None:
 
 
 def test_a_constant_rate_of_no_part_is_refused() -> None:
-    with pytest.raises(UserError, match=r"constant_lr: no part predictr; there are backbone, projector, predictor"):
+    with pytest.raises(UserError, match=r"constant_lr: no part predictr; choose from backbone, projector, predictor"):
         Optim("sgd", constant_lr=("predictr",)).create(small(SimSiam), 256)
 
 

@@ -81,15 +81,15 @@ def _refused(rank: int) -> list[str]:
 
 def test_what_cannot_be_sharded_is_refused() -> None:
     for swav, double in run_processes(_refused, 2):
-        assert "set trainer.strategy to ddp" in swav
-        assert "set trainer.precision to one of them" in double
+        assert "set --trainer.strategy to ddp" in swav
+        assert "set --trainer.precision to either" in double
 
 
 def test_strategies_that_do_not_know_the_methods_are_refused() -> None:
     module = small(MAE)
     for strategy in (ModelParallelStrategy(), FSDPStrategy()):
         module._trainer = SimpleNamespace(strategy=strategy)
-        with pytest.raises(UserError, match=r"set trainer.strategy to fsdp2"):
+        with pytest.raises(UserError, match=r"set --trainer.strategy to fsdp2"):
             module.configure_model()
 
 

@@ -32,8 +32,8 @@ def checkpoint_blocks(backbone: Any) -> None:
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
         raise UserError(
-            "model.checkpoint_blocks computes blocks twice, so BatchNorm would count every batch twice; set it to "
-            "false, or model.backbone to a ViT."
+            "--model.checkpoint_blocks computes blocks twice, so BatchNorm would count every batch twice; set it to "
+            "false, or set --model.backbone to a ViT."
         )
     if type(getattr(backbone, "blocks", None)) is nn.Sequential:  # timm would bypass the compiled call of the blocks
         backbone.blocks.__class__ = CheckpointedBlocks
@@ -42,6 +42,6 @@ def checkpoint_blocks(backbone: Any) -> None:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise UserError(
-            "the backbone has no blocks to compute again; set model.checkpoint_blocks to false, or model.backbone to a "
-            "ViT of timm."
+            "the backbone has no blocks to compute again; set --model.checkpoint_blocks to false, or "
+            "--model.backbone to a ViT of timm."
         ) from error

@@ -114,7 +114,7 @@ def vit_defaults(name: str, backbone_kwargs: dict[str, Any] | None, **defaults: 
 
 
 def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
-    """The backbone, if it is the papers' ViT: a class token and no other, learnt positions, no norm before the blocks.
+    """The backbone, if it is the papers' ViT: a class token and no other, learned positions, no norm before the blocks.
 
     Args:
         method: Name of the method, for the message.
@@ -122,7 +122,7 @@ def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
         backbone: What ``create_backbone`` built.
 
     Raises:
-        UserError: It is another.
+        UserError: It is another kind of backbone.
     """
     from ssl_lightning.backbones.vit import AnySizeViT
 
@@ -130,7 +130,7 @@ def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
         return backbone
     raise UserError(
         f"{method} needs a ViT of timm with a class token and no other tokens, which backbone={name!r} is not; set "
-        "model.backbone to a ViT, e.g. vit_base_patch16_224."
+        "--model.backbone to a ViT, e.g. vit_base_patch16_224."
     )
 
 
@@ -144,7 +144,7 @@ def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) ->
         class_token: Whether its features are the class token, or the mean of its patches without any other token.
 
     Raises:
-        UserError: It is another.
+        UserError: It is another kind of backbone.
     """
     from ssl_lightning.backbones.vit import AnySizeViT
 
@@ -157,7 +157,7 @@ def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) ->
         return backbone
     tokens = "a class token that is its features" if class_token else "no class token and the mean of patches"
     raise UserError(
-        f"{method} reads the patch tokens of a ViT with {tokens}, which backbone={name!r} is not; set model.backbone "
+        f"{method} reads the patch tokens of a ViT with {tokens}, which backbone={name!r} is not; set --model.backbone "
         "to a ViT of timm, e.g. vit_base_patch16_224."
     )
 

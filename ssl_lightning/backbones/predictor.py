@@ -59,7 +59,7 @@ class TokenPredictor(nn.Module):
         return self.projection(tokens if last is None else tokens[:, -last:])
 
     def positions_of(self, grid: tuple[int, int]) -> Tensor:
-        """Positions ``(1, N, width)``; one more with a class token.
+        """Positions ``(1, N, width)``; with a class token ``(1, 1 + N, width)``.
 
         Args:
             grid: Rows and columns of patches.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ViT(nn.Module):
-    """What methods use of a ViT. The one that is built is ``vit.AnySizeViT``, which needs timm.
+    """What methods use of a ViT. Its implementation is ``vit.AnySizeViT``, which needs timm.
 
     Attributes:
         patch_embed: Maps images to patches ``(B, rows, columns, D)``.
@@ -46,7 +46,7 @@ class ViT(nn.Module):
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """Features ``(V * B, embed_dim)`` of crops of several sizes, view by view.
 
-    Neighbouring views of one size go through the backbone together and share their BatchNorm statistics, as in the
+    Consecutive views of the same size go through the backbone together and share their BatchNorm statistics, as in the
     released code of SwAV and DINO.
 
     Args:
@@ -58,7 +58,7 @@ def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
 
 
 def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
-    """Tokens after the last norm, a learnt token in the place of masked patches.
+    """Tokens after the last norm, a learned token in the place of masked patches.
 
     Args:
         backbone: A ViT, BEiT or Swin of timm.
@@ -120,7 +120,7 @@ def layer_scale(name: str, blocks: int, decay: float) -> float:
     DINOv2's released code.
 
     Args:
-        name: Of the parameter in the ViT.
+        name: Name of the parameter in the ViT.
         blocks: Number of blocks.
         decay: Share of the rate of the layer above.
     """

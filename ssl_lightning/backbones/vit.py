@@ -20,7 +20,7 @@ class AnySizeViT(VisionTransformer, ViT):
     """
 
     pos_embed: nn.Parameter
-    rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learnt
+    rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learned
 
     @property
     def patch_side(self) -> int:  # type: ignore[override] # read only
@@ -34,7 +34,7 @@ class AnySizeViT(VisionTransformer, ViT):
         return plain and isinstance(self.norm_pre, nn.Identity)
 
     def fix_positions(self, rows_first: bool) -> None:
-        """Replace the learnt positions by fixed sine-cosine ones.
+        """Replace the learned positions by fixed sine-cosine ones.
 
         Args:
             rows_first: As for ``sincos_positions``.
@@ -50,16 +50,16 @@ class AnySizeViT(VisionTransformer, ViT):
 
     def tell_fixed_positions(self) -> None:
         """See in which order the positions are sine-cosine ones, if they are."""
-        found = self.pos_embed.full_tensor() if isinstance(self.pos_embed, DTensor) else self.pos_embed
+        table = self.pos_embed.full_tensor() if isinstance(self.pos_embed, DTensor) else self.pos_embed
         self.rows_first = None
         for rows_first in (True, False):
-            fixed = self._fixed_positions(self.patch_embed.grid_size, rows_first, found.device)
-            if fixed.shape == found.shape and torch.allclose(found.float(), fixed, atol=0.01):  # rounded to bfloat16
+            fixed = self._fixed_positions(self.patch_embed.grid_size, rows_first, table.device)
+            if fixed.shape == table.shape and torch.allclose(table.float(), fixed, atol=0.01):  # rounded to bfloat16
                 self.rows_first = rows_first
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self.rows_first is not None:  # learnt ones may have taken their place
+        if self.rows_first is not None:  # learned ones may have taken their place
             self.tell_fixed_positions()
 
     def positions(self, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints: files that survive interruptions, backbones out of whichever file there is."""
+"""Checkpoints: writing files that survive interruptions, and reading backbones from many formats."""
 
 from ssl_lightning.checkpoints.export import export
 from ssl_lightning.checkpoints.files import (

@@ -1,4 +1,4 @@
-"""Backbones for other programs: weights as timm or torchvision names them, safetensors and ONNX, with a model card."""
+"""Export of backbones to other programs: timm, torchvision, safetensors and ONNX files, with a model card."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -33,12 +33,14 @@ def export(
     Each file appears only when it is complete.
 
     Args:
-        checkpoint: A checkpoint of this package or another, or anything else that ``open_backbone`` takes.
-        format: ``timm`` and ``torchvision`` are weights under the names of that library; ``safetensors`` are weights
-            with the name of their backbone, for ``load_backbone``; ``onnx`` is a graph for batches of any length.
-        output: The file; the card has its name with the suffix ``.md``.
-        backbone: Name of the timm or torchvision model, for checkpoints that do not name it.
-        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
+        checkpoint: A checkpoint file, of this package or a paper's official one; or the name of a timm or torchvision
+            model, to export its pretrained weights.
+        format: ``timm`` and ``torchvision`` write weights under the names of that library; ``safetensors`` writes
+            weights and the name of their backbone, for ``load_backbone``; ``onnx`` writes a graph for batches of any
+            size.
+        output: File to write; the model card gets the same name with the suffix ``.md``.
+        backbone: Name of the timm or torchvision model; only for checkpoints that do not name it.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
 
     Returns:
         The file.
@@ -55,7 +57,7 @@ def export(
         raise UserError(f"{pretrained.name} has no weights to export.")
     exporters = {"timm": _timm, "torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
     write, loading = exporters[format](pretrained, output)
-    prepared = bool(pretrained.facts) or not Path(checkpoint).exists()  # else how images are is a guess
+    prepared = bool(pretrained.facts) or not Path(checkpoint).exists()  # else the image transform is a guess
     try:
         with replacing(output) as file:
             write(file)
@@ -63,17 +65,17 @@ def export(
             file.write(_card(pretrained, loading, prepared).encode())
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"cannot write {output} ({cause}); choose another output, or free space.") from error
+        raise UserError(f"cannot write {output} ({cause}); choose another --output, or free space.") from error
     return output
 
 
 def _check_suffix(format: str, output: Path) -> None:  # noqa: A002
-    """Readers tell files by their suffix."""
+    """Check the suffix, by which readers recognize the format."""
     wanted = {"safetensors": ".safetensors", "onnx": ".onnx"}.get(format)
     if wanted is not None and output.suffix != wanted:
-        raise UserError(f"output {output}: a file of the format {format} ends in {wanted}.")
+        raise UserError(f"--output {output}: a file of the format {format} ends in {wanted}.")
     if wanted is None and output.suffix in (".md", ".npz", ".npy", ".onnx"):
-        raise UserError(f"output {output}: weights for {format} end in .pth or .safetensors.")
+        raise UserError(f"--output {output}: weights for {format} end in .pth or .safetensors.")
 
 
 # Formats: what to write, and the lines that load it
@@ -84,7 +86,7 @@ def _timm(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
 
     name, kwargs, weights = _named_as_in("timm", pretrained)
     own = timm.models.model_entrypoint(name).__module__ == "ssl_lightning.backbones"
-    first = "import ssl_lightning.backbones.resnet  # which knows the name\n" if own else ""
+    first = "import ssl_lightning.backbones.resnet  # registers the name\n" if own else ""
     given = f", **{kwargs}" if kwargs else ""
     return _weights(weights, output), (
         f"{first}import timm\n\n"
@@ -108,24 +110,24 @@ def _torchvision(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     return _weights(weights, output), (
         f"{first}import torchvision\n\n"
         f"backbone = torchvision.models.{name}({given})\n"
-        f'backbone.load_state_dict({load}("{output.name}"), strict=False)  # the classifier alone is missing\n'
+        f'backbone.load_state_dict({load}("{output.name}"), strict=False)  # only the classifier is missing\n'
         f"backbone.{head} = torch.nn.Flatten(1)\n"
         "features = backbone.eval()(images)"
     )
 
 
 def _safetensors(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
-    told = {
+    facts = {
         **pretrained.facts,
         "backbone": pretrained.name,
         "backbone_kwargs": pretrained.backbone_kwargs,
         "image_transform": pretrained.image_transform,
     }
     if getattr(pretrained.backbone, "rows_first", None) is not None:
-        told["fixed_positions"] = True
+        facts["fixed_positions"] = True
     metadata = {
         key: value if key in TEXT else json.dumps(value, default=str)
-        for key, value in told.items()
+        for key, value in facts.items()
         if value is not None
     }
     return _weights(pretrained.backbone.state_dict(), output, metadata), (
@@ -144,7 +146,9 @@ def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     with torch.no_grad():
         expected = model(images)
     if sum(value.nbytes for value in model.state_dict().values()) > 2**31 - 2**20:
-        raise UserError(f"an ONNX file holds at most 2 GB, the weights of {pretrained.name} are more.")
+        raise UserError(
+            f"an ONNX file holds at most 2 GB, and the weights of {pretrained.name} are larger; choose another format."
+        )
     try:
         # Torch's older exporter fixes the batch of timm's ViTs.
         program = torch.onnx.export(
@@ -163,14 +167,14 @@ def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content)
     if isinstance(session.get_inputs()[0].shape[0], int):
-        raise UserError(
-            f"torch can write {pretrained.name} as ONNX for one length of batch alone; choose another format."
-        )
+        raise UserError(f"torch can write {pretrained.name} as ONNX for one batch size only; choose another format.")
     for count in (1, 3):
-        (found,) = session.run(None, {"images": images[:count].numpy()})
-        apart = float((torch.from_numpy(found) - expected[:count]).abs().max())
-        if not apart <= 1e-4 * max(1.0, float(expected.abs().max())):
-            raise UserError(f"the features of {pretrained.name} as ONNX are {apart:.1e} apart; choose another format.")
+        (features,) = session.run(None, {"images": images[:count].numpy()})
+        difference = float((torch.from_numpy(features) - expected[:count]).abs().max())
+        if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
+            raise UserError(
+                f"the features of {pretrained.name} as ONNX differ by {difference:.1e}; choose another format."
+            )
     return lambda file: file.write(content), (
         "import onnxruntime\n\n"
         f'session = onnxruntime.InferenceSession("{output.name}")\n'
@@ -196,7 +200,7 @@ _VITS = {
     "vit_large_patch32_224": "vit_l_32",
     "vit_huge_patch14_224": "vit_h_14",
 }
-"""Names in timm and in torchvision; those of ResNets are the same, their weights' too."""
+"""Names in timm and in torchvision; for ResNets the names and weight names are the same."""
 
 _PARTS_OF_VITS = {
     "cls_token": "class_token",
@@ -217,7 +221,7 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     """Name, arguments and weights of the same network in a library.
 
     Raises:
-        UserError: The library has no such network; says which formats there are.
+        UserError: The library has no such network; the message says which formats to choose.
     """
     import timm
     import torchvision
@@ -227,7 +231,7 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     name = pretrained.name.removeprefix("torchvision/")
     if library == home:
         return name, pretrained.backbone_kwargs, weights
-    name = name.partition(".")[0]  # after it timm tells the weights
+    name = name.partition(".")[0]  # timm names the weights after the dot
     sizes, names, parts = {"img_size": "image_size"}, _VITS, list(_PARTS_OF_VITS.items())
     if home == "torchvision":
         sizes, names = ({new: old for old, new in words.items()} for words in (sizes, names))
@@ -239,7 +243,7 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     kwargs = {sizes[key]: value for key, value in pretrained.backbone_kwargs.items() if key in sizes and value != 224}
     known = timm.is_model(name) if library == "timm" else name in torchvision.models.list_models(torchvision.models)
     there = f"torchvision/{name}" if library == "torchvision" else name
-    reason = mismatch(pretrained, weights, there, kwargs) if known else "there is none of that name"
+    reason = mismatch(pretrained, weights, there, kwargs) if known else "it has no network of that name"
     if reason:
         raise UserError(
             f"{library} has no network that is {pretrained.name} as it was trained: {reason}; "
@@ -286,7 +290,7 @@ def _card(pretrained: Pretrained, loading: str, prepared: bool) -> str:
         transform = pretrained.image_transform
         sections.append(
             f"## Images\n\nThe shorter side resized to {_short_side(transform)} px ({transform['interpolation']}, "
-            f"antialiased), the central {transform['size']} x {transform['size']} px of it, divided by 255, less the "
+            f"antialiased), the central {transform['size']} x {transform['size']} px of it, divided by 255, minus the "
             f"mean {_rounded(transform['mean'])}, divided by {_rounded(transform['std'])}."
         )
     sections.append(f"## Use\n\n```python\n{code}\n```")
@@ -296,7 +300,7 @@ def _card(pretrained: Pretrained, loading: str, prepared: bool) -> str:
 
 
 def _images(pretrained: Pretrained, prepared: bool) -> str:
-    """Lines that give ``images``: of a photo where that can be told, else random numbers of the right shape."""
+    """Lines that give ``images``: from a photo if the transform is known, otherwise random ones of the right shape."""
     transform, channels = pretrained.image_transform, pretrained.backbone_kwargs.get("in_chans", 3)
     if not prepared or channels != 3:
         return f"import torch\n\nimages = torch.rand(1, {channels}, {transform['size']}, {transform['size']})"

@@ -1,4 +1,4 @@
-"""Checkpoint files: written so that an interruption never harms the last good one."""
+"""Checkpoint files, written so that an interruption never damages the last good file."""
 
 import os
 import pickle
@@ -21,22 +21,22 @@ from ssl_lightning.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plugin that writes checkpoints, for files that are whole at every moment.
+    """Lightning's plugin that writes checkpoints, for files that are complete at every moment.
 
-    Lightning's own collects a checkpoint in memory and moves it from the temporary folder, which is no renaming but
-    copying where that is another disk.
+    Lightning's own plugin collects a checkpoint in memory and moves it from the temporary folder. If that is on another
+    disk, the move is a copy, which an interruption leaves incomplete.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the file, then rename.
+        """Write to a file next to it, then rename that file.
 
         Args:
             checkpoint: What to save.
-            path: File, or the URL of one, which Lightning's own way is left to.
+            path: File; or a URL, which Lightning's own plugin writes.
             storage_options: As for Lightning's.
 
         Raises:
-            UserError: The disk is full or cannot be written; an earlier file of that name is as it was.
+            UserError: The disk is full or cannot be written; an earlier file of that name is kept.
         """
         if not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,10 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            kept = "the earlier one is kept" if path.exists() else "there is no earlier one"
+            kept = "the earlier file is kept" if path.exists() else "there is no earlier file"
             raise UserError(
-                f"cannot write the checkpoint {path} ({cause}); {kept}. Free space or set trainer.default_root_dir, "
-                f"then go on with --ckpt_path last."
+                f"cannot write the checkpoint {path} ({cause}); {kept}. Free space or set --trainer.default_root_dir, "
+                f"then resume with --ckpt_path last."
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -70,10 +70,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of another once it is whole; a failure leaves that other one as it was.
+    """Open a file that replaces another once it is complete; a failure leaves the other file as it was.
 
     Args:
-        path: The place; its folder is made.
+        path: The file to replace; its folder is created.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -91,10 +91,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Say in words that a checkpoint cannot be read.
+    """Turn the exceptions of an unreadable checkpoint into a UserError.
 
     Args:
-        path: Its file.
+        path: The checkpoint file.
 
     Raises:
         UserError: It is damaged or no checkpoint.
@@ -106,11 +106,11 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def rename(state: dict[str, Any], renamed: dict[str, str]) -> None:
-    """Give parts of a state that an earlier version saved their present names, in place and in order.
+    """Rename parts of a state that an earlier version saved, in place; the order stays.
 
     Args:
         state: Weights by name.
-        renamed: Old prefixes and what takes their place.
+        renamed: New prefixes by old prefix.
     """
     for key in list(state):
         old = next((old for old in renamed if f"{key}.".startswith(f"{old}.")), None)
@@ -121,7 +121,7 @@ def describe(method: Any, checkpoint: dict[str, Any]) -> None:
     """Add what a reader of a checkpoint needs to know about its weights: method, branch, data, metrics.
 
     Args:
-        method: The method that is saved.
+        method: The method to save.
         checkpoint: What is about to be written.
     """
     bases = [base.__name__ for base in type(method).__mro__ if issubclass(base, L.LightningModule)]
@@ -138,10 +138,10 @@ def describe(method: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def settle_progress(saved: dict[str, Any], fit_loop: Any) -> None:
-    """Count the batch at hand as done, and a validation that is due or under way as one to begin anew.
+    """Count the current batch as done, and restart a validation that is due or running from its first batch.
 
-    Callbacks save before Lightning counts the batch. It takes such a run up again, but one saved at the last batch of
-    an epoch loses count of its epochs (seen in 2.6), and one saved during a validation leaves batches out.
+    Callbacks save before Lightning counts the batch. Lightning can resume such a checkpoint. But saved at the last
+    batch of an epoch, it miscounts epochs (seen in 2.6), and saved during a validation, it skips batches.
 
     Args:
         saved: State of the trainer's fit loop in a checkpoint that is being written.
@@ -153,7 +153,7 @@ def settle_progress(saved: dict[str, Any], fit_loop: Any) -> None:
         _count(batches, "completed")
         loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
         begins = fetcher is not None and loop._should_check_val_fx(fetcher)
-        if not begins:  # else all that follows is still to come
+        if not begins:  # otherwise the batch is counted after the validation
             saved["epoch_loop.state_dict"]["_batches_that_stepped"] += not loop._should_accumulate()
             if loop._num_ready_batches_reached():
                 _count(saved["epoch_progress"], "processed")
@@ -168,22 +168,24 @@ def _count(progress: dict[str, dict[str, int]], what: str) -> None:
 
 
 def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Check whether the weights in a checkpoint are those of such a module; warn where a training goes on otherwise.
+    """Check that the weights in a checkpoint fit a method; warn if a training resumes with other hyper-parameters.
 
     Args:
         module: The method, with a trainer.
         checkpoint: What is about to be loaded.
 
     Raises:
-        UserError: They are not; says what differs.
+        UserError: They do not fit; the message says what differs.
     """
     own, saved = _flat(module.hparams), _flat(checkpoint.get("hyper_parameters", {}))
-    own.pop("init_from", None)  # has had its effect
+    own.pop("init_from", None)  # already applied
     changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
-    weights, found = module.state_dict(), checkpoint.get("state_dict", {})
-    unlike = {name for name in weights.keys() & found.keys() if _shape(weights[name]) != _shape(found[name])}
+    weights, saved_weights = module.state_dict(), checkpoint.get("state_dict", {})
+    unlike = {
+        name for name in weights.keys() & saved_weights.keys() if _shape(weights[name]) != _shape(saved_weights[name])
+    }
     if module.strict_loading:
-        unlike |= weights.keys() ^ found.keys()
+        unlike |= weights.keys() ^ saved_weights.keys()
     if unlike:
         name, method = type(module).__name__, checkpoint.get("method", "another method")
         newer = str(checkpoint.get("ssl_lightning_version", "0"))
@@ -196,11 +198,11 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             f"{'; '.join(differing + changed) or 'the code of the method'}."
         )
     if changed and module.trainer.state.fn == TrainerFn.FITTING:
-        rank_zero_warn(f"going on with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
+        rank_zero_warn(f"resuming with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
 
 def _flat(hyper_parameters: Any, prefix: str = "") -> dict[str, str]:
-    """Hyper-parameters as text, those in dictionaries as ``outer.inner``; a tuple is the list that YAML makes of it."""
+    """Hyper-parameters as text, nested ones as ``outer.inner``; tuples as the lists that YAML makes of them."""
     flat: dict[str, str] = {}
     for key, value in hyper_parameters.items():
         if isinstance(value, dict):

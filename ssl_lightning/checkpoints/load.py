@@ -1,4 +1,4 @@
-"""Backbones out of checkpoints, whoever wrote them, and by name."""
+"""Reading backbones from checkpoints of many sources, and building them by name."""
 
 import argparse
 import hashlib
@@ -17,20 +17,20 @@ from ssl_lightning.checkpoints.files import reading
 from ssl_lightning.errors import UserError
 
 _CONTAINERS = ("state_dict", "teacher", "model", "student")
-"""Where files keep the weights; of DINO's and DINOv2's the teacher's, which their papers evaluate."""
+"""Keys under which files keep the weights; in DINO's and DINOv2's files the teacher, which the papers evaluate."""
 
 _PREFIXES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
-"""Before the names of the weights: MoCo v2; MoCo v3; DINO, DINOv2, lightly; SimSiam; bare. Ours say it themselves."""
+"""Prefixes of the backbone's weights: MoCo v2; MoCo v3; DINO, DINOv2, lightly; SimSiam; bare. Ours are saved."""
 
 _HEADS = (
     *("fc", "head", "heads", "classifier", "projector", "projection_head", "predictor", "prototypes"),
     *("mask_token", "decoder", "dino_head", "ibot_head"),
 )
-"""What may be left over beside the backbone: parts of these names, or of one that goes on with ``_``."""
+"""Parts that may be left over besides the backbone: of these names, or of these names followed by ``_``."""
 
 
 TEXT = ("backbone", "method", "data", "ssl_lightning_version")
-"""What the metadata of an exported file tells as it is; everything else is JSON."""
+"""Keys whose metadata in an exported file is plain text; all other metadata is JSON."""
 
 
 class UnnamedBackboneError(UserError):
@@ -39,14 +39,14 @@ class UnnamedBackboneError(UserError):
 
 @dataclass
 class Pretrained:
-    """A backbone and what is known of it.
+    """A backbone and what is known about it.
 
     Args:
         backbone: Maps images ``(B, 3, S, S)`` to features ``(B, embed_dim)``; in eval mode.
         name: Name of the timm or torchvision model.
-        backbone_kwargs: Arguments of its builder.
+        backbone_kwargs: Arguments that built it.
         image_transform: How its images are prepared: ``size``, ``crop_fraction``, ``interpolation``, ``mean``, ``std``.
-        facts: What the file tells: ``method``, ``recipe``, ``data``, ``metrics``, ...
+        facts: Metadata of the file: ``method``, ``recipe``, ``data``, ``metrics``, ...
     """
 
     backbone: nn.Module
@@ -63,8 +63,8 @@ class Pretrained:
 
     @property
     def hash(self) -> str:
-        """What tells these weights from others: 16 hexadecimal digits."""
-        kwargs = json.dumps(self.backbone_kwargs, sort_keys=True, default=str)  # where a tuple is a list, as in files
+        """Identifies these weights: 16 hexadecimal digits."""
+        kwargs = json.dumps(self.backbone_kwargs, sort_keys=True, default=str)  # tuples become lists, as in files
         digest = hashlib.sha256(f"{self.name} {kwargs}".encode())
         for name, value in self.backbone.state_dict().items():
             whole: Any = value.full_tensor() if isinstance(value, DTensor) else value
@@ -78,18 +78,19 @@ def load_backbone(
 ) -> nn.Module:
     """The backbone of a checkpoint, in eval mode: called with images it gives features ``(B, embed_dim)``.
 
-    Reads checkpoints of this package, the official ones of MoCo v2 and v3, SimSiam, SwAV, DINO, DINOv2, MAE, Barlow
-    Twins and VICReg, lightly's, and bare weights of timm and torchvision; ``.safetensors`` files as well. The format is
-    found by the names of the weights. All weights of the backbone must be there; only heads may be left over.
+    Reads checkpoints of this package, the official checkpoints of MoCo v2 and v3, SimSiam, SwAV, DINO, DINOv2, MAE,
+    Barlow Twins and VICReg, lightly's, and bare weights of timm and torchvision; ``.safetensors`` files as well. The
+    names of the weights identify the format. All weights of the backbone must be there; only heads may be left over.
 
     Args:
         path: The file.
-        backbone: Name of the timm or torchvision model; None for a checkpoint or an exported ``.safetensors`` of this
-            package, which know it.
+        backbone: Name of the timm or torchvision model; None for a checkpoint or an exported ``.safetensors`` file of
+            this package, which name it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
 
     Raises:
-        UserError: The file needs code to be read, or fits no format; says which weights are missing or left over.
+        UserError: Reading the file would run code, or it fits no format; the message says which weights are missing or
+            left over.
     """
     return read_checkpoint(path, backbone, backbone_kwargs).backbone
 
@@ -97,7 +98,7 @@ def load_backbone(
 def read_checkpoint(
     path: str | Path, backbone: str | None = None, backbone_kwargs: dict[str, Any] | None = None
 ) -> Pretrained:
-    """The backbone of a checkpoint and what the file tells of it; see ``load_backbone``.
+    """The backbone of a checkpoint with the metadata of the file; see ``load_backbone``.
 
     Args:
         path: The file.
@@ -112,15 +113,15 @@ def read_checkpoint(
     checkpoint = weights_in(path)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     weights = _container(checkpoint)
-    of_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(name.startswith("base_enc") for name in weights)
+    is_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(name.startswith("base_enc") for name in weights)
     if backbone is None:
         if "backbone" not in hyper_parameters:
-            raise UnnamedBackboneError(f"{path} does not say what its backbone is; give its name, e.g. resnet50.")
+            raise UnnamedBackboneError(f"{path} does not name its backbone; give --backbone, e.g. resnet50.")
         backbone = str(hyper_parameters["backbone"])
     kwargs = {**(hyper_parameters.get("backbone_kwargs") or {}), **(backbone_kwargs or {})}
     kwargs.pop("pretrained", None)
-    if of_moco_v3 and backbone.startswith("vit_small"):
-        kwargs.setdefault("num_heads", 12)  # the paper's; no weight tells
+    if is_moco_v3 and backbone.startswith("vit_small"):
+        kwargs.setdefault("num_heads", 12)  # the paper's number, which no weight reveals
     model = create_backbone(backbone, **kwargs).eval()
     model.to(memory_format=torch.channels_last)  # as in training
     own = checkpoint.get("evaluated_backbone")
@@ -128,31 +129,31 @@ def read_checkpoint(
     prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in weights)]
     misfits = []
     for prefix in prefixes:
-        found = _as_timm_names(
+        renamed = _as_timm_names(
             {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, model
         )
-        misfit = _misfit(found, model.state_dict())
+        misfit = _misfit(renamed, model.state_dict())
         if not misfit:
-            model.load_state_dict(found, strict=False)
-            of_mae_or_ijepa = any(name.startswith(("decoder_", "predictor_positions")) for name in weights)
-            if isinstance(model, AnySizeViT) and (of_moco_v3 or of_mae_or_ijepa or checkpoint.get("fixed_positions")):
-                model.tell_fixed_positions()  # which are known at other sizes, too
+            model.load_state_dict(renamed, strict=False)
+            is_mae_or_ijepa = any(name.startswith(("decoder_", "predictor_positions")) for name in weights)
+            if isinstance(model, AnySizeViT) and (is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions")):
+                model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
             transform = checkpoint.get("image_transform") or _image_transform(model)
             return Pretrained(model, backbone, kwargs, transform, _facts(checkpoint))
         misfits.append(f"{prefix or 'no prefix'}: {misfit}")
-    looked = "; ".join(misfits) or f"none of {', '.join(filter(None, candidates))} begins a name in it"
-    raise UserError(f"{path} does not hold a {backbone}. Looked for its weights after {looked}.")
+    looked = "; ".join(misfits) or f"no name in it starts with {' or '.join(filter(None, candidates))}"
+    raise UserError(f"{path} does not hold a {backbone}. Looked for its weights by prefix: {looked}.")
 
 
 def open_backbone(
     source: str, backbone: str | None = None, backbone_kwargs: dict[str, Any] | None = None
 ) -> Pretrained:
-    """A backbone to evaluate: out of a checkpoint, with the pretrained weights of a library, or a baseline.
+    """A backbone to evaluate: from a checkpoint, with pretrained weights of a library, or a baseline.
 
     Args:
-        source: A checkpoint as for ``load_backbone``; the name of a timm or torchvision model, for the weights that its
-            library offers; ``untrained``: the backbone as it is before training; or ``pixels``.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
+        source: A checkpoint as for ``load_backbone``; the name of a timm or torchvision model, to use its pretrained
+            weights; ``untrained``, the backbone with random weights; or ``pixels``, the image itself.
+        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not name it.
         backbone_kwargs: Arguments of its builder.
 
     Raises:
@@ -162,7 +163,7 @@ def open_backbone(
         return read_checkpoint(source, backbone, backbone_kwargs)
     kwargs = dict(backbone_kwargs or {})
     if source == "untrained" and backbone is None:
-        raise UnnamedBackboneError("an untrained backbone needs its name: give backbone, e.g. resnet50.")
+        raise UnnamedBackboneError("an untrained backbone needs a name: give --backbone, e.g. resnet50.")
     pretrained = {} if source in ("untrained", "pixels") else {"pretrained": True}
     name = backbone if source == "untrained" and backbone else source
     model = create_backbone(name, **kwargs, **pretrained).eval()
@@ -171,19 +172,19 @@ def open_backbone(
 
 
 def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a source, seen to give its features in a backbone.
+    """The weights of a source, checked to give the same features in a backbone.
 
     Args:
         source: As for ``open_backbone``.
-        backbone: Name of the timm or torchvision model that shall have them.
+        backbone: Name of the timm or torchvision model that gets the weights.
         backbone_kwargs: Arguments of its builder.
 
     Raises:
-        UserError: There is no such source, or it is of another backbone; says what differs.
+        UserError: There is no such source, or it has another backbone; the message says what differs.
     """
     kwargs = {key: value for key, value in backbone_kwargs.items() if key != "pretrained"}
     with torch.random.fork_rng(devices=[]):
-        try:  # ours know their own arguments
+        try:  # checkpoints of this package hold these arguments
             pretrained = open_backbone(source, None, None if _is_file(source) else kwargs)
         except UnnamedBackboneError:
             pretrained = open_backbone(source, backbone, kwargs)
@@ -191,7 +192,7 @@ def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> 
         reason = mismatch(pretrained, weights, backbone, kwargs)
     if reason:
         theirs = f"{pretrained.name} {pretrained.backbone_kwargs}"
-        raise UserError(f"it is a {theirs}, wanted is a {backbone} {kwargs}: {reason}.")
+        raise UserError(f"it is a {theirs}, but a {backbone} {kwargs} is needed: {reason}.")
     return weights
 
 
@@ -200,21 +201,23 @@ def _is_file(source: str) -> bool:
 
 
 def _image_transform(model: nn.Module, own: bool = False) -> dict[str, Any]:
-    """How ImageNet's models want their images.
+    """How to prepare images as models for ImageNet expect.
 
     Args:
         model: The backbone.
-        own: Whether its weights are those that timm knows, and says how to use.
+        own: Whether its weights are timm's, for which timm gives the transform.
     """
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    told = (getattr(model, "pretrained_cfg", None) or {}) if own else {}
+    config = (getattr(model, "pretrained_cfg", None) or {}) if own else {}
     return {
-        "size": getattr(model, "img_size", None) or native_size(model) or int(told.get("input_size", (3, 224, 224))[1]),
-        "crop_fraction": told.get("crop_pct", 0.875),
-        "interpolation": "bilinear" if told.get("interpolation") == "bilinear" else "bicubic",
-        "mean": tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)),
-        "std": tuple(told.get("std", IMAGENET_DEFAULT_STD)),
+        "size": getattr(model, "img_size", None)
+        or native_size(model)
+        or int(config.get("input_size", (3, 224, 224))[1]),
+        "crop_fraction": config.get("crop_pct", 0.875),
+        "interpolation": "bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+        "mean": tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
+        "std": tuple(config.get("std", IMAGENET_DEFAULT_STD)),
     }
 
 
@@ -231,11 +234,11 @@ def native_size(model: nn.Module) -> int | None:
 def mismatch(pretrained: Pretrained, weights: dict[str, Tensor], backbone: str, backbone_kwargs: dict[str, Any]) -> str:
     """Why another backbone does not give the same features with some weights; nothing if it does.
 
-    Looks at features, too: weights do not tell everything, e.g. the number of heads or a stride.
+    Compares features, too: weights do not determine everything, e.g. the number of heads or a stride.
 
     Args:
         pretrained: The backbone to compare with.
-        weights: Its weights, named as the other wants them.
+        weights: Its weights, under the names of the other backbone.
         backbone: Name of the other timm or torchvision model.
         backbone_kwargs: Arguments of its builder.
     """
@@ -246,21 +249,21 @@ def mismatch(pretrained: Pretrained, weights: dict[str, Tensor], backbone: str, 
     size = native_size(pretrained.backbone) or pretrained.image_transform["size"]
     images = torch.rand(2, pretrained.backbone_kwargs.get("in_chans", 3), size, size)
     with torch.no_grad():
-        features, found = pretrained.backbone(images), other(images)
-    if features.shape != found.shape:
-        return f"the features are {found.shape[1]} numbers, not {features.shape[1]}"
-    apart = float((features - found).abs().max())
+        features, other_features = pretrained.backbone(images), other(images)
+    if features.shape != other_features.shape:
+        return f"the features are {other_features.shape[1]} numbers, not {features.shape[1]}"
+    difference = float((features - other_features).abs().max())
     return (
         ""
-        if apart <= 1e-4 * float(features.abs().max())
-        else f"the weights fit, but the features are {apart:.1e} apart"
+        if difference <= 1e-4 * float(features.abs().max())
+        else f"the weights fit, but the features differ by {difference:.1e}"
     )
 
 
 def _facts(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of this package tells of its training."""
-    if "told" in checkpoint:
-        return checkpoint["told"]
+    """What a checkpoint of this package says about its training."""
+    if "saved_facts" in checkpoint:
+        return checkpoint["saved_facts"]
     if "method" not in checkpoint:
         return {}
     return {
@@ -281,7 +284,7 @@ def weights_in(path: str | Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        UserError: There is none, or it needs code to be read.
+        UserError: There is no such file, or reading it would run code.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist.")
@@ -290,24 +293,27 @@ def weights_in(path: str | Path) -> dict[str, Any]:
             from safetensors import safe_open
 
             with safe_open(path, "pt") as file:
-                return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, **_told(file.metadata())}  # noqa: SIM118
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what MAE's and DINO's files hold beside weights
+                return {
+                    "state_dict": {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                    **_saved_facts(file.metadata()),
+                }
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in MAE's and DINO's files, besides weights
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _told(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """What an exported file of this package tells beside its weights, as a checkpoint would; of others nothing."""
+def _saved_facts(metadata: dict[str, str] | None) -> dict[str, Any]:
+    """The metadata of a file that this package exported, in the form of a checkpoint; empty for other files."""
     if metadata is None or "backbone_kwargs" not in metadata:
         return {}
-    told: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in metadata.items()}
-    transform: dict[str, Any] = told.pop("image_transform")
+    facts: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in metadata.items()}
+    transform: dict[str, Any] = facts.pop("image_transform")
     return {
-        "hyper_parameters": {key: told.pop(key) for key in ("backbone", "backbone_kwargs")},
+        "hyper_parameters": {key: facts.pop(key) for key in ("backbone", "backbone_kwargs")},
         "image_transform": {
             key: tuple(value) if isinstance(value, list) else value for key, value in transform.items()
         },
-        "fixed_positions": told.pop("fixed_positions", False),
-        "told": told,
+        "fixed_positions": facts.pop("fixed_positions", False),
+        "saved_facts": facts,
     }
 
 
@@ -333,17 +339,17 @@ def _as_timm_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     }
 
 
-def _misfit(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """Why these weights are not those of the model; nothing if they are."""
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    others = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
-    left = [name for name in found if name not in wanted and not _of_a_head(name)]
+def _misfit(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """Why these weights do not fit the model; empty if they fit."""
+    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
+    others = [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
+    left = [name for name in weights if name not in wanted and not _of_a_head(name)]
     parts = []
     if missing:
         parts.append(f"{len(missing)} are missing, e.g. {missing[0]}")
     if others:
         name = sorted(others)[0]
-        parts.append(f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}")
+        parts.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
     if left:
         parts.append(f"{len(left)} are left over, e.g. {left[0]}")
     return ", ".join(parts)

@@ -1,1 +1,1 @@
-"""The words of the command line, a file or folder each; ``cli`` calls their ``run``."""
+"""The commands, each a file or folder with a function ``run``."""

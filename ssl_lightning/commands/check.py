@@ -1,4 +1,4 @@
-"""The command ``check``: whether several processes train as one process does."""
+"""The command ``check``: do several processes train exactly as one process does?"""
 
 import logging
 import os
@@ -28,7 +28,7 @@ class CheckResult:
     """The largest differences between one process and several.
 
     Args:
-        differences: Largest difference of each quantity, in the order in which training computes them.
+        differences: Largest difference of each quantity, in the order in which training computes the quantities.
         tolerance: Largest difference that counts as equal.
         hint: A likely cause of differences.
     """
@@ -64,18 +64,18 @@ def run(
     steps: int = 5,
     batch_size: int | None = None,
 ) -> None:
-    """See whether several processes train as one does: same losses, gradients and parameters.
+    """Check that several processes train as one process does: same losses, gradients and parameters.
 
     Args:
-        trainer: Only ``trainer.sync_batchnorm`` matters.
+        trainer: Only its ``sync_batchnorm`` is used.
         model: The method.
         datamodule: The data.
-        processes: Number of processes, on the CPU.
+        processes: Number of processes that train together, on the CPU.
         steps: Optimizer steps.
-        batch_size: Images per batch and process; None is the batch size of the data.
+        batch_size: Images per batch in each process; None takes the batch size of the data.
 
     Raises:
-        UserError: They train differently.
+        UserError: Several processes train differently from one.
     """
     sync_batchnorm = trainer._accelerator_connector._layer_sync is not None
     result = check(model, datamodule, processes, steps, batch_size, sync_batchnorm)
@@ -96,15 +96,15 @@ def check(
 
     Other options of the trainer (accumulation, clipping, precision) are not used.
 
-    Optimizers that divide by small numbers, as Adam does, enlarge rounding errors: from 1e-15 in a gradient to 1e-7 in
-    the parameters. The effect of a mistake is larger by orders of magnitude.
+    Optimizers that divide by small numbers, such as Adam, amplify rounding errors: 1e-15 in a gradient can become 1e-7
+    in the parameters. A real mistake shows up orders of magnitude larger.
 
     Args:
         module: The method; it is not changed.
         data: The data.
         processes: Number of processes.
         steps: Optimizer steps.
-        batch_size: Images per batch of each of the several processes; None is the batch size of the data.
+        batch_size: Images per batch in each of the several processes; None takes the batch size of the data.
         sync_batchnorm: Whether BatchNorm sees the images of all processes.
 
     Returns:
@@ -119,9 +119,9 @@ def check(
         single = _trained(pool, 1, batch_size * processes, task)[0]
         several = _trained(pool, processes, batch_size, task)
     if sync_batchnorm or module.batch_norm is None:
-        hint = "Look for sums over the batch: gather and summed of ssl_lightning.distributed have the exact gradient."
+        hint = "Look for sums over the batch: gather and summed in ssl_lightning.distributed give the exact gradient."
     elif module.batch_norm == "global":
-        hint = "Set trainer.sync_batchnorm to true: this method's BatchNorm sees the images of all processes."
+        hint = "Set --trainer.sync_batchnorm true: this method's BatchNorm sees the images of all processes."
     else:
         hint = "This method computes BatchNorm per process, so the number of processes matters."
     return CheckResult(differences(several, single), 1e-5, hint)
@@ -157,7 +157,7 @@ def _trained(pool: ProcessPoolExecutor, processes: int, batch_size: int, task: b
     port = free_port()
     calls = [pool.submit(_train, rank, processes, port, batch_size, task) for rank in range(processes)]
     failed = [call for call in wait(calls, return_when=FIRST_EXCEPTION).done if call.exception()]
-    if failed:  # the others wait for the one that failed
+    if failed:  # the other processes would wait forever
         for process in pool._processes.values():
             process.kill()
         failed[0].result()

@@ -20,8 +20,8 @@ class Point(NamedTuple):
     """A logged value.
 
     Args:
-        step: Optimizer steps before the batch that logged it.
-        epoch: Epochs before that batch; None where it was not logged.
+        step: Optimizer steps done before the batch that logged the value.
+        epoch: Epochs done before that batch; None if the epoch was not logged.
         value: The value.
     """
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """The curves to compare: the last value of each epoch, counted from 1; accuracies in percent."""
+        """The curves to compare: the last value of each epoch. Epochs count from 1, accuracies are in percent."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for key in _CURVES:
             scale = 1 if key == "train/loss" else 100
@@ -122,7 +122,9 @@ class Comparison:
 
         wanted = [key for key in _CURVES if any(len(run.curves.get(key, [])) > 0 for run in self.runs)]
         if not wanted:
-            raise UserError("none of these runs has curves to draw; leave out --plot, or give folders of fit.")
+            raise UserError(
+                "none of these runs has curves to draw; leave out --plot, or give run folders that fit wrote."
+            )
         figure = Figure(figsize=(2 + 5 * len(wanted), 4), layout="constrained")
         shown: dict[str, Any] = {}
         for panel, key in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
@@ -146,7 +148,9 @@ def run(words: Sequence[str]) -> None:
         words: The command line after ``compare``.
     """
     parser = SSLArgumentParser(prog="ssl-lightning compare", description="Put runs and their evaluations side by side.")
-    parser.add_argument("runs", type=str, nargs="+", help="Folders of fit or evaluate, or folders above them.")
+    parser.add_argument(
+        "runs", type=str, nargs="+", help="Run folders of fit, result folders of evaluate, or folders above them."
+    )
     parser.add_argument("--csv", type=str, default=None, help="Write the table to this CSV file.")
     parser.add_argument("--plot", type=str, default=None, help="Draw the training curves to this picture, e.g. PNG.")
     options = parser.parse_args(list(words))

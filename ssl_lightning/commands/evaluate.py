@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> None:
     protocols = parser.add_subcommands()
     for name in PROTOCOLS:
         protocol = SSLArgumentParser(description=title_of(getattr(Evaluation, name)))
-        protocol.add_argument("--config", action="config", help="A file with these options.")
+        protocol.add_argument("--config", action="config", help="YAML file with any of these options.")
         protocol.add_class_arguments(Evaluation)
         protocol.add_method_arguments(Evaluation, name)
         protocols.add_subcommand(name, protocol, help=protocol.description)
@@ -77,20 +77,20 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
 
 
 class Evaluation:
-    """A backbone, labeled images, and the protocols that measure the backbone on them.
+    """What to evaluate: a backbone, on labeled images.
 
     Each protocol prints nothing, writes ``results.json`` and returns its ``Results``; processes other than the first
     get None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
 
     Args:
-        checkpoint: A checkpoint of this package or an official one; the name of a timm or torchvision model, for its
-            pretrained weights; ``untrained``: the backbone as it is before training; ``pixels``: the image itself.
-        data: Labeled training and validation images; on the command line, by default those of the checkpoint's run.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and for checkpoints that do not name it.
-        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
-        max_samples: Number of training images to use, evenly spread; None is all.
-        seed: Seed of initial weights, of the order of images and of random choices.
-        output: Folder for ``PROTOCOL/results.json``; None is ``evaluations`` in the run of the checkpoint.
+        checkpoint: A checkpoint file, of this package or a paper's official one; or the name of a timm or torchvision
+            model, to use its pretrained weights; or the baseline ``untrained`` (random weights) or ``pixels``.
+        data: Labeled training and validation images. The command line defaults to the data of the checkpoint's run.
+        backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        max_samples: Number of training images to use, evenly spread over the training set; None uses all.
+        seed: Seed for initial weights, the order of images and other random choices.
+        output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
         trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
     """
 
@@ -118,13 +118,13 @@ class Evaluation:
     # The protocols
 
     def knn(self, k: int | list[int] | None = None, temperature: float | list[float] | None = None) -> Results | None:
-        """Weighted k nearest neighbors, for each k and temperature; the reported k is 20 if it is among them.
+        """Weighted k-nearest-neighbor accuracy for each k and temperature; reports k = 20 if it is tried.
 
         Wu et al. 2018, Instance Discrimination, section 3.4; the online probe computes the same number.
 
         Args:
-            k: Numbers of neighbors; None is 10, 20, 100 and 200, as far as there are that many images.
-            temperature: Divides the cosine similarities; None is 0.07.
+            k: Number of neighbors, or a list to try; None tries 10, 20, 100 and 200, if there are that many images.
+            temperature: Divides the cosine similarities; a number or a list to try. None is 0.07.
 
         Raises:
             UserError: A k is larger than the number of training images, or smaller than 1.
@@ -150,7 +150,7 @@ class Evaluation:
         batch_size: int | None = None,
         augment: bool = False,
     ) -> Results | None:
-        """A linear classifier on frozen features, by a paper's protocol; reports the accuracy after the last epoch.
+        """Linear classifier on frozen features, by a paper's protocol; reports the accuracy after the last epoch.
 
         Where a protocol tries several learning rates or inputs, a tenth of the training images is held out to choose
         among them, and the chosen classifier is trained on all. The protocol of DINOv2 chooses on the test images, as
@@ -160,11 +160,11 @@ class Evaluation:
             protocol: ``sweep`` (five learning rates, BatchNorm without affine parameters), or whose protocol: moco_v2,
                 moco_v3, moco_v3_vit, simclr, byol, swav, dino_vit_small, dino_vit_base, dinov2, mae, simsiam,
                 barlow_twins, vicreg, lightly.
-            lrs: Base learning rates to try; None takes those of the protocol.
-            epochs: Number of epochs; None takes that of the protocol.
-            batch_size: Images per step; None takes that of the protocol, or data.batch_size with ``augment``.
-            augment: Whether to train on augmented images, as the papers do, instead of on features that are extracted
-                once; hundreds of times the work.
+            lrs: Base learning rate, or a list to try; None takes the protocol's.
+            epochs: Number of epochs; None takes the protocol's.
+            batch_size: Images per step; None takes the protocol's, or with ``augment`` ``data.batch_size`` per process.
+            augment: Whether to train on augmented images, as the papers do; costs hundreds of times more than training on
+                features that are extracted once.
 
         Raises:
             UserError: The protocol is unknown, needs another backbone, or tries several settings with ``augment``.
@@ -177,7 +177,7 @@ class Evaluation:
             if len(chosen.choices) > 1 and not chosen.best_on_test:
                 raise UserError(
                     f"--augment trains one classifier, and {protocol} tries {len(chosen.choices)}; give --lrs one "
-                    "number, or choose another protocol, e.g. simclr."
+                    "number, or choose another --protocol, e.g. simclr."
                 )
             return self._trained("linear", LinearClassifier, chosen, parameters, batch_size=batch_size)
         features = self._features(chosen.last_blocks, chosen.patch_mean)
@@ -188,13 +188,13 @@ class Evaluation:
         return self._results("linear", parameters, features, top1, rows)
 
     def lowshot(self, shots: int | list[int] | None = None, draws: int = 5) -> Results | None:
-        """Logistic regression on the features of a few images per class: mean and standard deviation over draws.
+        """Logistic regression on features of a few images per class: mean and standard deviation over random draws.
 
         Reports the mean for the largest number of images per class, with the confidence interval of that mean.
 
         Args:
-            shots: Images per class; None is 1, 5 and 10.
-            draws: How often the images are drawn.
+            shots: Images per class, a number or a list; None tries 1, 5 and 10.
+            draws: Number of random draws of the images, at least 2.
 
         Raises:
             UserError: A class has fewer images.
@@ -226,16 +226,16 @@ class Evaluation:
         lr: float | None = None,
         head_lr: float | None = None,
     ) -> Results | None:
-        """Train the whole network, on all labels or a share of them; reports the accuracy after the last epoch.
+        """Fine-tune the whole network on all labels or a share of them; reports the accuracy after the last epoch.
 
         Args:
             protocol: Whose protocol: mae_vit_base, mae_vit_large, mae_vit_huge; for a share of the labels
                 simclr_1percent, simclr_10percent, swav_1percent, swav_10percent, barlow_twins_1percent,
                 vicreg_1percent, vicreg_10percent. Learning rates are for 256 images and scale with data.batch_size.
-            fraction: Share of each class to train on, chosen by the seed; the papers' lists exist only for ImageNet.
-            epochs: Number of epochs; None takes that of the protocol.
-            lr: Base learning rate; None takes that of the protocol.
-            head_lr: Base learning rate of the classifier; None takes that of the protocol.
+            fraction: Share of each class's images to train on, from 0 to 1, drawn by ``seed``.
+            epochs: Number of epochs; None takes the protocol's.
+            lr: Base learning rate; None takes the protocol's.
+            head_lr: Base learning rate of the classifier; None takes the protocol's.
 
         Raises:
             UserError: The protocol is unknown, or needs another backbone.
@@ -249,10 +249,10 @@ class Evaluation:
         return self._trained("finetune", FineTune, chosen, parameters, fraction)
 
     def retrieval(self, k: int | list[int] | None = None) -> Results | None:
-        """Rank the training images by their similarity to each test image: mean average precision and recall at k.
+        """Rank the training images by similarity to each test image: mean average precision and recall at k.
 
         Args:
-            k: Numbers of nearest images; None is 1, 5 and 10.
+            k: Number of nearest images, or a list; None is 1, 5 and 10.
 
         Raises:
             UserError: A k is larger than the number of training images, or smaller than 1.
@@ -265,7 +265,7 @@ class Evaluation:
         return self._results("retrieval", {"k": ks}, features, measures[f"recall@{ks[0]}"], rows)
 
     def robustness(self, k: int = 20, temperature: float = 0.07) -> Results | None:
-        """KNN accuracy on test images that are noisy, blurred, darker, brighter or rotated, and how far features move.
+        """KNN accuracy on noisy, blurred, darker, brighter and rotated test images, and how far their features move.
 
         The training images are clean. Reports the mean accuracy over all changes.
 

@@ -17,7 +17,7 @@ from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
 
 _STEPS = 3
-"""Steps to take; the first one warms up and is not timed."""
+"""Steps to take; the first step warms up and is not timed."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Plan:
 
 
 def run(trainer: L.Trainer, model: SSLModule, datamodule: SSLDataModule) -> None:
-    """Say what fit would do: steps, learning rate, parameters, measured memory and time, and what looks wrong.
+    """Show what fit would do: steps, learning rate, parameters, measured memory and time, and what looks wrong.
 
     Args:
         trainer: The trainer of the run.
@@ -52,7 +52,7 @@ def run(trainer: L.Trainer, model: SSLModule, datamodule: SSLDataModule) -> None
 
 
 def plan(trainer: L.Trainer, model: Any, datamodule: Any) -> Plan:
-    """See what a training run would do, and measure a few of its steps.
+    """Work out what a training run would do, and measure a few of its steps.
 
     Args:
         trainer: The trainer of the run.
@@ -87,7 +87,7 @@ class _Measure(L.Callback):
         seconds = (self.times[-1] - self.times[min(1, steps - 1)]) / max(1, steps - 1)
         hours = seconds * trainer.accumulate_grad_batches * trainer.estimated_stepping_batches / 3600
         self.plan.rows |= _memory(pl_module.device)
-        self.plan.rows["time"] = f"{seconds:.2f} s a batch, {hours:.2g} hours in all without validation"
+        self.plan.rows["time"] = f"{seconds:.2f} s a batch, {hours:.2g} hours in total without validation"
 
 
 def _memory(device: torch.device) -> dict[str, str]:
@@ -140,19 +140,30 @@ def _doubts(trainer: L.Trainer, module: Any) -> list[str]:
     if recipe is not None and (optim.name, optim.lr_scaling) == (recipe.name, recipe.lr_scaling):
         share = optim.base_lr / recipe.base_lr
         if not 0.1 <= share <= 10:
-            doubts.append(f"model.optim.base_lr {optim.base_lr:g} is {share:.2g} times the paper's {recipe.base_lr:g}")
+            doubts.append(
+                f"--model.optim.base_lr {optim.base_lr:g} is {share:.2g} times the paper's {recipe.base_lr:g}"
+            )
     if trainer.max_epochs and trainer.max_epochs > 0 and optim.warmup_epochs >= trainer.max_epochs:
-        doubts.append(f"the warm-up of {optim.warmup_epochs:g} epochs is the whole training; lower it")
+        doubts.append(
+            f"the warm-up of {optim.warmup_epochs:g} epochs is the whole training; lower --model.optim.warmup_epochs"
+        )
     batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
     if batch_norm and data.batch_size < 16:
-        doubts.append(f"BatchNorm of {data.batch_size} images is noise; raise data.batch_size, or take a ViT")
+        doubts.append(
+            f"BatchNorm statistics of {data.batch_size} images are noisy; raise --data.batch_size, or use a ViT"
+        )
     images = data.facts["images"]
     queue = getattr(module, "queue", None)
     if queue is not None and len(queue.rows) > images:
-        doubts.append(f"the queue of {len(queue.rows):,} holds images twice, there are {images:,}; shorten it")
+        doubts.append(
+            f"the queue of {len(queue.rows):,} is longer than the data set of {images:,} images; "
+            f"lower --model.queue_length"
+        )
     side = min(data.train_images.read(0).shape[1:]) if data.train_images is not None else None
     for spec in data.view_specs:
         smallest = None if side is None else side * math.sqrt(spec.scale[0])
         if smallest is not None and smallest < spec.size / 8:
-            doubts.append(f"crops down to {smallest:.0f} px are enlarged to {spec.size} px; raise their scale")
+            doubts.append(
+                f"crops down to {smallest:.0f} px are enlarged to {spec.size} px; raise their scale in --data.views"
+            )
     return doubts

@@ -19,9 +19,9 @@ def run(
     Args:
         model: The method.
         datamodule: The data.
-        output: The picture to write, e.g. a PNG file.
-        num_rows: Images in the picture.
-        num_images: Images to measure.
+        output: Image file to write, e.g. PNG.
+        num_rows: Number of images in the picture, one per row.
+        num_images: Number of images to measure.
     """
     datamodule.views = model.views if datamodule.views is None else datamodule.views
     preview = datamodule.preview(num_rows, num_images)

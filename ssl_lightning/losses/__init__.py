@@ -1,8 +1,8 @@
 """Loss functions of the methods: pure functions of tensors, in float32 or wider, exact across processes.
 
-Where a paper stops the gradient (keys, targets, assignments, the teacher), the function detaches its input. These are
-not lightly's losses because those hold state that checkpoints lack (memory bank, center) and wait for the device to
-compute indices.
+Where a paper stops the gradient (keys, targets, assignments, the teacher), the function detaches its input. Own
+code because lightly's losses hold state that checkpoints lack (memory bank, center) and wait for the device to compute
+indices.
 """
 
 from ssl_lightning.losses.classification import accuracy, beit, cross_entropy

@@ -174,7 +174,7 @@ def entropy(assignments: Tensor) -> Tensor:
 
 
 def share_in_use(assignments: Tensor) -> Tensor:
-    """Number of prototypes that are the largest of at least one row, divided by the most that B rows can use.
+    """Number of prototypes that are the largest in at least one row, divided by the most that B rows can use.
 
     Args:
         assignments: ``(B, K)``.

@@ -23,14 +23,14 @@ def nt_xent(
     """Normalized temperature-scaled cross entropy: each row identifies its positive among all 2N - 1 other rows.
 
     Negatives come from all processes, with the exact gradient (the result is this process's share: average over
-    processes). Source: Chen et al. 2020, SimCLR, eq. 1. This is not lightly's loss because that one masks rows with
-    boolean indexing, which waits for the device, and builds the mask on the CPU when distributed.
+    processes). Source: Chen et al. 2020, SimCLR, eq. 1. Own code because lightly's loss masks rows with boolean
+    indexing, which waits for the device, and builds the mask on the CPU when distributed.
 
     Args:
         z0: ``(B, D)`` projections of the first view, any scale.
         z1: ``(B, D)`` projections of the second view; row i of both is the same image.
         temperature: Divides the cosine similarities.
-        reduction: ``mean`` over the 2N anchors as in the paper, or the ``sum`` of the means of both views as in the
+        reduction: ``mean`` over the 2N anchors, as in the paper; or ``sum`` of the means of both views, as in the
             released code (twice the value).
         chunk: Anchors per block of logits. Only one block is in memory at a time, and it is computed again for the
             gradient. None keeps all ``(2B, 2N)`` logits.

@@ -33,15 +33,15 @@ def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float
     """Distance of the embeddings' distribution from an isotropic Gaussian, measured along random directions.
 
     This is the Epps-Pulley test of each projection: the squared difference between its characteristic function and the
-    one of N(0, 1), weighted by exp(-t^2 / 2), integrated by the trapezoidal rule, times the number of embeddings. The
-    result is the mean over directions. It covers all processes, with the exact gradient. Source: Balestriero & LeCun
-    2025, LeJEPA, section 4.
+    standard normal's, weighted by exp(-t^2 / 2), integrated by the trapezoidal rule, times the number of embeddings.
+    The result is the mean over directions. It covers all processes, with the exact gradient. Source: Balestriero &
+    LeCun 2025, LeJEPA, section 4.
 
     Args:
         embeddings: ``(B, D)`` of one view, this process's rows.
         directions: ``(D, S)``, any scale, the same on all processes.
         knots: Points of the integral, an odd number.
-        limit: The integral runs from minus this to this.
+        limit: The integral runs from ``-limit`` to ``limit``.
 
     Example:
         >>> collapsed = torch.zeros(4, 2)
@@ -53,7 +53,7 @@ def sigreg(embeddings: Tensor, directions: Tensor, knots: int = 17, limit: float
     """
     t = torch.linspace(0, limit, knots // 2 + 1, dtype=embeddings.dtype, device=embeddings.device)
     gaussian = torch.exp(-t.square() / 2)  # (T,)
-    weights = torch.full_like(t, 2 * limit / (knots // 2))  # the other half is the same
+    weights = torch.full_like(t, 2 * limit / (knots // 2))  # doubled, as the negative half is the same
     weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
     angles = (embeddings @ F.normalize(directions.to(embeddings.dtype), dim=0))[:, :, None] * t  # (B, S, T)
     means = summed(torch.stack([angles.cos(), angles.sin()]).mean(1)) / world_size()  # (2, S, T)

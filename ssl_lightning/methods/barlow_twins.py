@@ -12,7 +12,7 @@ from ssl_lightning.optim import Optim
 
 
 class BarlowTwins(SSLModule):
-    """Barlow Twins: the same dimension of two views agrees over the batch, different ones tell different things.
+    """Barlow Twins: each dimension agrees between two views of an image, and dimensions are uncorrelated.
 
     Zbontar et al. 2021, Barlow Twins: Self-Supervised Learning via Redundancy Reduction,
     https://arxiv.org/abs/2103.03230. BatchNorm is global, also in the loss. Biases and norms have their own learning
@@ -55,5 +55,5 @@ class BarlowTwins(SSLModule):
 
     @property
     def chance_loss(self) -> float:
-        """The number of dimensions D: nothing correlates, as with constant projections."""
+        """The number of dimensions D: no correlations, as with constant projections."""
         return float(self.projector_dim)

@@ -20,22 +20,22 @@ from ssl_lightning.training import Checks, FiniteLoss, InitFrom, Steps, begin_wi
 
 
 class SSLModule(StepTools):
-    """Base of all methods: subclass it and write ``training_loss``.
+    """A self-supervised method; a subclass writes ``training_loss``.
 
     It builds the backbone and the optimizer with its schedule, and hands the features of the training forward to the
     probes. ``SimCLR`` is the example to read.
 
     Args:
         backbone: Name of a timm or torchvision model, e.g. resnet50, resnet18_cifar, vit_small_patch16_224.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 96}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
         optim: Optimizer and learning-rate schedule.
-        compile: Whether ``torch.compile`` makes the backbones faster; the first steps wait for it. It changes the
-            random numbers of stochastic depth.
-        checkpoint_blocks: Whether a ViT keeps only the inputs of its blocks and computes the rest again in the
-            backward pass: less memory, a third more time, the same result.
-        init_from: Weights that the backbone and its teacher begin with: a checkpoint of this package or an official
-            one, or the name of a timm or torchvision model. Read when a training or an evaluation starts without
-            ``ckpt_path``. Heads, optimizer and schedules begin as without it.
+        compile: Whether to speed up the backbones with ``torch.compile``; the first steps wait for the compiler. It
+            changes the random numbers of stochastic depth.
+        checkpoint_blocks: Whether a ViT keeps only the inputs of its blocks and recomputes the rest in the backward
+            pass: less memory, a third more time, the same result.
+        init_from: Where the backbone and its teacher get their first weights: a checkpoint of this package or a paper's
+            official one, or the name of a timm or torchvision model. Read when a training or an evaluation starts
+            without ``ckpt_path``. Heads, optimizer and schedules start as usual.
     """
 
     # What the paper prescribes
@@ -53,16 +53,16 @@ class SSLModule(StepTools):
     """Whose images BatchNorm sees in the paper: of all processes (``sync_batchnorm``) or of each process."""
 
     undecayed: tuple[str, ...] = ()
-    """Parameters without weight decay, besides all of fewer than two dimensions, e.g. cls_token."""
+    """Parameters without weight decay, e.g. cls_token, besides all parameters of fewer than two dimensions."""
 
     zero_init_residual: bool = True
     """Whether the residual branches of a ResNet start at zero."""
 
     remedies: str = ""
-    """What is known to help when nothing is learnt; an alarm says it."""
+    """What is known to help when nothing is learned; an alarm prints it."""
 
     collapsed_loss: float | None = None
-    """The loss of outputs that are all the same, where it is known and not the chance loss."""
+    """The loss if all outputs are the same, where it is known and differs from the chance loss."""
 
     probe_every: int | None = None
     """For a method that trains on parts of images: the probes learn from features of whole first views, in eval mode,
@@ -74,7 +74,7 @@ class SSLModule(StepTools):
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
     step_callbacks: tuple[type[L.Callback], ...] = (Steps, InitFrom, Checks, FiniteLoss)
-    """What surrounds the steps: brought along to any Trainer."""
+    """Callbacks around the steps, added to any Trainer."""
 
     unsaved_arguments: tuple[str, ...] = ()
     """Arguments that checkpoints leave out, e.g. modules."""
@@ -112,7 +112,7 @@ class SSLModule(StepTools):
     # The contract of a method
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
-        """The loss of a batch: the one method a subclass writes.
+        """The loss of a batch: the only method that a subclass must write.
 
         Args:
             views: One ``(B, 3, S, S)`` tensor per view, global crops first.
@@ -120,13 +120,13 @@ class SSLModule(StepTools):
         raise NotImplementedError(f"{type(self).__name__} must define training_loss(views)")
 
     def update_teacher(self) -> None:
-        """Move what follows the weights (teacher, queue, center); called once after each optimizer step."""
+        """Update what follows the weights (teacher, queue, center); called once after each optimizer step."""
 
     def edit_gradients(self) -> None:
         """Change gradients after Lightning's own clipping, before the optimizer step."""
 
     def before_first_step(self) -> None:
-        """Prepare a training, new or resumed, whose weights are there."""
+        """Prepare a training, new or resumed, after its weights are loaded."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``(B, embed_dim)`` of images ``(B, 3, S, S)``, from the branch that the paper evaluates."""
@@ -139,7 +139,7 @@ class SSLModule(StepTools):
 
     @property
     def chance_loss(self) -> float | None:
-        """The loss of a model that has learnt nothing, or None where there is no such value."""
+        """The loss of a model that has learned nothing, or None where there is no such value."""
         return None
 
     def teacher_momentum(self, progress: float) -> float | None:
@@ -147,7 +147,7 @@ class SSLModule(StepTools):
         return None
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
-        """What the method makes of images ``(B, 3, S, S)``, to be drawn next to them: the same shape, by title."""
+        """Pictures to draw next to images ``(B, 3, S, S)``, e.g. reconstructions: same shape, by title."""
         return {}
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
@@ -161,7 +161,7 @@ class SSLModule(StepTools):
     # The step
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What surrounds the steps; an override returns these, too."""
+        """Callbacks around the steps; an override must return these, too."""
         trainer: Any = self.trainer
         present = {type(callback) for callback in trainer.callbacks}
         return [callback() for callback in self.step_callbacks if callback not in present]
@@ -170,7 +170,7 @@ class SSLModule(StepTools):
         """Loss of a batch, and the features that the probes learn from.
 
         Args:
-            batch: ``(views, labels, ...)``; the labels are not looked at.
+            batch: ``(views, labels, ...)``; the labels are not used.
             batch_idx: Number of the batch.
         """
         if self.randomness.seed is None:
@@ -205,7 +205,7 @@ class SSLModule(StepTools):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """The modules that ``compile`` is about: those that are called, not only their parts."""
+        """The modules that ``compile`` compiles: they must be called as a whole, not only their parts."""
         return [part for name, part in self.named_children() if name in ("backbone", "teacher_backbone")]
 
     def configure_model(self) -> None:
@@ -224,12 +224,12 @@ class SSLModule(StepTools):
         describe(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the state its present names, and raise a UserError if it does not fit the method."""
+        """Rename parts that earlier versions saved, and raise a UserError if the state does not fit the method."""
         rename(checkpoint["state_dict"], self.renamed)
         if self._trainer is not None:  # else load_from_checkpoint, whose caller may want a part
             check_fit(self, checkpoint)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights; ``init_from`` is not read any more."""
+        """Load weights; ``init_from`` is no longer read."""
         self.init_from = None
         return super().load_state_dict(*args, **kwargs)

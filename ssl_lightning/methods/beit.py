@@ -24,22 +24,22 @@ class BEiT(SSLModule):
     """BEiT: predict the visual words of masked patches.
 
     Bao et al. 2022, BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254. The encoder is
-    ``backbone`` and sees all patches, masked ones as a learnt token. timm's plain ViTs embed absolute positions, as the
-    released model for ImageNet-1k; ``beit_base_patch16_224`` and the like are the paper's others, with a bias for
+    ``backbone`` and sees all patches, masked patches as a learned token. timm's plain ViTs embed absolute positions, as
+    the released model for ImageNet-1k; ``beit_base_patch16_224`` and the like are the paper's others, with a bias for
     relative positions that all blocks share. The words come from ``tokenizer``, which is frozen and not saved with the
     checkpoint: keep its file. As with MAE, the linear probe learns from whole views at every ``probe_every``-th step;
     features are the mean of the patches, as in fine-tuning.
 
     Args:
         tokenizer: Checkpoint of an ``ImageTokenizer``, or any module that maps images ``(B, 3, S, S)`` to the words of
-            their patches, ``(B, N)`` integers, row by row. If it has a ``stride``, the side in pixels of the square
-            that a word is about, it gets the crop resized so that each patch has a word, else the crop as it is.
-        num_tokens: Number of words K that it knows.
+            their patches, ``(B, N)`` integers, row by row. If it has a ``stride`` (side in pixels of the square that a
+            word stands for), the crop is resized so that each patch has a word; otherwise the crop is used as it is.
+        num_tokens: Number of words K of the tokenizer.
         mask_ratio: Share of the patches that are masked, in rectangles.
         smallest_block: Smallest rectangle, in patches.
-        probe_every: Steps between those with features for the probes.
+        probe_every: The probes get features of whole views once every this many steps.
         backbone: Name of a ViT or BEiT of timm. The latter takes images of one size, ``img_size``.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -62,7 +62,7 @@ class BEiT(SSLModule):
         elif is_beit(backbone):
             defaults = BEIT_IN_PRETRAINING
         else:
-            raise UserError(f"backbone={backbone!r} has no patches to mask; set model.backbone to a ViT or BEiT.")
+            raise UserError(f"backbone={backbone!r} has no patches to mask; set --model.backbone to a ViT or BEiT.")
         super().__init__(backbone, {**defaults, "drop_path_rate": 0.1, **(backbone_kwargs or {})}, optim, **kwargs)
         self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
         self.num_tokens, self.mask_ratio = num_tokens, checked_ratio(mask_ratio)
@@ -125,19 +125,19 @@ class BEiT(SSLModule):
         if words.shape != (len(images), rows * columns):
             raise UserError(
                 f"the tokenizer gives words of shape {tuple(words.shape)} for a batch of {len(images)} crops of "
-                f"{rows} x {columns} patches; it must give (B, N), one for each patch."
+                f"{rows} x {columns} patches; it must give (B, N), one word for each patch."
             )
         return words
 
     @property
     def tokenizer(self) -> Any:
-        """The frozen tokenizer, read when it is first wanted."""
+        """The frozen tokenizer, read when it is first needed."""
         if not self._tokenizer:
             (given,) = self._given
             tokenizer: Any = given if isinstance(given, nn.Module) else _read_tokenizer(given)
             known = getattr(tokenizer, "num_tokens", self.num_tokens)
             if known != self.num_tokens:
-                raise UserError(f"the tokenizer knows {known} words; set model.num_tokens to that.")
+                raise UserError(f"the tokenizer knows {known} words; set --model.num_tokens to {known}.")
             self._tokenizer = (tokenizer.requires_grad_(False).eval().to(self.device, self.dtype),)
         return self._tokenizer[0]
 
@@ -165,9 +165,9 @@ def _read_tokenizer(path: str) -> ImageTokenizer:
     if not path:
         raise UserError(
             "BEiT predicts the words of a tokenizer; train one, e.g. python -m ssl_lightning fit --model "
-            "ImageTokenizer --data ..., and set model.tokenizer to its checkpoint."
+            "ImageTokenizer --data ..., and set --model.tokenizer to its checkpoint."
         )
     try:
         return ImageTokenizer.load_from_checkpoint(path, map_location="cpu")
     except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"model.tokenizer={path} is no ImageTokenizer: {error}") from error
+        raise UserError(f"--model.tokenizer={path} is not the checkpoint of an ImageTokenizer: {error}") from error

@@ -21,7 +21,7 @@ from ssl_lightning.optim import Optim
 
 
 class Clustering(L.Callback):
-    """Makes the prototypes at the start of each epoch, not where a checkpoint within one is resumed."""
+    """Makes the prototypes at the start of each epoch, but not when a training resumes within an epoch."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Cluster the images."""
@@ -33,7 +33,7 @@ class DeepClusterV2(SSLModule):
     """DeepCluster v2: predict the cluster of an image; all images are clustered at the start of each epoch.
 
     Caron et al. 2020, SwAV, appendix on DeepCluster-v2, https://arxiv.org/abs/2006.09882, and its released code. A
-    memory holds the embeddings of the two global crops of each image as they were last; at the start of each epoch
+    memory holds the newest embeddings of the two global crops of each image; at the start of each epoch
     spherical k-means makes several sets of prototypes of it, alternately from the first and the second crops. No
     gradient moves them. All crops predict. One pass over the images fills the memory before training. BatchNorm is
     global.
@@ -117,7 +117,7 @@ class DeepClusterV2(SSLModule):
             remembered = self.memory.rows[self.image_indices]
             embeddings = torch.where(remembered.any(2, keepdim=True), remembered, embeddings)
         elif self._trainer is not None:
-            raise UserError("DeepClusterV2 remembers images by their number; train on a data module of this package.")
+            raise UserError("DeepClusterV2 needs the index of each image; train on a data module of this package.")
         crops = torch.stack([embeddings[:, number % 2] for number in range(len(self.prototypes))])  # (H, B, ...)
         with torch.autocast(crops.device.type, enabled=False):
             return (crops @ self.prototypes.transpose(1, 2)).argmax(2)
@@ -168,13 +168,13 @@ class DeepClusterV2(SSLModule):
         super().on_load_checkpoint(checkpoint)
 
     def check(self, sizes: list[int], global_batch: int) -> None:
-        """The images must be numbered, and more than the prototypes."""
+        """The images must have indices, and there must be at least as many as prototypes."""
         super().check(sizes, global_batch)
         images, clusters = self.train_images, self.prototypes.shape[1]
         if images is None and getattr(self.trainer, "datamodule", None) is not None:
-            raise UserError("DeepClusterV2 remembers every image; train on images that are not a stream.")
+            raise UserError("DeepClusterV2 remembers every image, so it cannot train on a stream; choose other --data.")
         if images is not None and len(images) < clusters:
-            raise UserError(f"{len(images)} images have no {clusters} clusters; set model.num_prototypes lower.")
+            raise UserError(f"{len(images)} images cannot form {clusters} clusters; lower --model.num_prototypes.")
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Share of the first set's prototypes that are nearest to a view."""

@@ -35,12 +35,12 @@ class DINO(SSLModule):
         center_momentum: Share of the center that stays at each step.
         hidden_dim: Width of the head's hidden layers.
         bottleneck_dim: Width of the head's bottleneck.
-        norm_last_layer: Whether the norms of the prototypes stay 1.
+        norm_last_layer: Whether the prototypes keep norm 1.
         freeze_last_layer: Epochs in which the prototypes stay as they are.
-        clip_gradient: Largest norm of the gradient of each parameter, one by one; 0 for none.
+        clip_gradient: Largest gradient norm of each parameter, clipped separately; 0 for no clipping.
         drop_path: Stochastic depth of a ViT student: rate of the last block, rising linearly from 0.
         backbone: Name of a timm or torchvision model.
-        backbone_kwargs: Arguments of the backbone's builder.
+        backbone_kwargs: Arguments that build the backbone.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -91,7 +91,7 @@ class DINO(SSLModule):
         ema.follow_mean(self.center, self.deferred("means"), self.center_momentum)
 
     def edit_gradients(self) -> None:
-        """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
+        """Clip each parameter's gradient on its own, then drop the gradients of frozen prototypes."""
         clip_each(self.parameters(), self.clip_gradient)
         if self.current_epoch < self.freeze_last_layer:
             self.projector.drop_prototype_gradients()

@@ -27,27 +27,30 @@ class DINOv2(SSLModule):
 
     Args:
         num_prototypes: Number of outputs K of the head.
-        separate_heads: Whether patches have a head of their own.
-        patch_bottleneck_dim: Width of that head's bottleneck.
-        centering: How the teacher's logits become distributions: minus a moving center, or by Sinkhorn-Knopp.
-        koleo_weight: Weight of the KoLeo regularizer of each global crop; neighbors come from all processes.
+        separate_heads: Whether patches have a separate head.
+        patch_bottleneck_dim: Width of the bottleneck of the patches' separate head.
+        centering: How the teacher's logits become distributions: a softmax after subtracting a moving center, or
+            Sinkhorn-Knopp.
+        koleo_weight: Weight of the KoLeo regularizer (spreads features evenly) of each global crop; neighbors come from
+            all processes.
         mask_ratio: Smallest and largest share of patches to mask in a masked crop.
-        masked_share: Share of the global crops of the batch that are masked.
+        masked_share: Share of the batch's global crops that are masked.
         student_temperature: Divides the student's logits.
         teacher_temperature: Divides the teacher's logits.
         warmup_teacher_temperature: Teacher temperature of the first step.
-        warmup_teacher_temperature_epochs: Epochs in which it rises linearly to its final value, step by step.
+        warmup_teacher_temperature_epochs: Epochs over which the teacher temperature rises linearly, step by step, to
+            ``teacher_temperature``.
         momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine.
         center_momentum: Share of the centers that stays at each step.
         hidden_dim: Width of the heads' hidden layers.
         bottleneck_dim: Width of the head's bottleneck.
-        freeze_last_layer: Epochs in which the prototypes stay as they are.
-        clip_gradient: Largest norm of the gradient of the backbone, and of each head; 0 for none.
+        freeze_last_layer: Number of epochs at the start in which the prototypes are frozen.
+        clip_gradient: Largest gradient norm of the backbone and of each head, clipped separately; 0 for no clipping.
         drop_path: Stochastic depth of the student, the same for all blocks.
-        layer_decay: Learning rate of each block, as a share of the next block's.
+        layer_decay: Learning rate of each block, as a share of the next block's learning rate.
         patch_embed_lr: Further multiplier of the learning rate of the patch projection.
         backbone: Name of a ViT of timm, e.g. vit_small_patch14_reg4_dinov2.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -85,7 +88,7 @@ class DINOv2(SSLModule):
         if separate_heads:
             self.teacher_patch_projector = ema.teacher_of(self.patch_projector)
         self.center, self.patch_center = (nn.Buffer(torch.zeros(num_prototypes)) for _ in range(2))
-        self.train()  # but for the teachers
+        self.train()  # except the teachers
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Cross entropies of class tokens and of masked patches, and KoLeo (section 4)."""
@@ -130,7 +133,7 @@ class DINOv2(SSLModule):
             self.patch_center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - self.center_momentum)
 
     def edit_gradients(self) -> None:
-        """Clip the gradient of backbone and heads, each on its own, then drop those of frozen prototypes."""
+        """Clip the gradient of backbone and heads, each on its own, then drop the gradients of frozen prototypes."""
         heads = [part for part in self.children() if isinstance(part, DINOHead) and part.training]
         for parameters in ([*self.backbone.parameters(), self.mask_token], *(head.parameters() for head in heads)):
             clip_together(parameters, self.clip_gradient)
@@ -164,7 +167,7 @@ class DINOv2(SSLModule):
         rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
         patches, everywhere = rows * columns, len(crops) * world_size()
         bins = torch.linspace(*self.mask_ratio, int(everywhere * self.masked_share) + 1)
-        ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=self.generator) * bins.diff()  # one of each bin
+        ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=self.generator) * bins.diff()  # one ratio per bin
         ratios = torch.cat([ratios, ratios.new_zeros(everywhere - len(ratios))])
         ratios = ratios[torch.randperm(everywhere, generator=self.generator)]
         masks = []
@@ -192,7 +195,7 @@ class DINOv2(SSLModule):
         """Learning-rate multiplier of a parameter.
 
         Args:
-            name: Of the parameter.
+            name: Name of the parameter.
         """
         name = name.removeprefix("backbone.")
         further = self.patch_embed_lr if name.startswith("patch_embed") else 1.0

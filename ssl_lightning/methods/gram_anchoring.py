@@ -20,7 +20,7 @@ View = TypeVar("View", Tensor, int)
 
 
 class GramAnchoring(DINOv2):
-    """DINOv2, at whose end the patches of an image stay as similar to each other as they were to an earlier teacher.
+    """DINOv2 whose patch similarities are anchored, late in training, to an earlier teacher.
 
     Siméoni et al. 2025, DINOv3, section 4.2, https://arxiv.org/abs/2508.10104. Late in a long training patch features
     grow noisy while class tokens still improve; the earlier teacher (here gram_backbone) anchors them. It sees the
@@ -31,11 +31,11 @@ class GramAnchoring(DINOv2):
     DINOv2 whose heads it goes on with, it begins at once: ``gram_snapshot`` and ``gram_start`` 0.
 
     Args:
-        gram_weight: Weight of the mean squared difference of similarities.
-        gram_snapshot: Share of the training after which the teacher is first kept as the anchor.
-        gram_start: Share of the training after which the anchor holds.
-        gram_every: Steps after which the anchor becomes the teacher of then.
-        gram_updates: How often it does.
+        gram_weight: Weight of the mean squared difference between the similarities of patches.
+        gram_snapshot: Share of the training, from 0 to 1, after which the teacher is first kept as the anchor.
+        gram_start: Share of the training, from 0 to 1, after which the anchor's loss is added.
+        gram_every: Number of steps after which the anchor is replaced by the current teacher.
+        gram_updates: How many times the anchor is replaced.
         kwargs: See DINOv2.
     """
 
@@ -91,13 +91,13 @@ class GramAnchoring(DINOv2):
 
     def check(self, sizes: list[int], global_batch: int) -> None:
         """Views must be DINOv2's, and perhaps two for the anchor."""
-        of_student, of_anchor = _split(sizes)
-        super().check(list(of_student), global_batch)
+        student_sizes, anchor_sizes = _split(sizes)
+        super().check(list(student_sizes), global_batch)
         patch = self.backbone.patch_side
-        if of_anchor[0] % patch:
+        if anchor_sizes[0] % patch:
             raise UserError(
-                f"the backbone's patches of {patch} px do not divide the anchor's crops of {of_anchor[0]} px; set "
-                "their size in data.views, or model.backbone_kwargs.patch_size."
+                f"the backbone's patches of {patch} px do not divide the anchor's crops of {anchor_sizes[0]} px; set "
+                "their size in --data.views, or --model.backbone_kwargs.patch_size."
             )
 
     def _step_of(self, share: float) -> float:
@@ -113,7 +113,7 @@ class GramAnchoring(DINOv2):
             source: See ``init_from``.
 
         Raises:
-            UserError: The backbone or the heads are not alike; says what differs.
+            UserError: The backbone or the heads differ; the message says how.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -130,8 +130,8 @@ class GramAnchoring(DINOv2):
             if theirs is None or theirs.shape != mine.shape:
                 raise UserError(
                     f"the heads of {source} differ in {name}, here {tuple(mine.shape)}, there "
-                    f"{theirs if theirs is None else tuple(theirs.shape)}; set model.num_prototypes, hidden_dim, "
-                    "bottleneck_dim and separate_heads as there."
+                    f"{theirs if theirs is None else tuple(theirs.shape)}; set --model.num_prototypes, "
+                    "--model.hidden_dim, --model.bottleneck_dim and --model.separate_heads to match."
                 )
             heads[name] = theirs
         set_model_state_dict(self, heads, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -41,10 +41,10 @@ class IBOT(SSLModule):
         bottleneck_dim: Width of the head's bottleneck.
         norm_last_layer: Whether the norms of the prototypes stay 1 (published for ViT-B and larger).
         freeze_last_layer: Epochs in which the prototypes stay as they are.
-        clip_gradient: Largest norm of the gradient of each parameter, one by one; 0 for none.
+        clip_gradient: Largest gradient norm of each parameter, clipped separately; 0 for no clipping.
         drop_path: Stochastic depth of the student: rate of the last block, rising linearly from 0.
         backbone: Name of a ViT of timm.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -114,7 +114,7 @@ class IBOT(SSLModule):
         ema.follow_mean(self.patch_center, self.deferred("patch_means"), self.center_momentum)
 
     def edit_gradients(self) -> None:
-        """Clip each parameter's gradient on its own, then drop those of frozen prototypes."""
+        """Clip each parameter's gradient on its own, then drop the gradients of frozen prototypes."""
         clip_each(self.parameters(), self.clip_gradient)
         if self.current_epoch < self.freeze_last_layer:
             self.projector.drop_prototype_gradients()

@@ -36,7 +36,7 @@ class IJEPA(SSLModule):
         predictor_depth: Blocks of the predictor; 12 for larger backbones. It has as many heads as the backbone.
         momentum: Share of the teacher that stays at the first step; it rises linearly to 1.
         backbone: Name of a ViT of timm.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``;
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``;
             ``weight_init: jax`` starts wider than the paper, for small patches and widths.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.

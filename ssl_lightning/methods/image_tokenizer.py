@@ -32,7 +32,7 @@ class ImageTokenizer(SSLModule):
         commitment: Weight of the distance that draws the encoder to its vectors.
         restart_below: A vector that is chosen less often than this share of the mean, averaged over some 20 steps,
             restarts as a code of the batch; 0 for never.
-        probe_every: Steps between those with features for the probes.
+        probe_every: The probes get features of whole views once every this many steps.
         backbone: Name of the encoder, a network of timm; its stride is the side of the grid's cells.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
@@ -41,7 +41,7 @@ class ImageTokenizer(SSLModule):
     views = "beit"
     remedies = "fewer vectors or a smaller token_dim, a lower learning rate"
     global_views = 1
-    shardable = False  # vectors restart
+    shardable = False  # unused vectors are restarted
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ImageTokenizer(SSLModule):
     ) -> None:
         super().__init__(backbone=backbone, optim=optim, **kwargs)
         if not hasattr(self.backbone, "forward_features"):
-            raise UserError(f"backbone={backbone!r} gives no map of features; set model.backbone to one of timm.")
+            raise UserError(f"backbone={backbone!r} gives no feature map; set --model.backbone to a model of timm.")
         self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
         self.restart_below = restart_below
         side = only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)
@@ -82,7 +82,7 @@ class ImageTokenizer(SSLModule):
         images = views[0]
         codes, vectors, ids = self._encoded(images)
         self.defer(counts=self._counts(ids), codes=self._drawn(codes.detach()))
-        straight = codes + (vectors - codes).detach()  # the gradient passes by the choice
+        straight = codes + (vectors - codes).detach()  # the gradient skips the choice
         return losses.vector_quantization(self.decoder(straight), images, codes, vectors, self.commitment)
 
     def _map(self, images: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class ImageTokenizer(SSLModule):
         if sizes[0] % self.stride:
             raise UserError(
                 f"the backbone's stride of {self.stride} px does not divide views of {sizes[0]} px; set "
-                "data.image_size."
+                "--data.image_size."
             )
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:

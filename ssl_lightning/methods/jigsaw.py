@@ -27,12 +27,12 @@ class Jigsaw(SSLModule):
     ``probe_every``-th step, as with MAE.
 
     Args:
-        num_permutations: Number of orders to tell apart.
+        num_permutations: Number of permutations to distinguish.
         patch_size: Side of the patches in pixels; the cells are a third of the view, 85 px for one of 255.
         hidden_dim: Width of what is kept of each patch.
         normalize_patches: Whether each patch has its own mean taken away and its deviation divided by, as in Noroozi &
             Favaro (section 3.3); not in VISSL.
-        probe_every: Steps between those with features for the probes.
+        probe_every: The probes get features of whole views once every this many steps.
         optim: Optimizer and learning-rate schedule; the milestones are for 105 epochs.
         kwargs: See SSLModule.
     """
@@ -100,11 +100,11 @@ class Jigsaw(SSLModule):
         cell, side = sizes[0] // 3, getattr(self.backbone, "patch_side", 1)
         if self.patch_size > cell:
             raise UserError(
-                f"model.patch_size={self.patch_size} is larger than the cells of {cell} px, a third of the view; set "
-                f"it to about {round(cell * 64 / 85)}, or data.image_size to {self.patch_size * 255 // 64}."
+                f"--model.patch_size={self.patch_size} is larger than the cells of {cell} px, a third of the view; set "
+                f"it to about {round(cell * 64 / 85)}, or --data.image_size to {self.patch_size * 255 // 64}."
             )
         if self.patch_size % side:
-            raise UserError(f"the backbone's patches of {side} px do not divide model.patch_size={self.patch_size}.")
+            raise UserError(f"the backbone's patches of {side} px do not divide --model.patch_size={self.patch_size}.")
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Share of the permutations that are recognized."""
@@ -147,8 +147,8 @@ def shuffled(patches: Tensor, permutations: Tensor) -> Tensor:
 def distant_permutations(count: int) -> Tensor:
     """Permutations of nine that differ from each other in many places, always the same.
 
-    Greedy, after Noroozi & Favaro 2016, algorithm 1: after a first one, always that which is farthest from the nearest
-    of those chosen (Hamming distance), and among these the one of the largest mean distance. The paper chooses among
+    Greedy, after Noroozi & Favaro 2016, algorithm 1: after the first, always the permutation that is farthest from the
+    nearest chosen permutation (Hamming distance); ties go to the largest mean distance. The paper chooses among
     all 362,880; a random sample of them takes a second for 2,000.
 
     Args:
@@ -161,7 +161,7 @@ def distant_permutations(count: int) -> Tensor:
         UserError: There are fewer, or it would take long.
     """
     if not 2 <= count <= 10_000:
-        raise UserError(f"model.num_permutations={count} must be from 2 to 10,000.")
+        raise UserError(f"--model.num_permutations={count} must be from 2 to 10,000.")
     random = np.random.Generator(np.random.Philox(0))
     pool = random.permuted(np.tile(np.arange(9, dtype=np.int8), (max(20_000, 5 * count), 1)), axis=1)
     places = np.ascontiguousarray(pool.T)  # (9, pool)

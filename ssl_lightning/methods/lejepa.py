@@ -29,7 +29,7 @@ class LeJEPA(SSLModule):
         projection_dim: Width of the embeddings.
         drop_path: Stochastic depth of a ViT: rate of the last block, rising linearly from 0.
         backbone: Name of a timm or torchvision model.
-        backbone_kwargs: Arguments of the backbone's builder.
+        backbone_kwargs: Arguments that build the backbone.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """

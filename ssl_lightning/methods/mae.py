@@ -21,8 +21,8 @@ class MAE(SSLModule):
     """MAE: reconstruct the pixels of masked patches from the visible ones.
 
     He et al. 2022, Masked Autoencoders Are Scalable Vision Learners, https://arxiv.org/abs/2111.06377. The encoder is
-    ``backbone``, a ViT of timm, and sees only the visible patches. Own masking and decoder because lightly's fill mask
-    tokens in by index, and initialize otherwise than the released code.
+    ``backbone``, a ViT of timm, and sees only the visible patches. Own masking and decoder because lightly's fill in
+    mask tokens by index and initialize differently from the released code.
 
     The training forward sees a quarter of the image, so the linear probe learns from features of the whole view, not
     masked and in eval mode, at every ``probe_every``-th step. Measured with ViT-B/16 at 224 px on a CPU, such a forward
@@ -33,10 +33,10 @@ class MAE(SSLModule):
         decoder_dim: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of the decoder.
-        normalize_pixels: Whether each target patch is normalized by its own mean and deviation.
-        probe_every: Steps between those with features for the probes.
+        normalize_pixels: Whether each target patch is normalized by its own mean and standard deviation.
+        probe_every: The probes get features of whole views once every this many steps.
         backbone: Name of a ViT of timm.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """

@@ -30,8 +30,8 @@ class MoCoV2(SSLModule):
         momentum: Share of the teacher that stays at each step.
         queue_length: Number of keys K that serve as negatives; a multiple of the global batch.
         projector_dim: Width of queries and keys.
-        bn_splits: Groups of images whose BatchNorm statistics are apart: on a single device, what shuffling among
-            processes is on several (8 in the authors' CIFAR-10 notebook). 1 leaves BatchNorm as it is.
+        bn_splits: Number of groups of images with separate BatchNorm statistics: on a single device it replaces the
+            shuffling among processes (8 in the authors' CIFAR-10 notebook). 1 leaves BatchNorm as it is.
         optim: Optimizer and learning-rate schedule.
         kwargs: See SSLModule.
     """
@@ -74,7 +74,7 @@ class MoCoV2(SSLModule):
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Keys of all processes in order; each process computes a random part, unless one BatchNorm sees them all."""
+        """Keys of all processes in order; each process computes a random part, unless a BatchNorm sees them all."""
         shuffle = world_size() > 1 or self.bn_splits > 1
         if shuffle:
             images = gather(images)  # (N, 3, S, S)
@@ -85,7 +85,7 @@ class MoCoV2(SSLModule):
         return keys[order.argsort()] if shuffle else keys
 
     def teacher_momentum(self, progress: float) -> float:
-        """The same all the time."""
+        """Constant."""
         return self.momentum
 
     def update_teacher(self) -> None:
@@ -103,11 +103,13 @@ class MoCoV2(SSLModule):
         self.queue.check(global_batch)
         batch = global_batch // self.trainer.world_size
         if batch % self.bn_splits:
-            raise UserError(f"model.bn_splits={self.bn_splits} does not divide the batch; data.batch_size is {batch}.")
+            raise UserError(
+                f"--model.bn_splits={self.bn_splits} does not divide the batch; --data.batch_size is {batch}."
+            )
         if self.trainer.world_size == 1 and self.bn_splits == 1 and _has_batch_norm(self.backbone):
             rank_zero_warn(
                 "on a single device MoCo v2's BatchNorm gives away which key belongs to a query: the loss falls, but "
-                "features do not improve. Set model.bn_splits to 8 to split the batch as several devices would."
+                "features do not improve. Set --model.bn_splits to 8 to split the batch as several devices would."
             )
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
@@ -129,7 +131,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     splits: int
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalise ``(B, C, H, W)``; B is a multiple of ``splits``."""
+        """Normalize ``(B, C, H, W)``; B is a multiple of ``splits``."""
         if not self.training:
             return super().forward(images)
         assert self.running_mean is not None
@@ -149,7 +151,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def _split_batch_norm(backbone: nn.Module, splits: int) -> None:
     plain: list[Any] = [module for module in backbone.modules() if type(module) is nn.BatchNorm2d]
     if _has_batch_norm(backbone) and not plain:
-        raise UserError("model.bn_splits supports only nn.BatchNorm2d, and this backbone has none; leave it at 1.")
+        raise UserError("--model.bn_splits supports only nn.BatchNorm2d, and this backbone has none; leave it at 1.")
     for module in plain:
         module.__class__ = SplitBatchNorm2d
         module.splits = splits

@@ -32,10 +32,10 @@ class MoCoV3(SSLModule):
         hidden_dim: Width of the hidden layers of projector and predictor.
         projector_dim: Width of queries and keys.
         backbone: Name of a timm or torchvision model.
-        backbone_kwargs: Arguments of the backbone's builder.
+        backbone_kwargs: Arguments that build the backbone.
         optim: Optimizer and learning-rate schedule.
         chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
-            None takes it in one pass; chunks cost one more forward pass.
+            None takes the batch in one pass; chunks cost an extra forward pass.
         kwargs: See SSLModule.
     """
 

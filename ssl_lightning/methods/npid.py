@@ -70,8 +70,8 @@ class NPID(SSLModule):
             loss = losses.instance_discrimination(features, self.memory.rows, indices, self.temperature)
         else:
             candidates = torch.cat([indices[:, None], self._drawn(len(indices))], dim=1)  # (B, 1 + nce_k)
-            found = losses.nce_normalizer(features, self.memory.rows, candidates, self.temperature)
-            normalizer = torch.where(normalizer == 0, found, normalizer)
+            estimate = losses.nce_normalizer(features, self.memory.rows, candidates, self.temperature)
+            normalizer = torch.where(normalizer == 0, estimate, normalizer)
             loss = losses.nce(features, self.memory.rows, candidates, self.temperature, normalizer)
         self.defer(indices=gather(indices), features=gather(features.detach()), normalizer=normalizer)
         return loss
@@ -131,7 +131,7 @@ class NPID(SSLModule):
         """Give the memory as many rows as the checkpoint has.
 
         Raises:
-            UserError: The training images are others.
+            UserError: The number of training images differs from the checkpoint's.
         """
         saved = checkpoint["state_dict"].get("memory.rows")
         if saved is not None:

@@ -59,7 +59,7 @@ class RotNet(SSLModule):
         """Loss of a batch; the probes learn from the features of the upright images.
 
         Args:
-            batch: ``(views, labels, ...)``; the labels are not looked at.
+            batch: ``(views, labels, ...)``; the labels are not used.
             batch_idx: Number of the batch.
         """
         outputs = super().training_step(batch, batch_idx)

@@ -27,7 +27,7 @@ class SimCLR(SSLModule):
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
         optim: Optimizer and learning-rate schedule.
         chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
-            None takes it in one pass; chunks cost one more forward pass.
+            None takes the batch in one pass; chunks cost an extra forward pass.
         kwargs: See SSLModule.
     """
 

@@ -20,10 +20,10 @@ class SimMIM(SSLModule):
     """SimMIM: regress the pixels of masked patches with a single linear layer.
 
     Xie et al. 2022, SimMIM: A Simple Framework for Masked Image Modeling, https://arxiv.org/abs/2111.09886. The
-    encoder is ``backbone``, which sees all patches, masked ones as a learnt token: as in the paper timm's BEiT, a ViT
+    encoder is ``backbone``, which sees all patches, masked ones as a learned token: as in the paper timm's BEiT, a ViT
     with relative positions that all blocks share, or a Swin; or timm's plain ViT, which embeds absolute positions, then
     without a class token. Features are the mean of the patches. The paper's learning rate is for batches of 512 images,
-    ours for 256, so ``base_lr`` is half of its.
+    ours for 256, so ``base_lr`` is half the paper's.
 
     The training forward sees masked images, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE.
@@ -31,9 +31,9 @@ class SimMIM(SSLModule):
     Args:
         mask_ratio: Share of the units that are masked, rounded up to whole ones.
         mask_unit: Side of the squares that are masked, in pixels: a multiple of the backbone's patch.
-        probe_every: Steps between those with features for the probes.
+        probe_every: The probes get features of whole views once every this many steps.
         backbone: Name of a BEiT, Swin or ViT of timm. The first two take images of one size, ``img_size``.
-        backbone_kwargs: Arguments of the backbone's builder, e.g. ``{img_size: 32, patch_size: 4}``.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 32, patch_size: 4}``.
         optim: Optimizer and learning-rate schedule; the milestone is for 800 epochs.
         kwargs: See SSLModule.
     """
@@ -69,7 +69,7 @@ class SimMIM(SSLModule):
             defaults = {"drop_path_rate": 0.0}
         else:
             raise UserError(
-                f"SimMIM masks single patches, which backbone={backbone!r} cannot; set model.backbone to a ViT, BEiT "
+                f"SimMIM masks single patches, which backbone={backbone!r} cannot; set --model.backbone to a ViT, BEiT "
                 "or Swin of timm, e.g. vit_base_patch16_224."
             )
         super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
@@ -77,7 +77,7 @@ class SimMIM(SSLModule):
         self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
         if mask_unit % self.patch_side:
             raise UserError(
-                f"model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."
+                f"--model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."
             )
         self.mask_ratio, self.mask_unit, self.probe_every = checked_ratio(mask_ratio), mask_unit, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.patch_embed.proj.out_channels))
@@ -118,7 +118,8 @@ class SimMIM(SSLModule):
         super().check(sizes, global_batch)
         if sizes[0] % self.mask_unit:
             raise UserError(
-                f"units of model.mask_unit={self.mask_unit} px do not divide views of {sizes[0]} px; set one of them."
+                f"units of --model.mask_unit={self.mask_unit} px do not divide views of {sizes[0]} px; change "
+                "--model.mask_unit or --data.image_size."
             )
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:

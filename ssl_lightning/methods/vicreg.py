@@ -12,15 +12,15 @@ from ssl_lightning.optim import Optim
 
 
 class VICReg(SSLModule):
-    """VICReg: views of an image come together while each dimension keeps its variance and none repeats another.
+    """VICReg: views of an image agree, each dimension keeps its variance, and dimensions are uncorrelated.
 
     Bardes, Ponce & LeCun 2022, VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning,
     https://arxiv.org/abs/2105.04906. The paper's expander is the ``projector``. BatchNorm is global, variance and
     covariance are taken over the global batch.
 
     Args:
-        invariance: Weight of the squared distance of the views.
-        variance: Weight of what is missing to a deviation of 1.
+        invariance: Weight of the squared distance between the views.
+        variance: Weight of the variance term: how far each dimension's standard deviation falls short of 1.
         covariance: Weight of the squared covariances of different dimensions.
         variance_of_views: ``mean`` of the variance term over both views as in the released code, or their ``sum`` as in
             the paper.

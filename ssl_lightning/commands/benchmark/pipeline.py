@@ -105,7 +105,7 @@ def pipeline(
         root: Folder of images.
         views: Method whose views are made.
         image_size: Side of the full-size views in pixels.
-        num_workers: Also compare whole loaders with that many worker processes; 0 compares none.
+        num_workers: Worker processes of the loaders to compare as well; 0 skips that comparison.
         batch_size: Images per batch.
         num_images: Images per pass.
         passes: Number of passes; the median is reported.

@@ -62,7 +62,7 @@ class StepResult:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Our time to that of the bare passes, lightly's time to ours, and our operations and memory to lightly's."""
+        """Ratios: our time to the bare passes', lightly's time to ours, our operations and memory to lightly's."""
         ratios = {"bare_ratio": self.ours.ms / self.bare.ms}
         if self.lightly:
             ratios["lightly_ratio"] = self.lightly.ms / self.ours.ms
@@ -108,7 +108,7 @@ def step(
         backbone: Name of a timm or torchvision model; None takes the method's default.
         image_size: Side of the full-size views in pixels.
         batch_size: Images per batch.
-        steps: Timed steps of each; the median is reported.
+        steps: Number of timed steps of each kind; the median is reported.
         model_kwargs: Further arguments of the method, e.g. ``{"queue_length": 4096}``.
 
     Raises:
@@ -228,7 +228,7 @@ class _Turns:
         self.costs: dict[str, tuple[int, int, int]] = {}
 
     def add(self, name: str, run: Callable[[], None] | None, parameters: list[Tensor]) -> None:
-        """Let one more take turns; None stands for the training run that asks for batches."""
+        """Add a participant that takes turns; None stands for the training run that asks for batches."""
         self.run[name], self.parameters[name], self.seconds[name] = run, parameters, []
 
     def __len__(self) -> int:
@@ -265,7 +265,7 @@ class _Turns:
         self.costs[name] = (counter.counts.total(), counter.synchronisations.total(), peak)
 
     def cost(self, name: str) -> StepCost:
-        """The cost of one of them."""
+        """The cost of a step."""
         return StepCost(1000 * statistics.median(self.seconds[name][_WARM_UP:]), *self.costs[name])
 
 

@@ -1,4 +1,4 @@
-"""The command ``report``: a run on one page."""
+"""The command ``report``: everything about a run on one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ def run(words: Sequence[str]) -> None:
         words: The command line after ``report``.
     """
     parser = SSLArgumentParser(prog="ssl-lightning report", description="Make a page of a run: one file, no network.")
-    parser.add_argument("run", type=str, help="Folder of a run, or the folder of its versions for the newest.")
-    parser.add_argument("--output", type=str, default="report.html", help="The page to write.")
+    parser.add_argument("run", type=str, help="Folder of a run, or of its versions (takes the newest).")
+    parser.add_argument("--output", type=str, default="report.html", help="HTML file to write.")
     parser.add_argument(
-        "--watch", action="store_true", help="Serve the page to this machine instead, renewed as the run goes on."
+        "--watch", action="store_true", help="Serve the page on this machine instead, updated while the run trains."
     )
-    parser.add_argument("--port", type=int, default=0, help="Port to serve it at; 0 is a free one.")
+    parser.add_argument("--port", type=int, default=0, help="Port for --watch; 0 picks a free port.")
     options = parser.parse_args(list(words))
     if options.watch:
         watch(options.run, options.port)
@@ -54,7 +54,7 @@ def report(run: str, output: str = "report.html") -> Path:
     if not history.run.metrics:
         raise UserError(
             f"{folder} has no metrics yet: wait for its first logged step (trainer.log_every_n_steps), or let "
-            "--watch wait for it; a run with trainer.logger false writes none."
+            "--watch wait for it; a run with --trainer.logger false writes none."
         )
     page = page_of(history)
     try:
@@ -66,11 +66,11 @@ def report(run: str, output: str = "report.html") -> Path:
 
 
 def watch(run: str, port: int = 0) -> None:
-    """Serve the page of a run to this machine only, until Ctrl-C; it renews itself as the run goes on.
+    """Serve the page of a run on this machine only, until Ctrl-C; it updates while the run trains.
 
     Args:
         run: Folder of a run, or the folder of its versions for the newest.
-        port: Port; 0 is a free one.
+        port: Port; 0 picks a free port.
 
     Raises:
         UserError: There is no such run, or the port is taken.

@@ -92,7 +92,7 @@ class History:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has trained, over all its starts; None if one was killed, which leaves no time of the end."""
+        """How long it has trained, over all its starts; None if a start was killed, which leaves no end time."""
         spans = [(_seconds(start["started"]), _seconds(start.get("ended", ""))) for start in self.starts]
         if not spans or any(end is None for _, end in spans[:-1]):
             return None

@@ -1,4 +1,4 @@
-"""The page of a run that is going on, served to this machine only."""
+"""The page of a running training, served to this machine only."""
 
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,7 @@ def serve(folder: Path, port: int) -> None:
 
     Args:
         folder: The run folder.
-        port: Port; 0 is a free one.
+        port: Port; 0 picks a free port.
 
     Raises:
         UserError: The port is taken.
@@ -26,7 +26,7 @@ def serve(folder: Path, port: int) -> None:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), _handler(folder))
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: {error}; choose another one, or leave it out for a free one.") from error
+        raise UserError(f"--port {port}: {error}; choose another port, or leave out --port for a free port.") from error
     with server:
         print(f"{folder} at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)", flush=True)
         with suppress(KeyboardInterrupt):
@@ -34,7 +34,7 @@ def serve(folder: Path, port: int) -> None:
 
 
 def _stamp(folder: Path) -> str:
-    """State of the files that the page shows: changes when one of them does."""
+    """State of the files that the page shows; it changes when any of the files does."""
     patterns = ["*.csv", "*.json", "*.txt", "*.yaml", "*.png"]
     patterns += [f"{PICTURES_FOLDER}/*/*.png", f"{EVALUATIONS_FOLDER}/*/{RESULTS_FILE}"]
     stats = []

@@ -29,17 +29,14 @@ class DINOv2(SSLModule):
         num_prototypes: Number of outputs K of the head.
         separate_heads: Whether patches have a separate head.
         patch_bottleneck_dim: Width of the bottleneck of the patches' separate head.
-        centering: How the teacher's logits become distributions: a softmax after subtracting a moving center, or
-            Sinkhorn-Knopp.
-        koleo_weight: Weight of the KoLeo regularizer (spreads features evenly) of each global crop; neighbors come from
-            all processes.
+        centering: How the teacher's logits become distributions: softmax around a moving center, or Sinkhorn-Knopp.
+        koleo_weight: Weight of the KoLeo regularizer of each global crop; neighbors come from all processes.
         mask_ratio: Smallest and largest share of patches to mask in a masked crop.
         masked_share: Share of the batch's global crops that are masked.
         student_temperature: Divides the student's logits.
         teacher_temperature: Divides the teacher's logits.
         warmup_teacher_temperature: Teacher temperature of the first step.
-        warmup_teacher_temperature_epochs: Epochs over which the teacher temperature rises linearly, step by step, to
-            ``teacher_temperature``.
+        warmup_teacher_temperature_epochs: Epochs in which it rises linearly, step by step, to ``teacher_temperature``.
         momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine.
         center_momentum: Share of the centers that stays at each step.
         hidden_dim: Width of the heads' hidden layers.

@@ -140,7 +140,7 @@ def test_broken_photos_are_listed_in_the_run_folder_or_stop_the_run(broken_photo
     assert len(listing.read_text().splitlines()) == 3
     with pytest.raises(SystemExit) as end:
         main(fit)
-    assert "more than data.max_unreadable=1.0%" in str(end.value.code)
+    assert "more than --data.max_unreadable=1.0%" in str(end.value.code)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_the_folder_belongs_to_weights_images_and_their_preparation(photos: Path
     computed(folder_data(photos), folder)
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     refused = pytest.raises(
-        UserError, match=r"e holds embeddings of other (\w| )+: .*; choose another embedding_writer"
+        UserError, match=r"e holds embeddings of other (\w| )+: .*; choose another --embedding_writer"
     )
     running = trainer(tmp_path, callbacks=[EmbeddingWriter(str(folder))])
     with refused as error:
@@ -209,7 +209,7 @@ def trained_images(data: FakeData) -> Any:
 def test_what_has_no_order_or_no_names_is_refused(photos: Path, tmp_path: Path) -> None:
     writer = EmbeddingWriter(str(tmp_path / "e"))
     stream = HuggingFaceData("imagefolder", data_dir=str(photos), streaming=True, num_images=40)
-    with pytest.raises(UserError, match="a stream come in no order"):
+    with pytest.raises(UserError, match="a stream come in no fixed order"):
         trainer(tmp_path, callbacks=[writer]).predict(model(), datamodule=stream)
     loader = torch.utils.data.DataLoader([torch.rand(3, 32, 32)])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="give predict a data module of this package"):
@@ -288,7 +288,7 @@ def test_a_run_goes_on_after_a_kill(photos: Path, tmp_path: Path, monkeypatch: p
     done = len(read_embeddings(tmp_path / "e").indices)
     assert 12 <= done < 40
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert f"{done} of 40 are there" in again.stderr
+    assert f"{done} of 40 are already there" in again.stderr
     assert sum(int(line.split()[1]) for line in again.stdout.splitlines() if line.startswith("computed")) == 40 - done
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ssl-lightning"])

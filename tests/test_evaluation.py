@@ -160,7 +160,7 @@ def test_pieces_are_the_normed_class_tokens_of_the_last_blocks_and_the_mean_of_t
 
 
 def test_a_cnn_has_no_class_tokens() -> None:
-    with pytest.raises(UserError, match=r"last 4 blocks are wanted, but the backbone is no ViT"):
+    with pytest.raises(UserError, match=r"last 4 blocks are needed, but the backbone is no ViT"):
         Tokens(create_backbone("resnet10_cifar"), 4)
 
 
@@ -530,7 +530,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "fewer classes in the test set": ({"data": (classes(0, 1, 2), classes(0, 1))}, "3 classes in training and 2 in"),
     "more classes in the test set": ({"data": (classes(0, 1), classes(0, 1, 2))}, "2 classes in training and 3 in"),
     "an empty class": ({"data": (classes(0, 2), classes(0, 2))}, "without images in one of them: 1"),
-    "no labels": ({"data": ((classes(0)[0], None), (classes(0)[0], None))}, "needs labelled images"),
+    "no labels": ({"data": ((classes(0)[0], None), (classes(0)[0], None))}, "needs labeled images"),
     "no labels in the test set": (
         {"data": (classes(0, 1), (classes(0, 1)[0], None))},
         "needs validation images with labels",

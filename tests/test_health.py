@@ -275,5 +275,5 @@ def _readings(rank: int, tmp_path: Path) -> dict[str, float]:
 def test_arguments_are_checked() -> None:
     with pytest.raises(UserError, match="num_images=1 must be at least 2"):
         HealthMonitor(num_images=1)
-    with pytest.raises(UserError, match="tolerance=2 is a share"):
+    with pytest.raises(UserError, match="tolerance=2 must lie between 0 and 1"):
         LossFloorAlarm(tolerance=2)

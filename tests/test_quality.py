@@ -35,7 +35,7 @@ def test_alpha_req_finds_the_power(alpha: float) -> None:
 
 
 def test_alpha_req_asks_for_enough_directions() -> None:
-    with pytest.raises(UserError, match="have 7 directions; take more images"):
+    with pytest.raises(UserError, match="have 7 directions; use more images"):
         alpha_req(torch.randn(8, 64))
 
 

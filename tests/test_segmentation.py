@@ -255,11 +255,11 @@ def test_data_that_does_not_fit_says_so(what: str, kwargs: dict[str, Any], messa
 
 
 def test_what_does_not_fit_the_backbone_says_so(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"patches of 8 px do not divide images of 90x90 px; set data.image_size"):
+    with pytest.raises(UserError, match=r"patches of 8 px do not divide images of 90x90 px; set --data.image_size"):
         trainer(tmp_path).fit(segmenter(VIT), masks(pictures, image_size=90))
-    with pytest.raises(UserError, match=r"the data has 3 classes, but model.num_classes is 2"):
+    with pytest.raises(UserError, match=r"the data has 3 classes, but --model.num_classes is 2"):
         trainer(tmp_path).fit(segmenter(num_classes=2), masks(pictures))
-    with pytest.raises(UserError, match=r"set model.num_classes"):
+    with pytest.raises(UserError, match=r"set --model.num_classes"):
         trainer(tmp_path).fit(segmenter(), masks(pictures).train_dataloader())
     with pytest.raises(UserError, match="'mobilenetv3_small_050' gives no maps here; take a ResNet"):
         segmenter({"backbone": "mobilenetv3_small_050"})

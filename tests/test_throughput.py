@@ -45,7 +45,7 @@ class SlowData(SSLDataModule):
 def test_a_slow_loader_is_told_with_the_remedy(tmp_path: Path) -> None:
     data = SlowData(batch_size=8, views=[DIGIT_VIEW], num_workers=0, in_memory=False)
     running = trainer(tmp_path, callbacks=[Throughput(every_n_steps=1)], max_epochs=2)
-    with pytest.warns(UserWarning, match=r"in waiting for images: raise data.num_workers \(now 0") as warned:
+    with pytest.warns(UserWarning, match=r"spent waiting for images; raise --data.num_workers \(now 0") as warned:
         running.fit(simclr(), data)
     assert len([one for one in warned if "waiting for images" in str(one.message)]) == 1
     waited = float(running.callback_metrics["train/loader_wait"])

@@ -13,9 +13,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` to resume from, written after every epoch.
 
     Args:
-        every_n_epochs: Number of epochs between two writes; None is 1, or never with ``every_n_train_steps``.
-        every_n_train_steps: Number of optimizer steps between two writes, in place of epochs.
-        dirpath: Folder; None is ``checkpoints`` in the run folder.
+        every_n_epochs: Write every this many epochs. None means 1, or never if ``every_n_train_steps`` is set.
+        every_n_train_steps: Write every this many optimizer steps, instead of after epochs.
+        dirpath: Folder. None means ``checkpoints`` in the run folder.
     """
 
     def __init__(
@@ -31,18 +31,18 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the resumed step as saved: with gradient accumulation, the next batch does not end a new step."""
+        """Count the resumed step as saved. With gradient accumulation, the next batch may not complete a new step."""
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
 
     def save(self, trainer: L.Trainer) -> str:
-        """Write it now.
+        """Write the checkpoint now.
 
         Args:
             trainer: The trainer.
 
         Returns:
-            Its path.
+            The path of the checkpoint.
         """
         path = self.format_checkpoint_name({})
         self._save_checkpoint(trainer, path)
@@ -53,12 +53,12 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the best value of a logged metric; saves nothing while the metric is not logged.
 
     Args:
-        monitor: The metric.
-        mode: Whether the ``max`` or the ``min`` of the metric is best.
+        monitor: Name of the metric.
+        mode: Whether the largest (``max``) or the smallest (``min``) value is best.
         save_top_k: Number of checkpoints to keep.
-        dirpath: Folder; None is ``checkpoints`` in the run folder.
-        filename: Name of the file; may contain metrics in braces.
-        save_weights_only: Whether to leave out what only resuming needs.
+        dirpath: Folder. None means ``checkpoints`` in the run folder.
+        filename: Name of the file, without its extension. May contain names of metrics in braces.
+        save_weights_only: Whether to save only the weights, so that training cannot resume from the file.
     """
 
     def __init__(

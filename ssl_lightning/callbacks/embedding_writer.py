@@ -1,4 +1,4 @@
-"""Embeddings of all images in files, computed once each."""
+"""Writes the embeddings of all images to files, each computed once."""
 
 import functools
 import hashlib
@@ -32,55 +32,55 @@ class Embeddings(NamedTuple):
     labels: NDArray[np.int64]
     """``(N,)`` classes; -1 is unknown."""
     paths: NDArray[np.str_]
-    """``(N,)`` paths of the files, or what else the data calls its images."""
+    """``(N,)`` paths of the files, or the names that the data gives its images."""
     sets: NDArray[np.str_]
     """``(N,)`` ``train`` or ``val``."""
     indices: NDArray[np.int64]
-    """``(N,)`` numbers of the images in their set; those of unreadable images are missing."""
+    """``(N,)`` indices of the images in their set. Unreadable images are missing."""
 
 
 class EmbeddingWriter(BasePredictionWriter):
     """Writes the embeddings that ``predict`` computes, with labels and paths; ``read_embeddings`` reads them.
 
-    A run that was interrupted goes on when it is started again, on any number of processes: images in the files that
-    are there are not computed again. The folder keeps what weights and images it belongs to.
+    An interrupted run continues when it is started again, on any number of processes: embeddings that are already in
+    files are not computed again. The folder records which weights and images its embeddings come from.
 
     Args:
-        output: Folder, which all processes see; on the command line, None leaves the callback out.
-        format: Of the files: ``npz`` of numpy, or ``parquet``, with a list of float32 for each image.
-        images_per_file: Images in a file at most: what a kill costs each process.
+        output: Folder that all processes can access. On the command line, None turns the callback off.
+        format: Format of the files: ``npz`` (numpy), or ``parquet`` with a list of float32 for each image.
+        images_per_file: Largest number of images in a file. A killed process loses at most this many embeddings.
     """
 
     def __init__(self, output: str | None = None, format: Format = "npz", images_per_file: int = 4096) -> None:  # noqa: A002
         super().__init__("batch")
         if format not in get_args(Format):
-            raise UserError(f"EmbeddingWriter: there is no format {format!r}; choose npz or parquet.")
+            raise UserError(
+                f"EmbeddingWriter: there is no format {format!r}; set --embedding_writer.format to npz or parquet."
+            )
         if images_per_file < 1:
-            raise UserError(f"EmbeddingWriter: images_per_file={images_per_file} must be at least 1.")
+            raise UserError(f"--embedding_writer.images_per_file={images_per_file} must be at least 1.")
         self.output, self.format, self.images_per_file = output, format, images_per_file
         self._images: dict[str, Any] = {}
         self._waiting: dict[str, list[tuple[NDArray[Any], ...]]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See whether the images can be told apart, and have those left out that are done.
+        """Check that images have an order and names, and leave out images whose embeddings exist.
 
         Raises:
-            UserError: There is no folder, no data module, a stream, or no package for the format.
+            UserError: No folder or data module was given, the data is a stream, or the format needs a missing package.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         data: Any = getattr(trainer, "datamodule", None)
         if self.output is None:
-            raise UserError("EmbeddingWriter needs a folder to write to; set output.")
+            raise UserError("EmbeddingWriter needs a folder to write to; set --embedding_writer.output.")
         if not hasattr(data, "already_predicted"):
-            raise UserError(
-                "EmbeddingWriter needs images that have a name; give predict a data module of this package."
-            )
+            raise UserError("EmbeddingWriter needs images with names; give predict a data module of this package.")
         if data.train_stream is not None:
             raise UserError(
-                "the images of a stream come in no order that could be kept; give EmbeddingWriter data with random "
-                "access, e.g. data.streaming false."
+                "the images of a stream come in no fixed order; give EmbeddingWriter data with random access, e.g. set "
+                "--data.streaming=false."
             )
         if self.format == "parquet" and find_spec("pyarrow") is None:
             raise UserError("the format parquet needs pyarrow: pip install 'ssl_lightning[parquet]'.")
@@ -89,39 +89,39 @@ class EmbeddingWriter(BasePredictionWriter):
         self._waiting = {name: [] for name in self._images}
         data.already_predicted = functools.partial(self._done, trainer, pl_module)
         trainer.predict_loop.return_predictions = False
-        warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # each batch tells its own
+        warnings.filterwarnings("ignore", "Couldn't infer the batch indices")  # each batch has its own indices
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no image out of other predictions."""
+        """Later predictions include all images again."""
         if stage == "predict":
             data: Any = getattr(trainer, "datamodule", None)
             data.already_predicted = dict
 
     def _done(self, trainer: L.Trainer, pl_module: Any) -> dict[str, NDArray[np.int64]]:
-        """Numbers of the images whose embeddings are there, by set; asked for once the weights are there, too.
+        """Indices of the images whose embeddings exist, for each set. Called once the weights are loaded.
 
         Raises:
-            UserError: The folder belongs to other weights or images.
+            UserError: The folder holds embeddings of other weights or images.
         """
         kwargs = {key: value for key, value in pl_module.hparams["backbone_kwargs"].items() if key != "pretrained"}
         weights = Pretrained(pl_module.evaluated_backbone, pl_module.hparams["backbone"], kwargs, {}).hash
-        found: Any = None
-        if trainer.is_global_zero:  # all go by what the first process finds
+        indices: Any = None
+        if trainer.is_global_zero:  # the first process decides for all
             try:
                 data: Any = getattr(trainer, "datamodule", None)
-                found = self._opened(weights, int(pl_module.embed_dim), data.image_transform)
+                indices = self._opened(weights, int(pl_module.embed_dim), data.image_transform)
             except UserError as error:
-                found = error
-        found = trainer.strategy.broadcast(found)
-        if isinstance(found, UserError):
-            raise found
-        done, total = sum(map(len, found.values())), sum(map(len, self._images.values()))
-        rank_zero_info(f"Embeddings: {self.output}" + (f", {done:,} of {total:,} are there" if done else ""))
-        return found
+                indices = error
+        indices = trainer.strategy.broadcast(indices)
+        if isinstance(indices, UserError):
+            raise indices
+        done, total = sum(map(len, indices.values())), sum(map(len, self._images.values()))
+        rank_zero_info(f"Embeddings: {self.output}" + (f", {done:,} of {total:,} are already there" if done else ""))
+        return indices
 
     def _opened(self, weights: str, embed_dim: int, image_transform: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
         folder = Path(str(self.output))
-        belongs = {
+        metadata = {
             "weights": weights,
             "images": {name: len(images) for name, images in self._images.items()},
             "data": _fingerprint(self._images),
@@ -129,22 +129,24 @@ class EmbeddingWriter(BasePredictionWriter):
             "format": self.format,
             "embed_dim": embed_dim,
         }
-        belongs = json.loads(json.dumps(belongs))  # as it is read again
-        file = folder / _BELONGS
+        metadata = json.loads(json.dumps(metadata))  # as the file will return it, e.g. lists for tuples
+        file = folder / _METADATA
         if file.exists():
-            there = _belongs(folder)
-            if differing := [key for key in belongs if there.get(key) != belongs[key]]:
+            earlier = _metadata(folder)
+            if differing := [key for key in metadata if earlier.get(key) != metadata[key]]:
                 key = differing[0]
                 raise UserError(
-                    f"{folder} holds embeddings of other {' and '.join(differing)}: {key} {there.get(key)}, now "
-                    f"{belongs[key]}; choose another embedding_writer.output."
+                    f"{folder} holds embeddings of other {' and '.join(differing)}: {key} was "
+                    f"{earlier.get(key)}, is now {metadata[key]}; choose another --embedding_writer.output."
                 )
         elif any(folder.glob(f"*.{self.format}")):
-            raise UserError(f"{folder} has files, but no {file.name} that tells what they are; choose another output.")
+            raise UserError(
+                f"{folder} has files, but no {file.name} to describe them; choose another --embedding_writer.output."
+            )
         with _writing(file) as opened:
-            opened.write(json.dumps(belongs, indent=2).encode())
-        for left in folder.glob("*.part"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+            opened.write(json.dumps(metadata, indent=2).encode())
+        for unfinished in folder.glob("*.part"):  # left by a killed process
+            unfinished.unlink(missing_ok=True)
         return {
             name: np.concatenate([np.empty(0, np.int64), *(_read(file, "indices") for file in _files(folder, name))])
             for name in self._images
@@ -168,12 +170,12 @@ class EmbeddingWriter(BasePredictionWriter):
             self._write(name, self.images_per_file)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what is left."""
+        """Write the remaining embeddings."""
         for name in self._images:
             self._write(name, 1)
 
     def _write(self, name: str, least: int) -> None:
-        """Write files of embeddings that wait, as long as there are so many."""
+        """Write waiting embeddings to files, while at least ``least`` of them are left."""
         if not self._waiting[name]:
             return
         embeddings, labels, indices = map(np.concatenate, zip(*self._waiting[name], strict=True))
@@ -192,33 +194,35 @@ def read_embeddings(folder: str | Path) -> Embeddings:
     """What ``EmbeddingWriter`` wrote to a folder, in the order of the data.
 
     Args:
-        folder: Its ``output``.
+        folder: The ``output`` of the ``EmbeddingWriter``.
 
     Raises:
         UserError: There are no embeddings.
     """
     folder = Path(folder)
-    belongs = _belongs(folder)
-    nothing = np.empty((0, belongs["embed_dim"]), np.float32), np.empty(0, np.int64), np.empty(0, np.str_)
+    metadata = _metadata(folder)
+    nothing = np.empty((0, metadata["embed_dim"]), np.float32), np.empty(0, np.int64), np.empty(0, np.str_)
     parts = [Embeddings(*nothing, nothing[2], nothing[1])]
-    for name in belongs["images"]:
-        found = [Embeddings(*(_read(file, key) for key in Embeddings._fields)) for file in _files(folder, name)]
-        if found:
-            columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    for name in metadata["images"]:
+        files = [Embeddings(*(_read(file, key) for key in Embeddings._fields)) for file in _files(folder, name)]
+        if files:
+            columns = [np.concatenate(column) for column in zip(*files, strict=True)]
             order = columns[-1].argsort()
             parts.append(Embeddings(*(column[order] for column in columns)))
     return Embeddings(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-_BELONGS = "embeddings.json"
-"""File that tells what weights and images a folder belongs to."""
+_METADATA = "embeddings.json"
+"""File that records which weights and images the embeddings in a folder come from."""
 
 
-def _belongs(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _BELONGS).read_text())
+        return json.loads((folder / _METADATA).read_text())
     except OSError as error:
-        raise UserError(f"{folder} holds no embeddings: {error}; give the output of an EmbeddingWriter.") from error
+        raise UserError(
+            f"{folder} holds no embeddings: {error}; give the folder that an EmbeddingWriter wrote to."
+        ) from error
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -226,7 +230,7 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def _fingerprint(sets: dict[str, Any]) -> str:
-    """What tells images from others: their names and labels, and the pixels of a few."""
+    """A hash that identifies the images: of their names and labels, and of the pixels of a few."""
     digest = hashlib.sha256()
     for images in sets.values():
         for index in range(len(images)):
@@ -234,7 +238,7 @@ def _fingerprint(sets: dict[str, Any]) -> str:
         if images.labels is not None:
             digest.update(images.labels.tobytes())
         for eighth in range(8):
-            with suppress(Exception):  # one that cannot be read says nothing
+            with suppress(Exception):  # an unreadable image is left out of the hash
                 digest.update(images.read(eighth * len(images) // 8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -249,8 +253,8 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error}); free space, or choose another embedding_writer.output. Started again, "
-            "predict goes on after the files that are there."
+            f"cannot write {path} ({error}); free space, or choose another --embedding_writer.output. Started "
+            "again, predict continues after the files that exist."
         ) from error
 
 
@@ -267,7 +271,7 @@ def _write_parquet(file: IO[bytes], written: Embeddings) -> None:
     columns = {
         "embeddings": pa.ListArray.from_arrays(offsets, pa.array(written.embeddings.reshape(-1))),
         "labels": pa.array(written.labels),
-        "paths": pa.array([path.encode(errors="replace").decode() for path in written.paths]),  # may be no Unicode
+        "paths": pa.array([path.encode(errors="replace").decode() for path in written.paths]),  # not all Unicode
         "sets": pa.array(written.sets),
         "indices": pa.array(written.indices),
     }

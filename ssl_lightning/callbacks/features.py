@@ -1,4 +1,4 @@
-"""Features of plain images while a method trains: what probes, monitors and pictures look at."""
+"""Features of plain images while a method trains, for probes, monitors and pictures."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,15 +19,15 @@ class PlainFeatures(NamedTuple):
     labels: Tensor
     """``(N,)``; -1 is unknown."""
     indices: Tensor
-    """``(N,)`` in the data set."""
+    """``(N,)`` indices of the images in the data set."""
 
 
 def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Iterable[Any]) -> PlainFeatures:
     """Features of plain images over all processes.
 
     Args:
-        trainer: Says device and precision.
-        pl_module: Maps images to features; in eval mode.
+        trainer: Determines device and precision.
+        pl_module: The method, in eval mode. Maps images to features.
         loader: Batches of plain images, each image once over all processes.
     """
     features, labels, indices = [no_features(pl_module)], [no_numbers(pl_module)], [no_numbers(pl_module)]
@@ -37,26 +37,26 @@ def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Ite
             features.append(pl_module(batch.images).float())
         labels.append(batch.labels)
         indices.append(batch.indices)
-    every = gather_uneven(torch.cat(indices))
-    order = every.argsort()
+    gathered = gather_uneven(torch.cat(indices))
+    order = gathered.argsort()
     return PlainFeatures(
-        gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order], every[order]
+        gather_uneven(torch.cat(features))[order], gather_uneven(torch.cat(labels))[order], gathered[order]
     )
 
 
 def no_features(pl_module: Any) -> Tensor:
-    """What a process without images gathers."""
+    """Features ``(0, D)`` of no images, so that a process without images can take part in gathering."""
     return torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)
 
 
 def no_numbers(pl_module: L.LightningModule) -> Tensor:
-    """Labels or indices of no images."""
+    """Labels or indices ``(0,)`` of no images."""
     return torch.empty(0, dtype=torch.long, device=pl_module.device)
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Bring a module to eval mode, and every part of it back to the mode that it was in.
+    """Put a module in eval mode, and afterwards restore the mode of each of its parts.
 
     Args:
         module: The method.

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of the features while the method trains."""
+"""k-nearest-neighbor accuracy of the features while the method trains."""
 
 from typing import Any
 
@@ -15,22 +15,22 @@ from ssl_lightning.evaluation import knn_predict
 
 
 class KNNProbe(L.Callback):
-    """Weighted kNN on clean features: evaluation transform, eval mode, each image once over all processes.
+    """Weighted kNN accuracy on images without augmentation, in eval mode, each image once over all processes.
 
-    Logs ``val/knn_top1``. Silent on data without labels.
+    Logs ``val/knn_top1``; logs nothing if the data has no labels.
 
     Args:
-        k: Number of neighbours.
-        temperature: Divides the cosine similarities.
-        every_n_epochs: Run every that many epochs, and after the last.
-        max_samples: Largest number of training images in the bank, evenly spread; bounds the cost.
+        k: Number of neighbors that vote.
+        temperature: A neighbor votes with exp(cosine similarity / temperature).
+        every_n_epochs: Run every this many epochs, and after the last one.
+        max_samples: Largest number of training images to search, evenly spread. None means all. Limits the cost.
     """
 
     def __init__(
         self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1, max_samples: int | None = 50_000
     ) -> None:
         if k < 1 or every_n_epochs < 1:
-            raise UserError(f"KNNProbe: k={k} and every_n_epochs={every_n_epochs} must be at least 1.")
+            raise UserError(f"--knn_probe.k={k} and --knn_probe.every_n_epochs={every_n_epochs} must be at least 1.")
         self.k, self.temperature = k, temperature
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
         self._features: list[Tensor] = []
@@ -38,7 +38,7 @@ class KNNProbe(L.Callback):
         self._wanted = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See whether the data has labels."""
+        """Check whether the data has labels."""
         self.num_classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
         if self.num_classes is None:
             rank_zero_info("KNNProbe: the data has no labels, so there is no kNN accuracy.")
@@ -69,7 +69,7 @@ class KNNProbe(L.Callback):
         if not self._wanted:
             return
         bank, bank_labels = self._bank(trainer, pl_module)
-        if len(bank) == 0:  # a stream has none
+        if len(bank) == 0:  # a stream has no bank
             return
         features, labels = torch.cat(self._features), torch.cat(self._labels)
         assert self.num_classes is not None

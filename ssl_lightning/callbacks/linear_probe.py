@@ -1,4 +1,4 @@
-"""A linear classifier that learns beside the method, to watch its features."""
+"""A linear classifier that learns next to the method, to monitor its features."""
 
 from typing import Any
 
@@ -14,14 +14,16 @@ from ssl_lightning.distributed import gather
 
 
 class LinearProbe(L.Callback):
-    """Linear classifier on the detached features of the training step: no second forward, no gradient to the method.
+    """Linear classifier that learns from the features of the training step, and gives no gradient to the method.
 
-    It normalises the features without affine parameters (as in MAE's protocol), so that one learning rate serves
-    features of any scale. Logs ``val/linear_top1`` and ``val/linear_top5``. Silent on data without labels.
+    BatchNorm without affine parameters normalizes the features, as in MAE's protocol, so that the same learning rate
+    works for features of any scale. Logs ``val/linear_top1`` and ``val/linear_top5``; logs nothing if the data has no
+    labels. For a method that trains on parts of images, the
+    backbone runs again on whole images at every few steps.
 
     Args:
-        lr: Learning rate of its AdamW.
-        weight_decay: Weight decay.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
     """
 
     def __init__(self, lr: float = 3e-3, weight_decay: float = 0.0) -> None:
@@ -39,7 +41,8 @@ class LinearProbe(L.Callback):
             return
         device = trainer.strategy.root_device
         linear = nn.utils.skip_init(nn.Linear, int(pl_module.embed_dim), num_classes)
-        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)  # not random: the method's seed stays untouched
+        # not random, so that the method's random numbers do not change
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
         self.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear).to(device)
         self.optimizer = torch.optim.AdamW(linear.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
         self.top1 = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1).to(device)
@@ -50,12 +53,13 @@ class LinearProbe(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step on the features of this batch, gathered so that every process takes the same step."""
+        """Take a step on the features of this batch, gathered so that every process takes the same step."""
         features = outputs.get("features") if isinstance(outputs, dict) else None
         if self.head is None or features is None:
             return
         labels: Tensor = batch[1]
-        labels = labels.repeat(len(features) // len(labels))  # features of several views lie view by view
+        # several views: all features of the first view, then all of the second, ...
+        labels = labels.repeat(len(features) // len(labels))
         features, labels = gather(features.float()), gather(labels)
         with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
             losses = F.cross_entropy(self.head.train()(features), labels, ignore_index=-1, reduction="sum")
@@ -78,7 +82,7 @@ class LinearProbe(L.Callback):
         if self.head is None or not self._trained:
             return
         labels = batch[1]
-        if len(labels) == 0:  # the last images cannot be read
+        if len(labels) == 0:  # none of the last images could be read
             return
         with torch.autocast(outputs.device.type, enabled=False):
             logits = self.head.eval()(outputs.float())
@@ -93,7 +97,7 @@ class LinearProbe(L.Callback):
         if self.labelled.compute() > 0:
             pl_module.log("val/linear_top1", self.top1.compute(), prog_bar=True)
             pl_module.log("val/linear_top5", self.top5.compute())
-        with torch.inference_mode(False):  # else a later training could not go on with them
+        with torch.inference_mode(False):  # otherwise later training could not update them
             for metric in (self.labelled, self.top1, self.top5):
                 metric.reset()
 

@@ -27,17 +27,18 @@ class Pictures(L.Callback):
     """Draws what the method has learned, for TensorBoard, Weights & Biases and ``pictures/<name>/<epoch>.png``.
 
     ``neighbours``: some training images with their nearest neighbors by cosine similarity, in a green frame if the
-    class is the same. ``map``: features in two dimensions, colored by class. ``attention``: where each head of a ViT's
-    class token looks in the last block. ``reconstructions``: the output of a method that predicts pixels.
-    ``schedules``: learning rate, weight decay and teacher momentum over the whole run, with the current step. All
-    pictures use the same images, prepared as for evaluation; a stream cannot show its images again.
+    class is the same, else in a red one. ``map``: features in two dimensions, colored by class. ``attention``: where
+    each head of a ViT's class token looks in the last block. ``reconstructions``: the output of a method that predicts
+    pixels. ``schedules``: learning rate, weight decay and teacher momentum over the whole run, with the current step.
+    All pictures use the same images, prepared as for evaluation. A stream cannot return to its images, so it gets only
+    the schedules.
 
     Args:
-        every_n_epochs: Epochs between pictures; the last epoch always draws.
-        num_images: Images per picture.
-        num_compared: Training images to search for neighbors and to show in the map, evenly spread; None is a 32nd of
-            them, from 64 to 2,048.
-        projection: Projection of the map: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
+        every_n_epochs: Draw every this many epochs, and after the last one.
+        num_images: Number of images in each picture.
+        num_compared: Number of training images to search for neighbors and to show in the map, evenly spread. None
+            means 1/32 of them, at least 64 and at most 2,048.
+        projection: How the map projects features to two dimensions: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
             (``pip install "ssl_lightning[umap]"``).
     """
 
@@ -50,16 +51,16 @@ class Pictures(L.Callback):
     ) -> None:
         if every_n_epochs < 1 or num_images < 1 or (num_compared is not None and num_compared < 3):
             raise UserError(
-                f"Pictures: every_n_epochs={every_n_epochs} and num_images={num_images} must be at least 1, "
-                f"num_compared={num_compared} at least 3."
+                f"--pictures.every_n_epochs={every_n_epochs} and --pictures.num_images={num_images} must be at least "
+                f"1, and --pictures.num_compared={num_compared} at least 3."
             )
         self.every_n_epochs, self.num_images, self.num_compared = every_n_epochs, num_images, num_compared
         self.projection = projection
         if projection == "umap":
-            _umap()  # report a missing library now
+            _umap()  # raises now if the library is missing
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, if it is time. All processes take part; the first one draws."""
+        """Draw, if pictures are due. All processes compute features; the first process draws."""
         epoch = trainer.current_epoch + 1
         if not trainer.loggers or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
             return
@@ -67,15 +68,15 @@ class Pictures(L.Callback):
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with in_eval_mode(pl_module), torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # the same masks every time
-            pictures = self._of_images(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
-            pictures |= self._of_features(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+            pictures = self._image_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+            pictures |= self._feature_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
         if trainer.is_global_zero:
             if (schedules := _schedules(trainer, pl_module)) is not None:
                 pictures["schedules"] = schedules
             for name, picture in pictures.items():
                 show(trainer, name, picture, picture_file(name, epoch))
 
-    def _of_images(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
+    def _image_pictures(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
         """Pictures that show each image separately."""
         batch = next(iter(data.plain_dataloader(self.num_images * trainer.world_size)), None)
         if batch is None:
@@ -102,7 +103,7 @@ class Pictures(L.Callback):
             )
         return pictures
 
-    def _of_features(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
+    def _feature_pictures(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
         """Pictures that compare images."""
         plain = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
         if not trainer.is_global_zero or len(plain.features) < 3:
@@ -118,12 +119,12 @@ def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) 
     features = F.normalize(plain.features.double(), dim=1)
     queries = torch.linspace(0, len(features) - 1, min(count, len(features)), device=features.device).long()
     similar = features[queries] @ features.T  # (count, N)
-    similar[torch.arange(len(queries)), queries] = -2.0  # an image is not its own neighbour
+    similar[torch.arange(len(queries)), queries] = -2.0  # an image is not its own neighbor
     nearest = similar.topk(min(_NEIGHBORS, len(features) - 1)).indices
     rows = []
-    for query, others in zip(queries.tolist(), nearest.tolist(), strict=True):
+    for query, neighbors in zip(queries.tolist(), nearest.tolist(), strict=True):
         row = []
-        for index in (query, *others):
+        for index in (query, *neighbors):
             labels = plain.labels[query], plain.labels[index]
             color = _SAME_CLASS if labels[0] == labels[1] else _OTHER_CLASS
             color = "white" if index == query or min(labels) < 0 else color
@@ -180,7 +181,7 @@ def _umap() -> Any:
         import umap
     except ImportError as error:
         raise UserError(
-            'the projection umap needs umap-learn: pip install "ssl_lightning[umap]", or set pictures.projection to '
+            'the projection umap needs umap-learn: pip install "ssl_lightning[umap]", or set --pictures.projection to '
             "tsne or pca."
         ) from error
     return umap

@@ -1,4 +1,4 @@
-"""Early ends of a run: with a checkpoint when a scheduler asks, and for all processes together when one fails."""
+"""Stops a run early: with a checkpoint if a scheduler asks, and in all processes if one of them fails."""
 
 import atexit
 import os
@@ -31,11 +31,11 @@ class Preemption(L.Callback):
 
     The exit code is 128 + the number of the signal (143, 138), which asks a scheduler to queue the job again. In a
     SLURM job, SIGUSR1 (``#SBATCH --signal=SIGUSR1@90``) also requeues the job, and the command line then continues
-    from that file. Lightning itself would save in the middle of a step, where a run cannot continue exactly, and ask
-    all processes after every step, which waits for the device.
+    from that file. Without this callback, Lightning would save in the middle of a step, from where a run cannot
+    continue exactly, and would synchronize all processes after every step, which waits for the device.
 
     Args:
-        every_n_steps: Optimizer steps between two questions to the other processes, if there are any.
+        every_n_steps: With several processes, check every this many optimizer steps whether one received a signal.
         requeue: Whether SIGUSR1 requeues a SLURM job.
     """
 
@@ -46,7 +46,7 @@ class Preemption(L.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start to handle the signals, in place of Lightning."""
+        """Handle the signals instead of Lightning."""
         self._signal, self._step = 0, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
@@ -80,32 +80,31 @@ class Preemption(L.Callback):
         name = signal.Signals(number).name
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
         if last is None:
-            rank_zero_warn(f"{name}: stopping without a checkpoint, as there is no LastCheckpoint.")
+            rank_zero_warn(f"{name}: stopping without a checkpoint, because the run has no LastCheckpoint.")
         else:
-            rank_zero_info(f"{name}: stopping; go on from {last.save(trainer)}")
+            rank_zero_info(f"{name}: stopping; continue from {last.save(trainer)}")
         if self.requeue and name == "SIGUSR1" and trainer.is_global_zero and SLURMEnvironment.detect():
             _requeue()
         trainer.strategy.barrier()  # srun may kill all processes at the first exit
-        raise SystemExit(
-            0 if _started_by_lightning(trainer) else 128 + number
-        )  # Lightning kills the others at any other code
+        # if a process that Lightning started exits with another code than 0, Lightning kills the remaining processes
+        raise SystemExit(0 if _started_by_lightning(trainer) else 128 + number)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the earlier handlers."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
 
 class FailTogether(L.Callback):
-    """Ends all processes of a machine within seconds when one of them fails.
+    """Ends all processes of a machine within seconds if one of them fails.
 
     Lightning ends them when a process that it started fails. But if the first process fails or is killed, the others
     wait for it in a collective operation, with NCCL for ten minutes. torchrun ends all of them itself, as SLURM does
     with ``srun --kill-on-bad-exit``.
 
     Args:
-        patience: Seconds in which the others may end by themselves and report their errors.
+        patience: Seconds that the other processes have to end by themselves and report their errors.
     """
 
     def __init__(self, patience: float = 10.0) -> None:

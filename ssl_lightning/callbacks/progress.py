@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar in a terminal, a line per epoch elsewhere, images per second."""
+"""Progress of the training: a bar in a terminal, a line per epoch elsewhere, and images per second."""
 
 import itertools
 import os
@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 class Throughput(L.Callback):
-    """Logs how fast training is, validation not counted, where its time goes, and says so if it waits for images.
+    """Logs the speed of training and where its time goes, and warns if training waits for images.
 
-    ``train/images_per_second`` over all processes, loading included; ``train/loader_wait``, the share of the time that
-    is spent in waiting for batches; ``train/hours_left``, by the time of all epochs so far, validation included; on a
-    GPU ``train/memory_gb``, the most it has held.
+    Logs ``train/images_per_second``, over all processes and including loading; ``train/loader_wait``, the fraction of
+    the time spent waiting for batches; ``train/hours_left``, estimated from all epochs so far, including validation;
+    and on a GPU ``train/memory_gb``, the largest amount of memory used so far. The first two do not count validation.
 
-    ``time/loader``, ``time/augment`` (with the transfer), ``time/forward``, ``time/backward`` and ``time/optimizer``
-    (with the teacher) are shares of the time of this process; what they leave is that of other callbacks and logging.
-    On a GPU they are shares of the GPU's time, those of the steps before, as reading the newest would make it wait:
-    ``time/loader`` is then how long it had nothing to do because of the loader.
+    ``time/loader``, ``time/augment`` (with the transfer to the device), ``time/forward``, ``time/backward`` and
+    ``time/optimizer`` (with the update of the teacher) are fractions of the time of this process. Other callbacks and
+    logging take the rest. On a GPU they are fractions of the GPU's time, and ``time/loader`` is how long the GPU was
+    idle because of the loader. They may then belong to earlier steps, so that the GPU need not wait for the newest.
 
     Args:
-        every_n_steps: Average over that many optimizer steps.
-        warn_above: Share of waiting, over the first epoch, above which it says what would help.
+        every_n_steps: Average over this many optimizer steps.
+        warn_above: Warn if the first epoch spends more than this fraction of its time waiting for batches.
     """
 
     def __init__(self, every_n_steps: int = 10, warn_above: float = 0.3) -> None:
@@ -37,21 +37,21 @@ class Throughput(L.Callback):
         self._split = _TimeSplit()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clocks; a run resumed within an epoch has no start of it."""
+        """Start the clocks, because a run that resumes within an epoch does not call ``on_train_epoch_start``."""
         self._begin, self._begin_step = time.perf_counter(), trainer.global_step
         self._step = trainer.global_step
         self._busy = self._wait = 0.0
-        self._told = False
+        self._warned = False
         self._split = _TimeSplit(pl_module.device)
         self._start(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of the steps."""
+        """Start the clock for the next steps."""
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
         loader: Any = trainer.train_dataloader
-        self._watched = hasattr(loader, "mark")  # what another loader does ends where its step starts
+        self._watched = hasattr(loader, "mark")  # other loaders do not report when they start and end
         if self._watched:
             loader.mark = self._split.mark
         self._images, self._since, self._waited = 0, time.perf_counter(), _waited(trainer)
@@ -60,15 +60,15 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is augmented."""
+        """Augmentation has ended."""
         self._split.mark("augment" if self._watched else "loader")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """The loss is there."""
+        """The forward pass has ended."""
         self._split.mark("forward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The gradients are there."""
+        """The backward pass has ended."""
         self._split.mark("backward")
 
     def on_train_batch_end(
@@ -78,35 +78,36 @@ class Throughput(L.Callback):
         self._split.mark("optimizer")
         self._images += len(batch[0][0]) * trainer.world_size
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if (stepped and self._step % self.every_n_steps == 0) or trainer.is_last_batch:  # as loggers count, over epochs
+        # like loggers, count steps across epochs
+        if (stepped and self._step % self.every_n_steps == 0) or trainer.is_last_batch:
             now = time.perf_counter()
             seconds, wait = now - self._since, _waited(trainer) - self._waited
             self._busy, self._wait = self._busy + seconds, self._wait + wait
             self.rate = self._images / seconds
-            found = {"train/images_per_second": self.rate, "train/loader_wait": wait / seconds}
+            metrics = {"train/images_per_second": self.rate, "train/loader_wait": wait / seconds}
             steps, planned = trainer.global_step - self._begin_step, trainer.estimated_stepping_batches
             if steps and planned < float("inf"):
                 self.hours_left = (now - self._begin) / steps * (planned - trainer.global_step) / 3600
-                found["train/hours_left"] = self.hours_left
+                metrics["train/hours_left"] = self.hours_left
             if pl_module.device.type == "cuda":
-                found["train/memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
-            found |= {f"time/{phase}": share for phase, share in self._split.end().items()}
-            pl_module.log_dict(found, batch_size=1)
+                metrics["train/memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
+            metrics |= {f"time/{phase}": share for phase, share in self._split.end().items()}
+            pl_module.log_dict(metrics, batch_size=1)
             self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say once what would help, if images come too slowly."""
-        if not self._told and self._wait > self.warn_above * self._busy:
+        """Warn after the first epoch if images arrive too slowly, and suggest a remedy."""
+        if not self._warned and self._wait > self.warn_above * self._busy:
             loader, cores = trainer.train_dataloader, os.cpu_count() or 1
             workers = getattr(loader, "num_workers", 0)
-            more = f"data.num_workers (now {workers}, this machine has {cores} processors)"
-            remedy = f"raise {more}" if workers < cores else "store the images smaller, or use fewer or smaller views"
+            more = f"--data.num_workers (now {workers}, this machine has {cores} processors)"
+            remedy = f"raise {more}" if workers < cores else "store smaller images, or use fewer or smaller views"
             share = f"{self._wait / self._busy:.0%}"
-            rank_zero_warn(f"{share} of the training time goes by in waiting for images: {remedy}.")
-        self._told = True
+            rank_zero_warn(f"{share} of the training time is spent waiting for images; {remedy}.")
+        self._warned = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the time of validation out."""
+        """Leave out the time of validation."""
         self._start(trainer)
 
 
@@ -115,10 +116,10 @@ def _waited(trainer: L.Trainer) -> float:
 
 
 class _TimeSplit:
-    """How the time of some steps is shared among their phases.
+    """Divides the time of some steps among their phases.
 
     Args:
-        device: Where the steps run: the moments are those of its queue if it is a GPU, else those of the host.
+        device: Where the steps run. On a GPU, events in its queue measure the time; otherwise the host's clock does.
     """
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
@@ -127,15 +128,15 @@ class _TimeSplit:
         self._ended: list[list[tuple[str, Any]]] = []
 
     def begin(self) -> None:
-        """Forget the steps that did not end, and begin with the next."""
+        """Discard unfinished steps, and start measuring."""
         self._moments = []
         self.mark("")
 
     def mark(self, phase: str) -> None:
-        """Note that a phase ends, and the next begins.
+        """Record that a phase ends and the next begins.
 
         Args:
-            phase: Its name; ``other`` is for what does not count.
+            phase: Name of the phase that ends. ``other`` counts toward the total, but is not reported.
         """
         moment: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
         if self._cuda:
@@ -143,7 +144,7 @@ class _TimeSplit:
         self._moments.append((phase, moment))
 
     def end(self) -> dict[str, float]:
-        """Shares of the newest steps whose moments are over, or nothing; never waits for a GPU."""
+        """Fractions for the newest steps that have finished; empty if none have. Never waits for a GPU."""
         self._ended.append(self._moments)
         shares: dict[str, float] = {}
         while self._ended and (not self._cuda or self._ended[0][-1][1].query()):
@@ -156,14 +157,14 @@ class _TimeSplit:
             spent[phase] = spent.get(phase, 0.0) + (start.elapsed_time(end) if self._cuda else end - start)
         total = sum(spent.values())
         spent.pop("other", None)
-        return {phase: one / total for phase, one in spent.items()}
+        return {phase: seconds / total for phase, seconds in spent.items()}
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich progress bar; where the output is no terminal, a line after every epoch instead.
+    """Lightning's rich progress bar; if the output is not a terminal, a line after every epoch instead.
 
     Args:
-        refresh_rate: Batches between updates of the bar.
+        refresh_rate: Number of batches between updates of the bar.
         leave: Whether to keep the bar of every epoch on the screen.
     """
 
@@ -171,7 +172,7 @@ class ProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Draw no bar where there is no terminal."""
+        """Draw no bar if the output is not a terminal."""
         if not sys.stdout.isatty():
             self.disable()
         super().setup(trainer, pl_module, stage)
@@ -179,8 +180,8 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Loss, images per second, hours left and the bar's metrics, under short names, without the logger's version.
 
-        They are numbers on the host: what is logged with ``prog_bar=True`` Lightning reads in every step, and
-        that waits for the device.
+        The first three are numbers on the host. Lightning reads metrics logged with ``prog_bar=True`` in every step,
+        which would wait for the device.
         """
         callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
         throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
@@ -193,7 +194,7 @@ class ProgressBar(RichProgressBar):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the line where there is no terminal."""
+        """Print a line if the output is not a terminal."""
         super().on_train_epoch_end(trainer, pl_module)
         if not sys.stdout.isatty():
             metrics = "  ".join(

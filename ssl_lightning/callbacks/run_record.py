@@ -24,9 +24,9 @@ _PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "nump
 class RunRecord(L.Callback):
     """Writes ``environment.json`` and ``warnings.txt`` into the run folder; the command ``report`` shows them.
 
-    ``environment.json`` is a list with one entry for each start of the run: versions, hardware, processes, the
-    method's chance loss, when it started, and when and how it ended. ``warnings.txt`` has a line for each warning of
-    this package: time, step and text.
+    ``environment.json`` is a list with an entry for each start of the run: versions, hardware, processes, the
+    method's chance loss, when the run started, and when and how it ended. ``warnings.txt`` has a line for each warning
+    of this package: time, step and text.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start to record warnings."""
+        """Start recording warnings."""
         self._folder = run_folder(trainer) if stage == "fit" else None
         if self._folder is None or self._show is not None:
             return
@@ -45,7 +45,8 @@ class RunRecord(L.Callback):
 
         def note(message: Warning | str, category: Any, filename: str, *rest: Any, **more: Any) -> None:
             if filename.startswith(package):
-                with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # no reason to stop the run
+                # failing to write is no reason to stop the run
+                with suppress(OSError), file.open("a", encoding="utf-8") as lines:
                     lines.write(f"{_now()}\t{trainer.global_step}\t{' '.join(str(message).split())}\n")
             show(message, category, filename, *rest, **more)
 
@@ -54,7 +55,7 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write where it runs, after the entries of earlier starts."""
+        """Write where the run takes place, after the entries of earlier starts."""
         if self._folder is None:
             return
         self._starts = read_starts(self._folder)
@@ -81,20 +82,20 @@ class RunRecord(L.Callback):
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
-        """Write the chance loss once it is known: it may depend on the batch."""
+        """Write the chance loss after the first batch, because it may depend on the batch."""
         if self._starts and "chance_loss" not in self._starts[-1]:
             self._starts[-1]["chance_loss"] = getattr(pl_module, "chance_loss", None)
             self._write()
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write that it ended, and whether that was before its last step."""
+        """Write that the run ended, and whether it ended before its last planned step."""
         planned = trainer.estimated_stepping_batches
         self._end("finished" if trainer.global_step >= planned else f"stopped early, at step {trainer.global_step}")
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write the exception that ended it."""
+        """Write the exception that ended the run."""
         message = " ".join(str(exception).split())[:300]
         self._end(f"stopped by {type(exception).__name__}" + (f": {message}" if message else ""))
         self._stop_recording()

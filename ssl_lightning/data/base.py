@@ -106,7 +106,7 @@ class SSLDataModule(DataModule):
     ) -> None:
         super().__init__(num_workers, seed)
         if batch_size < 2:
-            raise UserError(f"batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
+            raise UserError(f"--data.batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
         self.batch_size, self.views = batch_size, views
         self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
@@ -343,15 +343,18 @@ class SSLDataModule(DataModule):
         rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
         if share > self.max_unreadable:
             raise UserError(
-                f"{share:.1%} of the images are unreadable, more than data.max_unreadable={self.max_unreadable:.1%}; "
-                f"mend or remove the files listed in {listing}, or raise the limit."
+                f"{share:.1%} of the images are unreadable, more than --data.max_unreadable={self.max_unreadable:.1%}; "
+                f"fix or remove the files listed in {listing}, or raise the limit."
             )
 
     def _images_seen(self) -> int:
-        """About how many different images this process has seen by the end of this epoch: after one, its part."""
+        """About how many different images this process has seen by the end of this epoch.
+
+        In the first epoch it sees only its own part of the data.
+        """
         total = self._train_size + len(self.val_images or [])
         epochs = 1 if self.trainer is None else self.trainer.current_epoch + 1
-        if self.train_stream is not None:  # nobody knows which images of a stream are the same
+        if self.train_stream is not None:  # whether two images of a stream are the same is unknown
             return math.ceil(total * epochs / self._world_size)
         return math.ceil(total * min(1.0, epochs / self._world_size))
 

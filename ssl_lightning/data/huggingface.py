@@ -18,8 +18,8 @@ class HuggingFaceData(SSLDataModule):
     """A data set from the Hugging Face hub or from local files, read with the library ``datasets``.
 
     A stream is read in order and shuffled within a buffer. Each process and worker reads its own part of the files.
-    Nothing is stored except the validation split, whose encoded images stay in memory. The kNN probe is silent for a
-    stream, because it needs training images with random access.
+    Nothing is stored except the validation split, whose encoded images stay in memory. The kNN probe logs
+    nothing for a stream, because it needs training images with random access.
 
     Args:
         path: Name on the hub, or a format of local files: ``imagefolder``, ``parquet``, ``webdataset``, ...

@@ -65,7 +65,8 @@ class Loader:
         if (position := self.position()) is not None:
             self.sampler.epoch, self.sampler.start = position
         drop = 0
-        if isinstance(self.dataset, IterableDataset):  # worker 0 comes first: go back to its last turn, drop the rest
+        # worker 0 comes first: go back to its last turn, and drop the remaining batches
+        if isinstance(self.dataset, IterableDataset):
             drop = self.sampler.start % max(1, self._loader.num_workers)
             self.sampler.start -= drop
         try:

@@ -1,4 +1,4 @@
-"""Changes of images that features should bear: noise, blur, brightness, rotation."""
+"""Changes to images that features should be robust to: noise, blur, brightness, rotation."""
 
 from functools import partial
 
@@ -11,12 +11,12 @@ from ssl_lightning.evaluation.features import Corruption
 
 
 def noise(images: Tensor, indices: Tensor, std: float) -> Tensor:
-    """Gaussian noise, the same for an image each time.
+    """Add Gaussian noise, the same for an image each time.
 
     Args:
         images: ``(B, 3, S, S)`` in [0, 1].
         indices: ``(B,)`` indices of the images in the data set.
-        std: Standard deviation.
+        std: Standard deviation, with pixel values from 0 to 1.
     """
     drawn = [
         torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(index)) for index in indices.tolist()
@@ -25,18 +25,18 @@ def noise(images: Tensor, indices: Tensor, std: float) -> Tensor:
 
 
 def blur(images: Tensor, _indices: Tensor, share: float) -> Tensor:
-    """Gaussian blur whose standard deviation is a share of the image's side."""
+    """Apply Gaussian blur whose standard deviation is a fraction of the image's side."""
     sigma = share * images.shape[-1]
     return vision.gaussian_blur(images, [2 * round(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def brightness(images: Tensor, _indices: Tensor, factor: float) -> Tensor:
-    """Multiplied brightness."""
+    """Multiply the brightness."""
     return vision.adjust_brightness(images, factor)
 
 
 def rotation(images: Tensor, _indices: Tensor, degrees: float) -> Tensor:
-    """Rotation about the centre; the corners become black."""
+    """Rotate about the center; the corners become black."""
     return vision.rotate(images, degrees, InterpolationMode.BILINEAR)
 
 
@@ -46,4 +46,5 @@ CORRUPTIONS: dict[str, Corruption] = {
     **{f"brightness {factor}": partial(brightness, factor=factor) for factor in (0.5, 0.75, 1.5)},
     **{f"rotation {degrees}": partial(rotation, degrees=degrees) for degrees in (10, 30, 90)},
 }
-"""Noise by its standard deviation (of 1), blur by its own as a share of the side, rotation in degrees."""
+"""Noise by its standard deviation (of pixels from 0 to 1), blur by its standard deviation as a fraction of the side,
+brightness by its factor, rotation in degrees."""

@@ -1,4 +1,4 @@
-"""What segmentation and detection share: a pretrained backbone that gives maps, below a head for the data's classes."""
+"""Shared by segmentation and detection: a pretrained backbone that gives feature maps, and a head for the classes."""
 
 from dataclasses import asdict
 from typing import Any
@@ -15,14 +15,14 @@ from ssl_lightning.optim import Optim
 
 
 class DenseTask(L.LightningModule):
-    """Base of the dense tasks: subclasses write ``build``, and call ``configure_model`` when they can.
+    """Base of the dense tasks: a subclass writes ``build`` and ``body``, and calls ``configure_model``.
 
     Args:
-        checkpoint: What to transfer: a checkpoint, the name of a model for its library's weights, or ``untrained``.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
-        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
-        num_classes: Number of classes; None is that of the data module.
-        frozen: Whether the backbone stays as it is, in eval mode.
+        checkpoint: What to transfer: a checkpoint, the name of a model with its library's weights, or ``untrained``.
+        backbone: Name of the timm or torchvision model, if ``untrained`` or if the checkpoint does not name it.
+        backbone_kwargs: Arguments for building the backbone, e.g. ``{img_size: 96}``.
+        num_classes: Number of classes. None takes the number from the data module.
+        frozen: Whether the backbone is not trained, and stays in eval mode.
         optim: Optimizer and learning-rate schedule.
     """
 
@@ -50,7 +50,7 @@ class DenseTask(L.LightningModule):
             self.register_buffer(name, value[:, None, None])  # (3, 1, 1)
 
     def build(self, num_classes: int) -> None:
-        """Build what depends on the number of classes.
+        """Build the parts that depend on the number of classes.
 
         Args:
             num_classes: Number of classes of the data.
@@ -63,26 +63,28 @@ class DenseTask(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define body")
 
     def configure_model(self) -> None:
-        """Build once the number of classes is known, and compare it with the data's."""
+        """Build the head once the number of classes is known, and check the number against the data."""
         trainer: Any = self._trainer
-        found = None if trainer is None else getattr(trainer.datamodule, "num_classes", None)
-        self.num_classes = found if self.num_classes is None else self.num_classes
+        data_classes = None if trainer is None else getattr(trainer.datamodule, "num_classes", None)
+        self.num_classes = data_classes if self.num_classes is None else self.num_classes
         if self.num_classes is None:
-            if trainer is None:  # it will be known when training begins
+            if trainer is None:  # the number will be known when training begins
                 return
-            raise UserError("the data does not tell its number of classes; set model.num_classes.")
-        if found is not None and found > self.num_classes:
-            raise UserError(f"the data has {found} classes, but model.num_classes is {self.num_classes}; leave it out.")
+            raise UserError("the data does not state its number of classes; set --model.num_classes.")
+        if data_classes is not None and data_classes > self.num_classes:
+            raise UserError(
+                f"the data has {data_classes} classes, but --model.num_classes is {self.num_classes}; leave it out."
+            )
         if not self._built:
             self.build(self.num_classes)
             self._built = True
             self.train()  # a loaded backbone is in eval mode, and the trainer leaves modes as they are
 
     def train(self, mode: bool = True) -> "DenseTask":
-        """A frozen backbone stays in eval mode.
+        """Set the training mode. A frozen backbone stays in eval mode.
 
         Args:
-            mode: Whether the other parts train.
+            mode: Whether the parts that are not frozen train.
         """
         super().train(mode)
         if self.frozen:
@@ -90,7 +92,7 @@ class DenseTask(L.LightningModule):
         return self
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Images as the backbone wants them.
+        """Images as the backbone expects them, normalized.
 
         Args:
             images: ``(..., 3, H, W)``, uint8 or in [0, 1].
@@ -103,19 +105,19 @@ class DenseTask(L.LightningModule):
         return self.optim.configure(self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move the weight decay, where it follows a schedule."""
+        """Set the weight decay of this step, if it follows a schedule."""
         self.optim.set_weight_decay(optimizer, self.global_step / self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what builds the same network again, without the file that was transferred."""
-        told = {"checkpoint": "untrained", "backbone": self.pretrained.name, "num_classes": self.num_classes}
-        checkpoint["hyper_parameters"] |= {**told, "backbone_kwargs": self.pretrained.backbone_kwargs}
+        """Save the settings that rebuild the same network without the original checkpoint."""
+        settings = {"checkpoint": "untrained", "backbone": self.pretrained.name, "num_classes": self.num_classes}
+        checkpoint["hyper_parameters"] |= {**settings, "backbone_kwargs": self.pretrained.backbone_kwargs}
         checkpoint["rows_first"] = getattr(self.pretrained.backbone, "rows_first", None)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore which positions of a ViT are fixed: no weight tells."""
+        """Restore the layout of a ViT's positions, which the weights do not show."""
         self.pretrained.backbone.rows_first = checkpoint["rows_first"]
 
 
@@ -123,7 +125,7 @@ class PatchMap(nn.Module):
     """The patch tokens of a ViT's last block, after its final norm, as a map.
 
     Args:
-        vit: A ViT of timm.
+        vit: A ViT from timm.
     """
 
     def __init__(self, vit: Any) -> None:
@@ -136,27 +138,26 @@ class PatchMap(nn.Module):
         if height % patch or width % patch:
             raise UserError(
                 f"the backbone's patches of {patch} px do not divide images of {width}x{height} px; set "
-                "data.image_size to a multiple."
+                "--data.image_size to a multiple."
             )
-        tokens = self.vit.fc_norm(
-            self.vit.forward_features(images)
-        )  # a norm in ViTs that average patches, else nothing
+        # fc_norm is a norm in ViTs that average patches, otherwise the identity
+        tokens = self.vit.fc_norm(self.vit.forward_features(images))
         return {"0": as_map(self.vit, tokens, images)}
 
 
 def stages(backbone: nn.Module, name: str, first: int) -> nn.Module:
-    """The part of a backbone that gives maps: of a ResNet its last stages, of a ViT its patches.
+    """The part of a backbone that gives feature maps: the last stages of a ResNet, the patch tokens of a ViT.
 
     Args:
         backbone: The backbone.
-        name: What to call it.
-        first: First stage of a ResNet to give, 1 to 4.
+        name: Name of the backbone in messages.
+        first: First stage of a ResNet to return, 1 to 4.
 
     Returns:
-        A module that maps images to ``{"0": map, "1": map, ...}``, each smaller than the one before.
+        A module that maps images to ``{"0": map, "1": map, ...}``, from the largest to the smallest.
 
     Raises:
-        UserError: It is neither.
+        UserError: The backbone is neither a ResNet nor a ViT.
     """
     import timm.models.resnet  # only here: reading help texts should not wait for timm
     import torchvision.models.resnet
@@ -168,4 +169,6 @@ def stages(backbone: nn.Module, name: str, first: int) -> nn.Module:
         return PatchMap(backbone)
     if isinstance(backbone, timm.models.resnet.ResNet | torchvision.models.resnet.ResNet):
         return IntermediateLayerGetter(backbone, {f"layer{first + i}": str(i) for i in range(5 - first)})
-    raise UserError(f"backbone {name!r} gives no maps here; take a ResNet of timm or torchvision, or a ViT of timm.")
+    raise UserError(
+        f"backbone {name!r} gives no feature maps here; choose a ResNet from timm or torchvision, or a ViT from timm."
+    )

@@ -21,22 +21,24 @@ _WIDTH = 256
 class ObjectDetector(DenseTask):
     """Faster R-CNN (Ren et al. 2015) with a feature pyramid on a pretrained backbone, as torchvision builds it.
 
-    A ResNet gets the FPN of Lin et al. 2017, a ViT the simple feature pyramid of ViTDet. The anchors of a level have
-    eight times its stride, which is 32 to 512 px for the usual strides. Logs ``val/map``, COCO's average precision over
-    the overlaps 0.5 to 0.95, and ``val/map_50``. Needs ``pip install "ssl_lightning[detection]"``.
+    A ResNet gets the FPN of Lin et al. 2017, a ViT the simple feature pyramid of ViTDet. The anchors of a level are
+    eight times as large as its stride: 32 to 512 px for the usual strides. Logs ``val/map``, COCO's average precision
+    as a mean over the overlaps 0.5 to 0.95, and ``val/map_50``, at the overlap 0.5. Needs
+    ``pip install "ssl_lightning[detection]"``.
 
     Args:
-        checkpoint: What to transfer: a checkpoint, the name of a model for its library's weights, or ``untrained``.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
-        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
-        num_classes: Number of classes, background left out; None is that of the data module.
-        frozen: Whether the backbone stays as it is, in eval mode.
-        frozen_batch_norm: Whether its BatchNorm keeps its statistics and weights even if the backbone learns; None says
-            so unless the backbone is untrained, as torchvision does.
+        checkpoint: What to transfer: a checkpoint, the name of a model with its library's weights, or ``untrained``.
+        backbone: Name of the timm or torchvision model, if ``untrained`` or if the checkpoint does not name it.
+        backbone_kwargs: Arguments for building the backbone, e.g. ``{img_size: 96}``.
+        num_classes: Number of classes, without the background. None takes the number from the data module.
+        frozen: Whether the backbone is not trained, and stays in eval mode.
+        frozen_batch_norm: Whether the backbone's BatchNorm keeps its statistics and weights even if the backbone is
+            trained. None means true unless the backbone is untrained, as in torchvision.
         min_size: Shorter side that images are resized to, in pixels.
-        max_size: Limit of the longer side.
+        max_size: Largest length of the longer side, in pixels.
         detector_kwargs: Further arguments of torchvision's ``FasterRCNN``, e.g. ``{box_detections_per_img: 300}``.
-        optim: Optimizer and learning-rate schedule; by default that of torchvision's reference, 0.02 for 16 images.
+        optim: Optimizer and learning-rate schedule. The default has the learning rate of torchvision's reference, 0.02
+            for 16 images.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class ObjectDetector(DenseTask):
         self.configure_model()
 
     def _detector(self, frozen_batch_norm: bool, kwargs: dict[str, Any]) -> Any:
-        """The detector, its classes still to come."""
+        """The detector, with a placeholder for its classifier of boxes."""
         from timm.layers import freeze_batch_norm_2d  # only here: reading help texts should not wait for timm
         from torchvision.models.detection import FasterRCNN
         from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -86,15 +88,15 @@ class ObjectDetector(DenseTask):
         pyramid: Any = nn.Sequential(OrderedDict(body=body, fpn=fpn))
         pyramid.out_channels = _WIDTH
         anchors = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        whole = {"size_divisible": max(32, 2 * patch), "rpn_anchor_generator": anchors}
-        plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # ``prepared`` normalises
-        if unknown := kwargs.keys() - inspect.signature(FasterRCNN).parameters.keys():  # which it would not mind
-            raise UserError(f"torchvision's FasterRCNN has no argument {min(unknown)}; see model.detector_kwargs.")
-        return FasterRCNN(pyramid, **{"num_classes": 2, **whole, **plain, **kwargs})
+        pyramid_kwargs = {"size_divisible": max(32, 2 * patch), "rpn_anchor_generator": anchors}
+        plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # ``prepared`` normalizes
+        if unknown := kwargs.keys() - inspect.signature(FasterRCNN).parameters.keys():  # FasterRCNN would ignore it
+            raise UserError(f"torchvision's FasterRCNN has no argument {min(unknown)}; check --model.detector_kwargs.")
+        return FasterRCNN(pyramid, **{"num_classes": 2, **pyramid_kwargs, **plain, **kwargs})
 
     @property
     def body(self) -> nn.Module:
-        """The backbone below its pyramid."""
+        """The backbone, without the feature pyramid."""
         return self.detector.backbone.body
 
     def build(self, num_classes: int) -> None:
@@ -108,17 +110,16 @@ class ObjectDetector(DenseTask):
         heads, background = self.detector.roi_heads, 1
         heads.box_predictor = FastRCNNPredictor(heads.box_predictor.cls_score.in_features, num_classes + background)
         try:
-            self.average_precision = MeanAveragePrecision(
-                sync_on_compute=False
-            )  # which needs as many images on each process
+            # its own synchronization would need equally many images on each process
+            self.average_precision = MeanAveragePrecision(sync_on_compute=False)
         except ModuleNotFoundError as error:
             raise UserError('average precision needs pycocotools; pip install "ssl_lightning[detection]".') from error
 
     def forward(self, images: list[Tensor]) -> list[Objects]:
-        """In eval mode what is found in images ``(3, H, W)``, uint8 or in [0, 1]: boxes, labels from 1 on and scores.
+        """In eval mode: boxes, labels from 1 on and scores of the objects in images ``(3, H, W)``, uint8 or in [0, 1].
 
         Args:
-            images: Of any sizes.
+            images: Images of any sizes.
         """
         return self.detector([self.prepared(image) for image in images])
 
@@ -126,8 +127,8 @@ class ObjectDetector(DenseTask):
         """Sum of the four losses of Faster R-CNN.
 
         Args:
-            batch: Images ``(3, H, W)`` of any sizes, and for each ``boxes`` ``(N, 4)`` as x0, y0, x1, y1 in pixels and
-                ``labels`` ``(N,)`` from 1 on.
+            batch: Images ``(3, H, W)`` of any sizes, and for each image ``boxes`` ``(N, 4)`` as x0, y0, x1, y1 in
+                pixels and ``labels`` ``(N,)`` from 1 on.
             batch_idx: Unused.
         """
         images, targets = batch
@@ -138,7 +139,7 @@ class ObjectDetector(DenseTask):
         return loss
 
     def validation_step(self, batch: tuple[list[Tensor], list[Objects]], batch_idx: int) -> None:
-        """Find objects.
+        """Detect objects, and keep them for the average precision.
 
         Args:
             batch: As for training; ``iscrowd`` ``(N,)`` marks objects that do not count.
@@ -146,14 +147,14 @@ class ObjectDetector(DenseTask):
         """
         images, targets = batch
         for pair in zip(self(images), targets, strict=True):
-            found, there = ({name: value.cpu() for name, value in objects.items()} for objects in pair)
-            self._compared.append((found, there))
+            detected, actual = ({name: value.cpu() for name, value in objects.items()} for objects in pair)
+            self._compared.append((detected, actual))
 
     def on_validation_epoch_end(self) -> None:
         """Log the average precision over the images of all processes."""
-        found, there = zip(*gather_objects(self._compared), strict=True)
+        detected, actual = zip(*gather_objects(self._compared), strict=True)
         self._compared.clear()
-        self.average_precision.update([*found], [*there])
+        self.average_precision.update([*detected], [*actual])
         values = self.average_precision.compute()
         self.average_precision.reset()
         self.log("val/map", values["map"], prog_bar=True, sync_dist=True)
@@ -161,10 +162,10 @@ class ObjectDetector(DenseTask):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Levels of strides P / 4, P / 2, P and 2 P from the only map of a ViT with patches of P px (ViTDet).
+    """Levels of strides P / 4, P / 2, P and 2 P from the single feature map of a ViT with patches of P px (ViTDet).
 
-    Source: Li et al. 2022, Exploring Plain Vision Transformer Backbones for Object Detection, section 3; one further
-    level is subsampled for the largest anchors, as in an FPN.
+    Source: Li et al. 2022, Exploring Plain Vision Transformer Backbones for Object Detection, section 3. As in an FPN,
+    a fifth level for the largest anchors is subsampled from the last one.
 
     Args:
         width: Channels of the map.

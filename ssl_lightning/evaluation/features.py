@@ -1,4 +1,4 @@
-"""Features of a labelled data set: each image once over all processes, kept on disk."""
+"""Features of a labeled data set: each image once over all processes, cached on disk."""
 
 import hashlib
 import zipfile
@@ -24,13 +24,13 @@ class LabelledFeatures(NamedTuple):
     """Features of N images."""
 
     features: Tensor
-    """``(N, P, D)``, float32, on the CPU: P is 1 for the backbone's own output, else see ``Tokens``."""
+    """``(N, P, D)``, float32, on the CPU: P is 1 for the output of the backbone, else see ``Tokens``."""
     labels: Tensor
     """``(N,)`` classes."""
 
 
 class Features(NamedTuple):
-    """Features of the labelled images of a data module, in the order of the data."""
+    """Features of the labeled images of a data module, in the order of the data."""
 
     train: LabelledFeatures
     test: LabelledFeatures
@@ -38,15 +38,17 @@ class Features(NamedTuple):
 
 
 class Tokens(nn.Module):
-    """What linear classifiers on ViTs read, one piece beside the other: class tokens and the mean of the patch tokens.
+    """Inputs of linear classifiers on ViTs, as separate pieces: class tokens and the mean of the patch tokens.
 
-    The class tokens of the last blocks from the shallowest to the deepest, each after the final norm, then the mean of
-    the patch tokens of the last block (Caron et al. 2021, DINO, appendix F.2; Oquab et al. 2023, DINOv2, section 7.1).
+    First the class tokens of the last blocks, from the shallowest to the deepest, each after the final norm, then the
+    mean of the patch tokens of the last block. Source: Caron et al. 2021, DINO, appendix F.2; Oquab et al. 2023,
+    DINOv2, section 7.1.
 
     Args:
         backbone: Maps images to features.
-        last_blocks: How many blocks give their class token; 1 without ``patch_mean`` is the output of any backbone.
-        patch_mean: Whether the mean of the patch tokens follows.
+        last_blocks: Number of last blocks whose class tokens to return. 1 without ``patch_mean`` means the output of
+            the backbone, which need not be a ViT then.
+        patch_mean: Whether to append the mean of the patch tokens.
 
     Raises:
         UserError: The backbone has no such tokens.
@@ -58,13 +60,13 @@ class Tokens(nn.Module):
         depth = len(getattr(backbone, "blocks", [])) if getattr(backbone, "cls_token", None) is not None else 0
         if self.needs_blocks and last_blocks > depth:
             raise UserError(
-                f"the class tokens of the last {last_blocks} blocks are wanted, but the backbone "
-                f"{f'has {depth} blocks' if depth else 'is no ViT of timm'}; choose another protocol."
+                f"the class tokens of the last {last_blocks} blocks are needed, but the backbone "
+                f"{f'has {depth} blocks' if depth else 'is no ViT from timm'}; choose another protocol."
             )
 
     @property
     def needs_blocks(self) -> bool:
-        """Whether the output of the backbone is not enough."""
+        """Whether the tokens of single blocks are needed, instead of the output of the backbone."""
         return self.last_blocks > 1 or self.patch_mean
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,13 +82,13 @@ class Tokens(nn.Module):
 
 
 class FeatureExtractor(L.LightningModule):
-    """Collects the features of a data module's labelled images under ``Trainer.predict``; see ``extract``.
+    """Collects the features of a data module's labeled images under ``Trainer.predict``; see ``extract``.
 
     Args:
         pretrained: The backbone.
         last_blocks: See ``Tokens``.
         patch_mean: See ``Tokens``.
-        corruption: Changes the images of the test set, which alone is visited.
+        corruption: Changes the test images; the training images are then skipped.
     """
 
     views = "linear"
@@ -105,22 +107,22 @@ class FeatureExtractor(L.LightningModule):
         self._parts: list[tuple[list[Tensor], list[Tensor]]] = []
 
     @property
-    def _labelled(self) -> "_LabelledImages":
-        labelled = getattr(self.trainer, "datamodule", None)
-        assert isinstance(labelled, _LabelledImages)
-        return labelled
+    def _labeled(self) -> "_LabeledImages":
+        labeled = getattr(self.trainer, "datamodule", None)
+        assert isinstance(labeled, _LabeledImages)
+        return labeled
 
     def on_predict_start(self) -> None:
-        """Begin anew, one list for each data set."""
-        self._size = self._labelled.data.image_size
+        """Start with an empty list for each data set."""
+        self._size = self._labeled.data.image_size
         check_size(self, self._size)
-        self.found, self._parts = [], [([], []) for _ in self._labelled.wanted]
+        self.found, self._parts = [], [([], []) for _ in self._labeled.wanted]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Keep the features of plain images."""
         images = batch.images
         if self.corruption is not None:
-            prepared = self._labelled.data.image_transform
+            prepared = self._labeled.data.image_transform
             mean, std = (images.new_tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
             images = (self.corruption((images * std + mean).clamp(0, 1), batch.indices).clamp(0, 1) - mean) / std
         features, indices = self._parts[dataloader_idx]
@@ -129,7 +131,7 @@ class FeatureExtractor(L.LightningModule):
         return features[-1]
 
     def on_predict_end(self) -> None:
-        """Bring the features of all processes together, in the order of the data."""
+        """Gather the features of all processes, in the order of the data."""
         for features, indices in self._parts:
             if not features:  # fewer images than processes
                 features.append(
@@ -141,7 +143,7 @@ class FeatureExtractor(L.LightningModule):
 
 
 def _gathered(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of all processes, on the CPU; they pass through the device in pieces."""
+    """Rows of all processes, on the CPU. The device gathers them in pieces."""
     if world_size() == 1:
         return rows
     pieces = int(reduced(torch.tensor(-(-len(rows) // _AT_ONCE), device=device), "max"))
@@ -150,43 +152,45 @@ def _gathered(rows: Tensor, device: torch.device) -> Tensor:
 
 
 _AT_ONCE = 65_536
-"""Rows of a process that are sent at once."""
+"""Number of rows that each process sends at once."""
 
 
-class _LabelledImages(L.LightningDataModule):
-    """The labelled training images and the validation images of a data module, but for those whose features are known.
+class _LabeledImages(L.LightningDataModule):
+    """The labeled training and validation images of a data module, without those whose features are cached.
 
     Args:
         data: The data module.
-        key: What tells the features of these images from others, but for the images; None knows none.
-        max_samples: Training images at most.
-        test_alone: Whether to pass over the training images.
+        key: Identifies the features in the cache, together with the images. None means that no features are cached.
+        max_samples: Largest number of training images. None means all.
+        test_only: Whether to skip the training images.
     """
 
-    def __init__(self, data: L.LightningDataModule, key: str | None, max_samples: int | None, test_alone: bool) -> None:
+    def __init__(self, data: L.LightningDataModule, key: str | None, max_samples: int | None, test_only: bool) -> None:
         super().__init__()
         self.data: Any = data
-        self.key, self.max_samples, self.test_alone = key, max_samples, test_alone
+        self.key, self.max_samples, self.test_only = key, max_samples, test_only
 
     def prepare_data(self) -> None:
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Look the features up; what the first process finds is what all go by."""
+        """Look for cached features. The first process decides for all processes which features are missing."""
         data, trainer = self.data, self.trainer
         assert trainer is not None
         data.trainer = trainer
         data.setup(stage)
         if data.train_images is None or data.num_classes is None:
-            raise UserError("an evaluation needs labelled images with random access; give data with labels, no stream.")
+            raise UserError(
+                "an evaluation needs labeled images with random access; give data with labels, and no stream."
+            )
         if data.val_images is None or data.val_images.labels is None:
-            raise UserError("an evaluation needs validation images with labels; give data with such a part.")
+            raise UserError("an evaluation needs validation images with labels; give data with a validation split.")
         self.sets = [(data.train_images, data.labelled(self.max_samples))]
         self.sets.append((data.val_images, np.flatnonzero(data.val_images.labels >= 0)))
-        self.files = [self._file(*one) if trainer.is_global_zero else None for one in self.sets]
+        self.files = [self._file(images, indices) if trainer.is_global_zero else None for images, indices in self.sets]
         self.known = [_read(file) for file in self.files]
         wanted = [
-            number for number, known in enumerate(self.known) if known is None and not (self.test_alone and number == 0)
+            number for number, known in enumerate(self.known) if known is None and not (self.test_only and number == 0)
         ]
         self.wanted: list[int] = trainer.strategy.broadcast(wanted)
 
@@ -204,7 +208,7 @@ class _LabelledImages(L.LightningDataModule):
         return [loaders[number]() for number in self.wanted]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalise on the device."""
+        """Normalize on the device."""
         return self.data.on_after_batch_transfer(batch, dataloader_idx)
 
 
@@ -213,7 +217,7 @@ def _read(file: Path | None) -> tuple[Tensor, Tensor] | None:
         if file is not None:
             with np.load(file) as arrays:
                 return torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["indices"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # the file is missing or damaged
         pass
     return None
 
@@ -227,69 +231,71 @@ def extract(
     patch_mean: bool = False,
     corruption: Corruption | None = None,
 ) -> Features | None:
-    """Features of the labelled images of a data module, prepared as the backbone wants them.
+    """Features of the labeled images of a data module, prepared as the backbone expects them.
 
-    They are kept in ``$SSL_LIGHTNING_CACHE`` under a hash of the weights, the images and their preparation.
+    The features are cached in ``$SSL_LIGHTNING_CACHE`` under a hash of the weights, the images and their preparation.
 
     Args:
         pretrained: The backbone.
-        data: An SSLDataModule with labels and a validation part.
-        trainer: Says on which devices and with which precision.
-        max_samples: Training images at most, evenly spread; None is all.
+        data: An SSLDataModule with labels and validation images.
+        trainer: Determines devices and precision.
+        max_samples: Largest number of training images, evenly spread. None means all.
         last_blocks: See ``Tokens``.
         patch_mean: See ``Tokens``.
         corruption: Changes the test images; the features of the training set are then empty.
 
     Returns:
-        The features on the first process, None on others.
+        The features on the first process, None on the other processes.
 
     Raises:
-        UserError: The data has no labels or no validation part, or the classes of the two differ.
+        UserError: The data has no labels or no validation images, or their classes differ from the training classes.
     """
     extractor = FeatureExtractor(pretrained, last_blocks, patch_mean, corruption)
-    positions = getattr(pretrained.backbone, "rows_first", None)  # which no weight tells
+    positions = getattr(pretrained.backbone, "rows_first", None)  # which the weights do not show
     how = f"{positions} {last_blocks} {patch_mean} {trainer.precision}"
     key = f"{pretrained.hash} {how}" if corruption is None else None
-    labelled = _LabelledImages(data, key, max_samples, test_alone=corruption is not None)
-    trainer.predict(extractor, labelled, return_predictions=False)
+    labeled = _LabeledImages(data, key, max_samples, test_only=corruption is not None)
+    trainer.predict(extractor, labeled, return_predictions=False)
     if not trainer.is_global_zero:
         return None
-    found = dict(zip(labelled.wanted, extractor.found, strict=True))
+    computed = dict(zip(labeled.wanted, extractor.found, strict=True))
     sets = []
-    for number, (images, _) in enumerate(labelled.sets):
-        features, indices = labelled.known[number] or found.get(number) or (torch.empty(0), torch.empty(0).long())
-        if (file := labelled.files[number]) is not None and number in found:
+    for number, (images, _) in enumerate(labeled.sets):
+        features, indices = labeled.known[number] or computed.get(number) or (torch.empty(0), torch.empty(0).long())
+        if (file := labeled.files[number]) is not None and number in computed:
             write_arrays(file, features=features.numpy(), indices=indices.numpy())
         labels = torch.from_numpy(images.labels)[indices]
         sets.append(LabelledFeatures(features[labels >= 0], labels[labels >= 0]))
     if corruption is None:
         check_classes(sets[0].labels, sets[1].labels)
-    return Features(sets[0], sets[1], labelled.data.num_classes)
+    return Features(sets[0], sets[1], labeled.data.num_classes)
 
 
 def check_size(network: nn.Module, size: int) -> None:
-    """See whether a network can take images of a size.
+    """Check that a network can take images of a size.
 
     Args:
-        network: A backbone, or what holds one.
+        network: A backbone, or a module that contains one.
         size: Side of the images in pixels.
 
     Raises:
-        UserError: The patches of a ViT do not divide it.
+        UserError: The patches of a ViT do not divide the images.
     """
     patch = max(getattr(part, "patch_side", 1) for part in network.modules())
     if size % patch:
-        raise UserError(f"the backbone's patches of {patch} px do not divide images of {size} px; set data.image_size.")
+        raise UserError(
+            f"the backbone's patches of {patch} px do not divide images of {size} px; set --data.image_size."
+        )
 
 
 def labels_of(data: Any) -> Features:
-    """The labels of a data module that was set up, without features.
+    """The labels of a data module that is set up, with empty features.
 
     Args:
         data: An SSLDataModule.
 
     Raises:
-        UserError: As for ``extract``.
+        UserError: There are no labels, or the classes differ, as for ``extract``.
     """
     sets = []
     for images in (data.train_images, data.val_images):
@@ -300,21 +306,21 @@ def labels_of(data: Any) -> Features:
 
 
 def check_classes(train_labels: Tensor, test_labels: Tensor) -> None:
-    """See whether training and test images are of the same classes.
+    """Check that training and test images have the same classes.
 
     Args:
         train_labels: ``(N,)`` classes.
         test_labels: ``(M,)`` classes.
 
     Raises:
-        UserError: They are not, or a class between others is empty.
+        UserError: The classes differ, or a class has no images.
     """
     train, test = set(train_labels.tolist()), set(test_labels.tolist())
     if not train or not test:
-        raise UserError(f"there are no labelled {'test' if train else 'training'} images.")
+        raise UserError(f"there are no labeled {'test' if train else 'training'} images.")
     if missing := sorted(set(range(max(train | test) + 1)) - (train & test)):
         where = [f"{len(train)} classes in training", f"{len(test)} in the test set"]
         raise UserError(
-            f"training and test images differ in their classes: {' and '.join(where)}; without images in one of them: "
-            f"{', '.join(map(str, missing[:10]))}. Give both the same classes, or leave these out."
+            f"training and test images differ in their classes: {' and '.join(where)}. Classes without images in "
+            f"one of them: {', '.join(map(str, missing[:10]))}. Give both the same classes, or leave these classes out."
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole network, on all labels or a share of them."""
+"""Fine-tuning of the whole network, on all labels or a fraction of them."""
 
 import random
 from collections.abc import Iterator
@@ -21,21 +21,23 @@ from ssl_lightning.seeding import generators_put_back
 
 @dataclass(frozen=True)
 class FineTuneProtocol:
-    """How a paper fine-tunes.
+    """The settings with which a paper fine-tunes.
 
     Args:
         optim: Optimizer and schedule.
-        epochs: Epochs.
-        head_lr: Base learning rate of the classifier; None is that of ``optim``.
-        zero_init: Whether the classifier starts at zero, else at a deviation of 2e-5.
-        layer_decay: Each layer of a timm model has this share of the learning rate of the layer above it.
-        patch_mean: Whether a ViT is read as the mean of its patch tokens, with a new norm, instead of its class token.
+        epochs: Number of epochs.
+        head_lr: Base learning rate of the classifier. None takes the learning rate from ``optim``.
+        zero_init: Whether the classifier's weights start at zero, else from a normal distribution with standard
+            deviation 2e-5.
+        layer_decay: Each layer of a timm model has this fraction of the learning rate of the layer above it.
+        patch_mean: Whether the classifier reads the mean of a ViT's patch tokens, with a new norm, instead of the class
+            token.
         drop_path: Rate of stochastic depth.
-        rand_augment: Whether RandAugment changes the images.
-        mixup: Strength of Mixup; 0 is none.
-        cutmix: Strength of CutMix; 0 is none.
+        rand_augment: Whether to apply RandAugment to the images.
+        mixup: Strength of Mixup; 0 turns it off.
+        cutmix: Strength of CutMix; 0 turns it off.
         erase: Probability of random erasing.
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Fraction of the target that is spread over all classes.
     """
 
     optim: Optim
@@ -53,7 +55,7 @@ class FineTuneProtocol:
 
 
 def _semi(base_lr: float, head_lr: float, **schedule: Any) -> FineTuneProtocol:
-    """Fine-tuning on a share of the labels: SGD for 20 epochs at batch 256, no decay."""
+    """Fine-tuning on a fraction of the labels: SGD for 20 epochs at batch size 256, without weight decay."""
     optim = Optim("sgd", base_lr, lr_scaling="linear", weight_decay=0.0, warmup_epochs=0, **schedule)
     return FineTuneProtocol(optim, 20, head_lr)
 
@@ -89,17 +91,17 @@ FINETUNE_PROTOCOLS: dict[str, FineTuneProtocol] = {
     "vicreg_1percent": _semi(0.03, 0.08, per_epoch=True),
     "vicreg_10percent": _semi(0.01, 0.1, per_epoch=True),
 }
-"""The papers' protocols as their code has them; those with a share in their name are for that share of the labels."""
+"""The papers' protocols, as in their code. A percentage in a name is the percentage of the labels it is for."""
 
 
 class FineTune(SupervisedModule):
-    """A classifier whose backbone starts from a checkpoint; everything is trained.
+    """A classifier whose backbone starts from a checkpoint; all weights are trained.
 
     Args:
         checkpoint: The backbone: a checkpoint, the name of a model, or ``untrained``; see ``open_backbone``.
-        backbone: Name of the timm or torchvision model, where the checkpoint does not tell it.
-        backbone_kwargs: Arguments of its builder.
-        protocol: Whose protocol: a key of ``FINETUNE_PROTOCOLS``, or the protocol itself.
+        backbone: Name of the timm or torchvision model, if the checkpoint does not name it.
+        backbone_kwargs: Arguments for building the backbone.
+        protocol: A key of ``FINETUNE_PROTOCOLS``, or a protocol.
     """
 
     def __init__(
@@ -140,21 +142,21 @@ class FineTune(SupervisedModule):
         return self.head(self.backbone(images))[None]
 
     def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, of mixed images with mixed targets where the protocol says so."""
+        """Cross-entropy, of mixed images with mixed targets if the protocol has Mixup or CutMix."""
         images, labels = images[labels >= 0], labels[labels >= 0]
         smoothing, even = self.protocol.label_smoothing, len(labels) // 2 * 2
         with self._seeded():
             if self.erase is not None:
                 self.erase.device = images.device
                 images = self.erase(images)
-            if self.mixup is not None and even:  # an image is mixed with its mirror in the batch
+            if self.mixup is not None and even:  # the first image of the batch is mixed with the last, and so on
                 images, labels = self.mixup(images[:even].clone(), labels[:even])
-                smoothing = 0.0  # its targets are smooth
+                smoothing = 0.0  # Mixup's targets are already smooth
         return F.cross_entropy(self(images)[0], labels, label_smoothing=smoothing)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Make what timm draws depend on the seed, the step and the process alone."""
+        """Make timm's random numbers depend only on the seed, the step and the process."""
         seed = np.random.SeedSequence([torch.initial_seed() % 2**63, self.global_step, self.global_rank])
         words = seed.generate_state(3)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -179,12 +181,12 @@ class FineTune(SupervisedModule):
 def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Groups of parameters whose learning rate falls from the last layer to the first (BEiT, MAE).
 
-    Tensors of one dimension, positions and the class token are not decayed.
+    Tensors of one dimension, position embeddings and the class token have no weight decay.
 
     Args:
-        backbone: A model of timm; others have one layer.
-        weight_decay: Weight decay of the decayed parameters.
-        layer_decay: Share of the learning rate of the layer above.
+        backbone: A model. If it is not from timm, it counts as a single layer.
+        weight_decay: Weight decay of the other parameters.
+        layer_decay: Each layer has this fraction of the learning rate of the layer above it.
     """
     from timm.optim import param_groups_layer_decay
 
@@ -193,7 +195,9 @@ def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -
     if hasattr(backbone, "group_matcher"):
         return param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
     if layer_decay < 1:
-        raise UserError("only timm's models tell their layers; choose a protocol without layer_decay.")
+        raise UserError(
+            "layer_decay needs a model from timm, which lists its layers; choose a protocol without layer_decay."
+        )
     params = [(param.ndim > 1 and name not in spared, param) for name, param in backbone.named_parameters()]
     return [
         {"params": [param for decayed, param in params if decayed], "weight_decay": weight_decay},
@@ -202,11 +206,11 @@ def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -
 
 
 def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
-    """The backbone with the protocol's stochastic depth and its way to read a ViT."""
+    """The backbone with the protocol's stochastic depth, reading the tokens of a ViT that the protocol reads."""
     kwargs = dict(pretrained.backbone_kwargs)
     if not is_vit(pretrained.name):
         if protocol.patch_mean:
-            raise UserError("this protocol reads the patch tokens of a ViT; choose another for this backbone.")
+            raise UserError("this protocol reads the patch tokens of a ViT; choose another protocol for this backbone.")
         return pretrained.backbone.train()
     if protocol.patch_mean:
         kwargs |= {"global_pool": "avg"}
@@ -215,5 +219,5 @@ def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     model = create_backbone(pretrained.name, **kwargs)
     weights = {name: value for name, value in pretrained.backbone.state_dict().items() if name in model.state_dict()}
     new = set(model.load_state_dict(weights, strict=False).missing_keys)
-    assert new <= {"fc_norm.weight", "fc_norm.bias"}, new  # the mean of the patches has a norm of its own
-    return model.requires_grad_(True).train()  # Lightning keeps the mode it finds
+    assert new <= {"fc_norm.weight", "fc_norm.bias"}, new  # the mean of the patches has its own norm
+    return model.requires_grad_(True).train()  # Lightning does not change the mode

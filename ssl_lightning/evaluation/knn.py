@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification."""
+"""Weighted k-nearest-neighbor classification."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ def knn_predict(
 ) -> Tensor:
     """Classify by the k nearest training features, each voting with exp(cosine similarity / temperature).
 
-    Source: Wu et al. 2018, Instance Discrimination, section 3.4; defaults of DINO. In float32 or wider.
+    Source: Wu et al. 2018, Instance Discrimination, section 3.4; defaults as in DINO. Computed in at least float32.
 
     Args:
         train_features: ``(N, D)``, any scale.
         train_labels: ``(N,)`` classes from 0 to num_classes - 1.
         features: ``(M, D)``, any scale.
         num_classes: Number of classes.
-        k: Number of neighbours; all of them if there are fewer.
-        temperature: Divides the similarities.
+        k: Number of neighbors. All training features vote if there are fewer.
+        temperature: Divides the cosine similarities.
 
     Returns:
         ``(M,)`` predicted classes.
 
     Raises:
-        UserError: There is no training feature.
+        UserError: There are no training features.
     """
     return knn_grid(train_features, train_labels, features, num_classes, [k], [temperature])[k, temperature]
 
@@ -51,24 +51,24 @@ def knn_grid(
     ks: Sequence[int],
     temperatures: Sequence[float],
 ) -> dict[tuple[int, float], Tensor]:
-    """``knn_predict`` for each k and temperature, with one search for neighbours.
+    """``knn_predict`` for each k and temperature, with a single search for neighbors.
 
     Args:
         train_features: As for ``knn_predict``.
         train_labels: As for ``knn_predict``.
         features: As for ``knn_predict``.
         num_classes: Number of classes.
-        ks: Numbers of neighbours.
-        temperatures: What divides the similarities.
+        ks: Values of k.
+        temperatures: Values of the temperature.
 
     Returns:
         ``(M,)`` predicted classes for each pair of k and temperature.
 
     Raises:
-        UserError: There is no training feature.
+        UserError: There are no training features.
     """
     if len(train_features) == 0:
-        raise UserError("kNN needs at least one labelled training image; the bank is empty.")
+        raise UserError("kNN needs at least one labeled training image; there are none.")
     wide = torch.promote_types(train_features.dtype, torch.float32)
     predictions: dict[tuple[int, float], list[Tensor]] = {
         pair: [train_labels.new_empty(0)] for pair in itertools.product(ks, temperatures)
@@ -77,11 +77,11 @@ def knn_grid(
         bank = F.normalize(train_features.to(wide), dim=1).T  # (D, N)
         queries = F.normalize(features.to(wide), dim=1)  # (M, D)
         for chunk in queries.split(max(1, SIMILARITIES_AT_ONCE // bank.shape[1])):
-            similarities, neighbours = (chunk @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (m, k), nearest first
+            similarities, neighbors = (chunk @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (m, k), nearest first
             for k, temperature in predictions:
-                # relative to the nearest: exp(1 / temperature) may overflow, the vote is the same
+                # relative to the nearest, because exp(1 / temperature) may overflow; the result of the vote is the same
                 weights = ((similarities[:, :k] - similarities[:, :1]) / temperature).exp()
                 votes = weights.new_zeros(len(chunk), num_classes)
-                votes.scatter_add_(1, train_labels[neighbours[:, :k]], weights)
+                votes.scatter_add_(1, train_labels[neighbors[:, :k]], weights)
                 predictions[k, temperature].append(votes.argmax(dim=1))
     return {pair: torch.cat(parts) for pair, parts in predictions.items()}

@@ -1,4 +1,4 @@
-"""Linear probes to the letter of the papers: classifiers on frozen features."""
+"""Linear classifiers on frozen features, with the papers' exact protocols."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,18 +16,19 @@ from ssl_lightning.optim import Optim
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """How a paper trains its linear classifier.
+    """The settings with which a paper trains its linear classifier.
 
     Args:
         optim: Optimizer and schedule.
-        epochs: Epochs.
-        batch_size: Global batch.
-        lrs: Base learning rates that are tried at once; empty is that of ``optim``.
-        inputs: What classifiers read, each tried with each learning rate: so many last blocks' class tokens, and
+        epochs: Number of epochs.
+        batch_size: Images per step over all processes.
+        lrs: Base learning rates to try simultaneously. If empty, only the learning rate of ``optim``.
+        inputs: Inputs to try, each with each learning rate: the number of last blocks whose class tokens are read, and
             whether the mean of the patch tokens follows (see ``Tokens``).
-        batch_norm: Whether BatchNorm without affine parameters normalises the features.
-        zero_init: Whether the weights start at zero, else at a deviation of 0.01.
-        best_on_test: Whether the best classifier is chosen on the test images, as DINOv2 reports, not on held-out ones.
+        batch_norm: Whether BatchNorm without affine parameters normalizes the features.
+        zero_init: Whether the weights start at zero, else from a normal distribution with standard deviation 0.01.
+        best_on_test: Whether to choose the best classifier on the test images, as DINOv2 does, instead of on held-out
+            training images.
     """
 
     optim: Optim
@@ -55,12 +56,12 @@ class LinearProtocol:
 
     @property
     def last_blocks(self) -> int:
-        """Blocks whose class tokens are read."""
+        """Number of last blocks whose class tokens are read by any classifier."""
         return max(blocks for blocks, _ in self.inputs)
 
     @property
     def patch_mean(self) -> bool:
-        """Whether the mean of the patch tokens is read."""
+        """Whether any classifier reads the mean of the patch tokens."""
         return any(mean for _, mean in self.inputs)
 
 
@@ -96,11 +97,11 @@ LINEAR_PROTOCOLS: dict[str, LinearProtocol] = {
     "vicreg": LinearProtocol(_sgd(0.02, 1e-6, per_epoch=True), 100, 256),
     "lightly": LinearProtocol(_sgd(0.1), 90, 256),
 }
-"""The papers' protocols as their code has them; ``sweep`` is this package's own, for features of any scale."""
+"""The papers' protocols, as in their code. ``sweep`` is this package's own, for features of any scale."""
 
 
 class LinearHeads(nn.Module):
-    """Linear classifiers trained at once on the same features: one for each learning rate and input of a protocol.
+    """Linear classifiers trained together on the same features, for each learning rate and input of a protocol.
 
     Args:
         protocol: The protocol.
@@ -120,7 +121,7 @@ class LinearHeads(nn.Module):
             self.heads.append(nn.Sequential(norm, linear))
 
     def forward(self, pieces: Tensor) -> Tensor:
-        """Logits ``(H, B, C)`` of all classifiers, for pieces ``(B, P, D)`` as ``Tokens`` gives them."""
+        """Logits ``(H, B, C)`` of all classifiers, for pieces ``(B, P, D)`` from ``Tokens``."""
         tokens = pieces.shape[1] - self.protocol.patch_mean
         logits = []
         for (_, blocks, mean), head in zip(self.protocol.choices, self.heads, strict=True):
@@ -129,7 +130,7 @@ class LinearHeads(nn.Module):
         return torch.stack(logits)
 
     def loss(self, pieces: Tensor, labels: Tensor) -> Tensor:
-        """Sum over the classifiers of the mean cross-entropy; labels of -1 do not count."""
+        """Sum over the classifiers of the mean cross-entropy; labels of -1 are ignored."""
         logits = self(pieces)
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), ignore_index=-1) * len(logits)
 
@@ -137,14 +138,14 @@ class LinearHeads(nn.Module):
         """One optimizer for all classifiers, each with its learning rate.
 
         Args:
-            global_batch: Images per step, which learning rates scale with.
+            global_batch: Images per step over all processes; learning rates scale with it.
         """
         optimizers = [
             replace(self.protocol.optim, base_lr=lr).create(head, global_batch)
             for (lr, _, _), head in zip(self.protocol.choices, self.heads, strict=True)
         ]
-        for other in optimizers[1:]:
-            for group in other.param_groups:
+        for optimizer in optimizers[1:]:
+            for group in optimizer.param_groups:
                 optimizers[0].add_param_group(group)
         return optimizers[0]
 
@@ -152,13 +153,13 @@ class LinearHeads(nn.Module):
 def fit_heads(
     train: LabelledFeatures, num_classes: int, protocol: LinearProtocol, seed: int, device: torch.device | str = "cpu"
 ) -> LinearHeads:
-    """Train the classifiers of a protocol on features that are held in memory.
+    """Train the classifiers of a protocol on features in memory.
 
     Args:
         train: Features ``(N, P, D)`` and their labels.
         num_classes: Number of classes.
-        protocol: The protocol; its batch is at most N.
-        seed: Seed of the first weights and of the order.
+        protocol: The protocol. Its batch size is reduced to N if it is larger.
+        seed: Seed of the initial weights and of the order of the data.
         device: Where to train.
     """
     features, labels = train.features.to(device), train.labels.to(device)
@@ -204,17 +205,17 @@ def best_head(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Accuracy of a protocol's best classifier, and the table of all.
+    """Accuracy of a protocol's best classifier, and the table of all classifiers.
 
-    A tenth of the training images chooses the best, which is then trained on all of them, or the test images do, where
-    the protocol says so.
+    The best classifier is chosen on a held-out tenth of the training images, and then trained again on all of them. If
+    the protocol sets ``best_on_test``, it is chosen on the test images.
 
     Args:
         train: Features ``(N, P, D)`` and their labels.
         test: Features ``(M, P, D)`` and their labels.
         num_classes: Number of classes.
         protocol: The protocol.
-        seed: Seed of the first weights, of the order and of the held-out images.
+        seed: Seed of the initial weights, of the order of the data and of the held-out images.
         device: Where to train.
     """
     rows = protocol.labels
@@ -237,14 +238,14 @@ def best_head(
 class LinearClassifier(SupervisedModule):
     """Linear classifier on a frozen backbone, trained on augmented images: the papers' linear evaluation.
 
-    The backbone stays in eval mode, its weights and statistics as they are. Logs ``val/top1`` and ``val/top5`` of the
-    best classifier, where the protocol tries several, as DINOv2 reports.
+    The backbone stays in eval mode, and its weights and statistics do not change. Logs ``val/top1`` and ``val/top5`` of
+    the best classifier on the validation images, if the protocol tries several, as DINOv2 does.
 
     Args:
         checkpoint: The backbone: a checkpoint, the name of a model, ``untrained`` or ``pixels``; see ``open_backbone``.
-        backbone: Name of the timm or torchvision model, where the checkpoint does not tell it.
-        backbone_kwargs: Arguments of its builder.
-        protocol: Whose protocol: a key of ``LINEAR_PROTOCOLS``, or the protocol itself.
+        backbone: Name of the timm or torchvision model, if the checkpoint does not name it.
+        backbone_kwargs: Arguments for building the backbone.
+        protocol: A key of ``LINEAR_PROTOCOLS``, or a protocol.
     """
 
     views = "linear"
@@ -270,7 +271,7 @@ class LinearClassifier(SupervisedModule):
         return len(self.heads.heads)
 
     def train(self, mode: bool = True) -> "LinearClassifier":
-        """The frozen backbone is never in training mode."""
+        """Set the training mode. The frozen backbone stays in eval mode."""
         super().train(mode)
         self.tokens.eval()
         return self

@@ -10,26 +10,28 @@ from ssl_lightning.errors import UserError
 
 
 def choose(labels: NDArray[np.int64], per_class: int | float, seed: int) -> NDArray[np.int64]:
-    """Choose labelled images, equally of each class.
+    """Choose labeled images, the same number or fraction from each class.
 
     Args:
         labels: ``(N,)`` classes; -1 is unknown and not chosen.
-        per_class: That many of each class, or the share of each class if below 1, and then at least one.
+        per_class: Number of images of each class. If below 1, the fraction of each class, and at least one image.
         seed: Seed of the choice.
 
     Returns:
-        Their indices, sorted.
+        Sorted indices of the chosen images.
 
     Raises:
-        UserError: A class has fewer.
+        UserError: A class has fewer images.
     """
     random, chosen = np.random.default_rng(seed), []
     for label in np.unique(labels[labels >= 0]):
-        of_class = np.flatnonzero(labels == label)
-        count = max(1, round(per_class * len(of_class))) if per_class < 1 else int(per_class)
-        if count > len(of_class):
-            raise UserError(f"class {label} has {len(of_class)} training images, not {count}; choose fewer per class.")
-        chosen.append(random.permutation(of_class)[:count])
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(per_class * len(members))) if per_class < 1 else int(per_class)
+        if count > len(members):
+            raise UserError(
+                f"class {label} has {len(members)} training images, not {count}; choose fewer images per class."
+            )
+        chosen.append(random.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
 
@@ -42,9 +44,9 @@ def low_shot(
         train_features: ``(N, D)``, any scale.
         train_labels: ``(N,)`` classes.
         features: ``(M, D)``, any scale.
-        shots: Images of each class.
+        shots: Number of training images of each class.
         seed: Seed of the choice of images.
-        strength: Inverse of the regularisation (C of scikit-learn).
+        strength: Inverse of the regularization (C of scikit-learn).
 
     Returns:
         ``(M,)`` predicted classes.

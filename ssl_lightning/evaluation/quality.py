@@ -1,4 +1,4 @@
-"""How good features are without labels: rank, spectrum, spread, alignment, uniformity."""
+"""Measures of features that need no labels: rank, spectrum, spread, alignment, uniformity."""
 
 import math
 
@@ -14,11 +14,11 @@ from ssl_lightning.evaluation.knn import SIMILARITIES_AT_ONCE
 def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
     """Effective rank: the exponential of the entropy of the singular values, from 1 (collapsed) to D.
 
-    Source: Garrido et al. 2023, RankMe, eq. 1; the paper takes 25,600 images. Features are not centred.
+    Source: Garrido et al. 2023, RankMe, eq. 1; the paper uses 25,600 images. Features are not centered.
 
     Args:
-        features: ``(N, D)``, of whole images in eval mode, any scale.
-        epsilon: Added to each share.
+        features: ``(N, D)``, any scale, of whole images in eval mode.
+        epsilon: Added to each singular value after dividing by their sum.
     """
     singular = torch.linalg.svdvals(_wide(features))
     shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny) + epsilon
@@ -27,15 +27,15 @@ def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
 
 @torch.no_grad()
 def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
-    """Decay of the spectrum: alpha of the power law j ** -alpha of the covariance's eigenvalues; near 1 is good.
+    """Decay of the spectrum: the alpha for which j ** -alpha fits the covariance's eigenvalues; near 1 is good.
 
-    Far above 1 few directions carry everything, below 1 the spectrum is flat. Source: Agrawal et al. 2022, alpha-ReQ;
-    fitted in logarithms over some ranks, rank j with weight 1 / j.
+    Far above 1, few directions carry most of the variance; below 1, the spectrum is flat. Source: Agrawal et al. 2022,
+    alpha-ReQ; a linear fit of logarithms over some ranks, where rank j has the weight 1 / j.
 
     Args:
         features: ``(N, D)``, any scale.
         first: First rank of the fit.
-        last: Last rank of the fit; fewer if there are not so many eigenvalues above rounding.
+        last: Last rank of the fit. The fit ends earlier if fewer eigenvalues are larger than rounding errors.
 
     Raises:
         UserError: There are fewer than two eigenvalues to fit.
@@ -46,7 +46,7 @@ def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
     if min(count, last) <= first:
         raise UserError(
             f"alpha_req fits ranks {first} to {last}, but features of shape {tuple(features.shape)} have {count} "
-            "directions; take more images, or lower first."
+            "directions; use more images, or lower first."
         )
     ranks = torch.arange(first, min(count, last) + 1, dtype=features.dtype, device=features.device)
     x, y, weights = ranks.log(), eigenvalues[first - 1 : last][: len(ranks)].log(), 1 / ranks
@@ -56,7 +56,7 @@ def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> float:
-    """Mean over dimensions of the standard deviation of unit features: 0 is collapse, 1 / sqrt(D) as spread as can be.
+    """Mean over dimensions of the standard deviation of unit features: 0 is collapse, 1 / sqrt(D) the largest spread.
 
     Source: Chen & He 2021, SimSiam, section 4.1; unbiased as in lightly.
 
@@ -74,7 +74,7 @@ def alignment(features0: Tensor, features1: Tensor) -> float:
 
     Args:
         features0: ``(N, D)``, any scale.
-        features1: ``(N, D)``; row i is of the same image.
+        features1: ``(N, D)``, any scale. Row i belongs to the same image as row i of ``features0``.
     """
     difference = F.normalize(_wide(features0), dim=1) - F.normalize(_wide(features1), dim=1)
     return float(difference.square().sum(1).mean())
@@ -88,13 +88,14 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
 
     Args:
         features: ``(N, D)``, N at least 2, any scale.
-        t: Sharpness.
+        t: Scale of the squared distances.
     """
     features = F.normalize(_wide(features), dim=1)
     count = len(features)
     blocks = features.split(max(1, SIMILARITIES_AT_ONCE // count))
     totals = torch.stack([torch.exp(t * (2 * block @ features.T - 2)).sum() for block in blocks])
-    return math.log(float(totals.sum() - count) / (count * (count - 1)))  # an image with itself gives 1
+    # without the N pairs of an image with itself, each of which adds 1
+    return math.log(float(totals.sum() - count) / (count * (count - 1)))
 
 
 def _wide(features: Tensor) -> Tensor:

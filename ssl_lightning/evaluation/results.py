@@ -13,10 +13,10 @@ from ssl_lightning.runs import RESULTS_FILE
 
 
 def interval(correct: float, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, by Wilson's score (Wilson 1927).
+    """95 % confidence interval of an accuracy, by Wilson's score (Wilson 1927).
 
     Args:
-        correct: Share of correct answers, in [0, 1].
+        correct: Fraction of correct answers, in [0, 1].
         total: Number of answers.
     """
     z = 1.959964
@@ -35,12 +35,12 @@ class Results:
 
     Args:
         protocol: Name of the evaluation, e.g. knn.
-        parameters: All its parameters.
-        backbone: Its origin: ``source``, ``name``, ``weights`` (a hash), ``method``, ...
-        data: The data set, its sizes and how images were prepared.
+        parameters: All parameters of the evaluation.
+        backbone: Where the backbone comes from: ``source``, ``name``, ``weights`` (a hash), ``method``, ...
+        data: The data set, its numbers of images and classes, and how images were prepared.
         accuracy: ``top1`` in [0, 1] and its 95 % ``interval``.
-        rows: The table.
-        seeds: Seeds of its random choices.
+        rows: Rows of the table of results.
+        seeds: Seeds of the random choices.
         seconds: Duration in seconds.
         versions: Versions of the packages.
     """
@@ -56,13 +56,13 @@ class Results:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def write(self, folder: Path) -> Path:
-        """Write ``results.json``, all of it or nothing.
+        """Write ``results.json``, completely or not at all.
 
         Args:
-            folder: Its folder, created if it does not exist.
+            folder: Folder to write to, created if it does not exist.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The file cannot be written.
         """
         path = folder / RESULTS_FILE
         try:
@@ -80,7 +80,7 @@ class Results:
             path: The file.
 
         Raises:
-            UserError: It is damaged or something else.
+            UserError: The file is damaged, or no ``results.json`` of an evaluation.
         """
         try:
             return cls(**json.loads(path.read_text()))
@@ -101,7 +101,7 @@ class Results:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as text, one column for each key.
+    """Format rows as text, with a column for each key.
 
     Args:
         rows: The rows, with the accuracies already in percent.

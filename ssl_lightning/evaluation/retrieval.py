@@ -1,4 +1,4 @@
-"""Retrieval: are the nearest images those of the same class?"""
+"""Retrieval: whether the nearest images belong to the same class."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,14 @@ def retrieval(
 ) -> dict[str, float]:
     """Mean average precision of the whole ranking by cosine similarity, and recall at k.
 
-    Recall at k is the share of queries with an image of their class among the k nearest (Jegou et al. 2011; as image
-    retrieval by class reports it). Own code, which ranks a block of queries at a time; scikit-learn is the oracle.
+    Recall at k is the fraction of queries with an image of their class among the k nearest (Jegou et al. 2011).
 
     Args:
         gallery: ``(N, D)``, any scale.
         gallery_labels: ``(N,)`` classes.
         queries: ``(M, D)``, any scale; none of them is in the gallery.
         labels: ``(M,)`` classes; each has an image in the gallery.
-        ks: Numbers of nearest images.
+        ks: Values of k for recall at k.
 
     Returns:
         ``mAP`` and ``recall@k``, in [0, 1].
@@ -38,5 +37,5 @@ def retrieval(
         precisions.append((precision * relevant).sum(1) / relevant.sum(1))
         firsts.append(relevant.int().argmax(1))
     first = torch.cat(firsts)
-    found = {f"recall@{k}": float((first < k).double().mean()) for k in ks}
-    return {"mAP": float(torch.cat(precisions).mean()), **found}
+    recalls = {f"recall@{k}": float((first < k).double().mean()) for k in ks}
+    return {"mAP": float(torch.cat(precisions).mean()), **recalls}

@@ -15,19 +15,19 @@ _IGNORED = 255
 
 
 class SemanticSegmenter(DenseTask):
-    """Classify every pixel by the backbone's last map, upsampled bilinearly.
+    """Classifies every pixel from the backbone's last feature map, upsampled bilinearly.
 
-    The defaults are the linear evaluation of DINOv2 (Oquab et al. 2023, section 7.4): a frozen backbone, and one linear
-    layer with BatchNorm on its patches. Logs ``val/miou``, the mean over classes of intersection over union, and
-    ``val/pixel_accuracy``; pixels of class 255 count nowhere.
+    The defaults are the linear evaluation of DINOv2 (Oquab et al. 2023, section 7.4): a frozen backbone, and a linear
+    layer with BatchNorm on its patch tokens. Logs ``val/miou``, the mean over classes of intersection over union, and
+    ``val/pixel_accuracy``; pixels of class 255 are ignored.
 
     Args:
-        checkpoint: What to transfer: a checkpoint, the name of a model for its library's weights, or ``untrained``.
-        backbone: Name of the timm or torchvision model, for ``untrained`` and checkpoints that do not tell it.
-        backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
-        num_classes: Number of classes, background included; None is that of the data module.
+        checkpoint: What to transfer: a checkpoint, the name of a model with its library's weights, or ``untrained``.
+        backbone: Name of the timm or torchvision model, if ``untrained`` or if the checkpoint does not name it.
+        backbone_kwargs: Arguments for building the backbone, e.g. ``{img_size: 96}``.
+        num_classes: Number of classes, including the background. None takes the number from the data module.
         head: ``linear``: BatchNorm and a convolution of 1 px; ``fcn``: torchvision's FCN head.
-        frozen: Whether the backbone stays as it is, in eval mode.
+        frozen: Whether the backbone is not trained, and stays in eval mode.
         optim: Optimizer and learning-rate schedule.
     """
 
@@ -51,7 +51,7 @@ class SemanticSegmenter(DenseTask):
         return self.backbone
 
     def build(self, num_classes: int) -> None:
-        """Build head and metrics.
+        """Build the head and the metrics.
 
         Args:
             num_classes: Number of classes.
@@ -89,7 +89,7 @@ class SemanticSegmenter(DenseTask):
         """Compare with masks of any size, pixel by pixel.
 
         Args:
-            batch: Images ``(B, 3, H, W)``, and for each a mask ``(H', W')``.
+            batch: Images ``(B, 3, H, W)``, and for each image a mask ``(H', W')``.
             batch_idx: Unused.
         """
         images, masks = batch
@@ -102,7 +102,7 @@ class SemanticSegmenter(DenseTask):
         """Log the metrics over all processes."""
         for name, metric in (("val/miou", self.miou), ("val/pixel_accuracy", self.pixel_accuracy)):
             self.log(name, metric.compute(), prog_bar=True, sync_dist=True)
-            with torch.inference_mode(False):  # else training could not go on with it
+            with torch.inference_mode(False):  # otherwise later training could not update it
                 metric.reset()
 
 

@@ -1,4 +1,4 @@
-"""What linear classification and fine-tuning on images share."""
+"""Shared by linear classification and fine-tuning on images."""
 
 import copy
 from typing import Any, TypeVar
@@ -32,10 +32,10 @@ class SupervisedModule(L.LightningModule):
     optim: Optim
 
     metrics: Any
-    """``(H,)`` accuracies of the classifiers: a ModuleList, whose elements have no type of their own."""
+    """A ModuleList with the accuracies of each of the H classifiers."""
 
     def build(self, num_classes: int) -> int:
-        """Build what depends on the number of classes, and say how many classifiers there are."""
+        """Build the parts that depend on the number of classes, and return the number of classifiers."""
         raise NotImplementedError
 
     def training_loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class SupervisedModule(L.LightningModule):
             return
         num_classes = getattr(self._data, "num_classes", None)
         if num_classes is None:
-            raise UserError(f"{type(self).__name__} needs labels, and the data has none.")
+            raise UserError(f"{type(self).__name__} needs labels, but the data has none; give data with labels.")
         self.metrics = nn.ModuleList(_accuracies(num_classes) for _ in range(self.build(num_classes)))
 
     @property
@@ -69,10 +69,10 @@ class SupervisedModule(L.LightningModule):
         return getattr(self.trainer, "datamodule", None)
 
     def on_fit_start(self) -> None:
-        """See whether the backbone can take the images.
+        """Check that the backbone can take images of this size.
 
         Raises:
-            UserError: The patches of a ViT do not divide them.
+            UserError: The patches of a ViT do not divide the images.
         """
         check_size(self, self._data.image_size)
 
@@ -84,27 +84,27 @@ class SupervisedModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Classify plain images ``(images, labels, ...)``."""
-        if len(batch[1]) == 0:  # the last images cannot be read
+        if len(batch[1]) == 0:  # none of the last images could be read
             return
         for metric, logits in zip(self.metrics, self(batch[0]), strict=True):
             metric.update(logits, batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies over all processes, of the classifier with the best top-1."""
-        found = [metric.compute() for metric in self.metrics]
-        with torch.inference_mode(False):  # else a later training could not go on with them
+        results = [metric.compute() for metric in self.metrics]
+        with torch.inference_mode(False):  # otherwise later training could not update them
             for metric in self.metrics:
                 metric.reset()
-        best = max(found, key=lambda one: one["top1"])
+        best = max(results, key=lambda result: result["top1"])
         self.log("val/top1", best["top1"], prog_bar=True)
         self.log("val/top5", best["top5"])
-        self.accuracies = [float(one["top1"]) for one in found]
+        self.accuracies = [float(result["top1"]) for result in results]
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, its schedule stepped per batch."""
+        """The optimizer, with a schedule that advances after every batch."""
         return self.optim.configure(self, self.optimizer)
 
 
@@ -115,11 +115,11 @@ def named_protocol(protocols: dict[str, _Protocol], name: str) -> _Protocol:
     """A protocol by its name.
 
     Args:
-        protocols: The protocols there are.
-        name: Key of one.
+        protocols: The available protocols, by name.
+        name: Name of the protocol.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is no protocol of that name.
     """
     if name not in protocols:
         raise UserError(f"unknown protocol {name!r}; choose from {', '.join(protocols)}.")
@@ -127,12 +127,12 @@ def named_protocol(protocols: dict[str, _Protocol], name: str) -> _Protocol:
 
 
 def labelled_share(data: Any, fraction: float, seed: int) -> Any:
-    """A data module that trains on labelled images alone, once a trainer has set it up.
+    """A copy of a data module that trains only on labeled images, or on a fraction of them, once it is set up.
 
     Args:
-        data: An SSLDataModule; it stays as it is.
-        fraction: Share of each class.
-        seed: Seed of the choice.
+        data: An SSLDataModule; it is not changed.
+        fraction: Fraction of each class.
+        seed: Seed of the choice of images.
     """
     data = copy.copy(data)
     set_up, done = data.setup, False
@@ -143,7 +143,7 @@ def labelled_share(data: Any, fraction: float, seed: int) -> Any:
         if done:
             return
         if data.train_images is None or data.train_images.labels is None:
-            raise UserError("training needs labelled images with random access; give data with labels, no stream.")
+            raise UserError("training needs labeled images with random access; give data with labels, and no stream.")
         labels = data.train_images.labels
         chosen = choose(labels, fraction, seed) if fraction < 1 else np.flatnonzero(labels >= 0)
         data.train_images, done = data.train_images.subset(chosen), True

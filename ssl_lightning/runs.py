@@ -5,7 +5,7 @@
     <trainer.default_root_dir>/<name>/version_<n>/   slurm_<job>_<n> in a SLURM job
         config.yaml                                  the options of the command line
         metrics.csv                                  every logged value
-        environment.json                             each start: versions, hardware, and how it ended
+        environment.json                             each start: command line, versions, hardware, and how it ended
         warnings.txt                                 the warnings of this package
         unreadable-<process>.txt                     images that could not be read
         views.png                                    the views at the start of training
@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,17 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     with suppress(OSError, ValueError):
         return json.loads((folder / ENVIRONMENT_FILE).read_text())
     return []
+
+
+def timestamp(moment: str) -> float | None:
+    """A moment of ``environment.json`` in seconds since 1970; None if it is missing or damaged.
+
+    Args:
+        moment: The text, e.g. 2000-01-01T00:00:00+0000.
+    """
+    with suppress(ValueError):
+        return datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return None
 
 
 def unreadable_lists(folder: Path) -> list[Path]:

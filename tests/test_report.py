@@ -278,6 +278,7 @@ def test_the_run_writes_where_it_ran_and_what_it_warned_of(run: Path) -> None:
     assert (first["step"], second["step"]) == (0, 8)
     assert first["end"] == second["end"] == "finished"
     assert first["method"] == "MoCoV2"
+    assert first["command"][:2] == ["fit", "--config"]
     assert first["chance_loss"] > 0
     assert first["versions"].keys() >= {"python", "torch", "ssl_lightning"}
     assert first["hardware"]["device"] == "cpu"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -24,9 +25,9 @@ _PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "nump
 class RunRecord(L.Callback):
     """Writes ``environment.json`` and ``warnings.txt`` into the run folder; the command ``report`` shows them.
 
-    ``environment.json`` is a list with an entry for each start of the run: versions, hardware, processes, the
-    method's chance loss, when the run started, and when and how it ended. ``warnings.txt`` has a line for each warning
-    of this package: time, step and text.
+    ``environment.json`` is a list with one entry for each start of the run: command line, versions, hardware,
+    processes, the method's chance loss, when it started, and when and how it ended. ``warnings.txt`` has a line for
+    each warning of this package: time, step and text.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class RunRecord(L.Callback):
         self._starts.append(
             {
                 "started": _now(),
+                "command": sys.argv[1:],
                 "step": trainer.global_step,
                 "epochs": trainer.max_epochs,
                 "method": type(pl_module).__name__,

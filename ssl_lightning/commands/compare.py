@@ -2,18 +2,30 @@
 
 import csv
 import os
+import shlex
+import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, median
+from typing import Any, Literal, NamedTuple
 
 from ssl_lightning.arguments import SSLArgumentParser
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.results import Results, table
-from ssl_lightning.runs import METRICS_FILE, RESULTS_FILE, read_config, runs_below
+from ssl_lightning.runs import METRICS_FILE, RESULTS_FILE, read_config, read_starts, runs_below, timestamp
+
+RECORD_COLUMNS = (
+    *("recipe", "commit", "date", "hardware", "load", "seed", "epochs", "minutes"),
+    *("knn", "linear_online", "linear_offline", "first_loss", "last_loss", "chance_loss", "images_per_second"),
+)
+"""The columns of ``configs/results.csv``."""
 
 _CURVES = {"train/loss": "loss", "val/knn_top1": "kNN top-1, %", "val/linear_top1": "linear top-1, %"}
+_NOT_OF_THE_RECIPE = {"--data.root", "--data.download", "--name", "--seed_everything", "--trainer.default_root_dir"}
+"""Options that say where the files of a run are, and its seed, which has a column of its own."""
 
 
 class Point(NamedTuple):
@@ -40,6 +52,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     results: list[tuple[str, Results]] = field(default_factory=list)
     """Evaluations with the names of their folders."""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """Its ``environment.json``."""
 
     @property
     def curves(self) -> dict[str, list[tuple[float, float]]]:
@@ -109,6 +123,34 @@ class Comparison:
             writer.writeheader()
             writer.writerows(self.rows)
 
+    def record(self, path: Path, load: str = "") -> None:
+        """Append a row for each run to a CSV file with ``RECORD_COLUMNS``; a new file gets them as its header.
+
+        Args:
+            path: The CSV file.
+            load: ``quiet``, or ``shared`` if other programs ran on the machine; empty if that is not known.
+
+        Raises:
+            UserError: The file has other columns, or none of the runs has metrics.
+        """
+        runs = [run for run in self.runs if run.metrics]
+        if not runs:
+            raise UserError(f"nothing to record: none of these folders holds a run with values in {METRICS_FILE}.")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        header = next(csv.reader(text.splitlines()), None)
+        if header is not None and header != [*RECORD_COLUMNS]:
+            raise UserError(
+                f"--record {path} has the columns {', '.join(header)}. "
+                f"Give a new file, or one with the columns {', '.join(RECORD_COLUMNS)}."
+            )
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write("\n" if text and not text.endswith("\n") else "")
+            writer = csv.DictWriter(file, RECORD_COLUMNS, lineterminator="\n")
+            if header is None:
+                writer.writeheader()
+            here = {"commit": _commit(), "date": date.today().isoformat(), "load": load}
+            writer.writerows({**here, **_recorded(run)} for run in runs)
+
     def draw(self, path: Path) -> None:
         """Draw the training curves, one panel for each metric.
 
@@ -153,12 +195,27 @@ def run(words: Sequence[str]) -> None:
     )
     parser.add_argument("--csv", type=str, default=None, help="Write the table to this CSV file.")
     parser.add_argument("--plot", type=str, default=None, help="Draw the training curves to this picture, e.g. PNG.")
+    parser.add_argument(
+        "--record",
+        type=str,
+        default=None,
+        help="Append a row for each run to this CSV file, with the columns of configs/results.csv, the date of today "
+        "and the commit of the current folder.",
+    )
+    parser.add_argument(
+        "--load",
+        type=Literal["quiet", "shared"] | None,
+        default=None,
+        help="Whether other programs ran on the machine (shared) or not (quiet); a column of --record.",
+    )
     options = parser.parse_args(list(words))
     comparison = compare(options.runs)
     if options.csv is not None:
         comparison.write_csv(Path(options.csv))
     if options.plot is not None:
         comparison.draw(Path(options.plot))
+    if options.record is not None:
+        comparison.record(Path(options.record), options.load or "")
     print(comparison)
 
 
@@ -193,7 +250,7 @@ def read(folder: Path, name: str) -> Run:
     results = [(file.parent.name, Results.read(file)) for file in sorted(folder.rglob(RESULTS_FILE))]
     file = folder / METRICS_FILE
     metrics = _metrics(file.read_text(errors="replace")) if file.is_file() else {}
-    return Run(name, metrics, read_config(folder), results)
+    return Run(name, metrics, read_config(folder), results, read_starts(folder))
 
 
 def _metrics(text: str) -> dict[str, list[Point]]:
@@ -223,3 +280,76 @@ def _title(results: Results) -> str:
 def _half_interval(results: Results) -> float:
     low, high = results.accuracy["interval"]
     return 100 * (high - low) / 2
+
+
+# What --record writes
+
+
+def _recorded(run: Run) -> dict[str, str]:
+    """The columns of a row that the folder of the run knows; empty where it does not."""
+    epochs = [epoch for points in run.metrics.values() for _, epoch, _ in points if epoch is not None]
+    spans = [(timestamp(start["started"]), timestamp(start.get("ended", ""))) for start in run.starts]
+    minutes = [(end - begin) / 60 for begin, end in spans if begin is not None and end is not None]
+    losses: dict[int | None, list[float]] = {}
+    for _, epoch, loss in run.metrics.get("train/loss", []):
+        losses.setdefault(epoch, []).append(loss)
+    means = [fmean(values) for values in losses.values()]
+    chances = [start["chance_loss"] for start in run.starts if start.get("chance_loss") is not None]
+    online = {key: [100 * point.value for point in run.metrics.get(key, [])] for key in _CURVES}
+    linear = [results for results in run.results if results[1].protocol == "linear"]
+    linear.sort(key=lambda results: (len(results[0]), results[0]))  # linear, linear_1, ..., linear_10
+    speeds = [point.value for point in run.metrics.get("train/images_per_second", [])]
+    seed = run.config.get("seed_everything")
+    return {
+        "recipe": _recipe(run),
+        "hardware": _hardware(run.starts[-1]) if run.starts else "",
+        "seed": "" if seed is None else str(seed),
+        "epochs": str(max(epochs) + 1) if epochs else "",
+        "minutes": _number([sum(minutes)] if 0 < len(minutes) == len(spans) else []),  # a killed start has no end
+        "knn": _number(online["val/knn_top1"]),
+        "linear_online": _number(online["val/linear_top1"]),
+        "linear_offline": _number([100 * results.accuracy["top1"] for _, results in linear]),
+        "first_loss": _number(means[:1]),
+        "last_loss": _number(means),
+        "chance_loss": _number(chances),
+        "images_per_second": _number([median(speeds)] if speeds else []),
+    }
+
+
+def _recipe(run: Run) -> str:
+    """The recipe with the options that change it; method and backbone if the run does not know its command line."""
+    command = run.starts[0].get("command", []) if run.starts else []
+    options: list[list[str]] = []
+    for word in command[1:]:
+        if word.startswith(("--", "-c")):
+            options.append([*word.split("=", 1)])
+        elif options:
+            options[-1].append(word)
+    recipe = next((option for option in options if option[0] in ("--config", "-c") and len(option) == 2), None)
+    if command[:1] != ["fit"] or recipe is None:
+        return " ".join(filter(None, (run.row["method"], run.row["backbone"])))
+    shipped = recipe[1].rpartition("configs/")
+    changes = [option for option in options if option is not recipe and option[0] not in _NOT_OF_THE_RECIPE]
+    return shlex.join(["".join(shipped[1:]), *(word for option in changes for word in option)])
+
+
+def _hardware(start: dict[str, Any]) -> str:
+    hardware, processes = start["hardware"], start["processes"]["processes"]
+    if hardware["device"] == "cpu":
+        return f"{hardware['processors']} cores of {hardware['processor']}"
+    return f"{processes} x {hardware['device']}"
+
+
+def _commit() -> str:
+    """The commit that is checked out in the current folder; empty if there is none."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "--short=7", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
+
+
+def _number(values: Sequence[float]) -> str:
+    """The last of the values with three digits; empty if there are none."""
+    if not values:
+        return ""
+    return f"{values[-1]:.0f}" if abs(values[-1]) >= 99.95 else f"{values[-1]:#.3g}"

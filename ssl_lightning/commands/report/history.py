@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ssl_lightning.runs import (
     WARNINGS_FILE,
     last_written,
     read_starts,
+    timestamp,
     unreadable_lists,
 )
 
@@ -93,7 +93,7 @@ class History:
     @property
     def seconds(self) -> float | None:
         """How long it has trained, over all its starts; None if a start was killed, which leaves no end time."""
-        spans = [(_seconds(start["started"]), _seconds(start.get("ended", ""))) for start in self.starts]
+        spans = [(timestamp(start["started"]), timestamp(start.get("ended", ""))) for start in self.starts]
         if not spans or any(end is None for _, end in spans[:-1]):
             return None
         return sum((self.last_sign if end is None else end) - begin for begin, end in spans if begin is not None)
@@ -132,9 +132,3 @@ def _onward(points: Sequence[Point]) -> list[Point]:
             kept.pop()
         kept.append(point)
     return kept
-
-
-def _seconds(moment: str) -> float | None:
-    with suppress(ValueError):
-        return datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    return None

@@ -1,4 +1,4 @@
-"""The command ``benchmark``: the speed of this package and of lightly, both measured on this machine in the same run."""
+"""The command ``benchmark``: the speed of this package and of lightly, both measured here in the same run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

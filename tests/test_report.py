@@ -359,7 +359,7 @@ def test_the_newest_version_of_a_run_is_taken(run: Path, tmp_path: Path) -> None
         (["fresh"], "fresh has no metrics yet: wait for its first logged step"),
         (["run", "--output", "none/page.html"], "name a file in a folder that exists"),
         (["run", "--output", "empty"], "name a file in a folder that exists"),
-        (["run", "--watch", "--port", "99999"], "choose another one, or leave it out"),
+        (["run", "--watch", "--port", "99999"], "choose another port, or leave out --port"),
         (["run", "--colour", "red"], "colour"),
     ],
 )

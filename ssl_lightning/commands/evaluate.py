@@ -162,9 +162,9 @@ class Evaluation:
                 barlow_twins, vicreg, lightly.
             lrs: Base learning rate, or a list to try; None takes the protocol's.
             epochs: Number of epochs; None takes the protocol's.
-            batch_size: Images per step; None takes the protocol's, or with ``augment`` ``data.batch_size`` per process.
-            augment: Whether to train on augmented images, as the papers do: hundreds of times the work of training
-                on features that are extracted once.
+            batch_size: Images per step; None takes the protocol's, or with ``augment`` the batch size of ``data``.
+            augment: Whether to train on augmented images, as the papers do; costs hundreds of times more than
+                training on features that are extracted once.
 
         Raises:
             UserError: The protocol is unknown, needs another backbone, or tries several settings with ``augment``.

@@ -36,7 +36,7 @@ class DINO(SSLModule):
         hidden_dim: Width of the head's hidden layers.
         bottleneck_dim: Width of the head's bottleneck.
         norm_last_layer: Whether the prototypes keep norm 1.
-        freeze_last_layer: Epochs in which the prototypes stay as they are.
+        freeze_last_layer: Number of epochs at the start in which the prototypes are frozen.
         clip_gradient: Largest gradient norm of each parameter, clipped separately; 0 for no clipping.
         drop_path: Stochastic depth of a ViT student: rate of the last block, rising linearly from 0.
         backbone: Name of a timm or torchvision model.

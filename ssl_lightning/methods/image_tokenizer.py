@@ -19,8 +19,8 @@ class ImageTokenizer(SSLModule):
     """Tokenizer of images for BEiT: an autoencoder whose code is one of K vectors for each place of a grid.
 
     van den Oord et al. 2017, Neural Discrete Representation Learning, https://arxiv.org/abs/1711.00937, with vectors of
-    unit norm, which keeps more of them in use: Yu et al. 2022, https://arxiv.org/abs/2110.04627, and those that are not
-    put back among the codes: Dhariwal et al. 2020, Jukebox, https://arxiv.org/abs/2005.00341. It takes the place of the
+    unit norm, which keeps more of them in use: Yu et al. 2022, https://arxiv.org/abs/2110.04627, and unused vectors
+    restarted at codes: Dhariwal et al. 2020, Jukebox, https://arxiv.org/abs/2005.00341. It takes the place of the
     discrete variational autoencoder that BEiT borrows from DALL-E, whose weights are not free to share.
 
     Train it, and give its checkpoint to ``BEiT`` as ``tokenizer``.

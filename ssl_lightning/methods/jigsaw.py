@@ -29,8 +29,8 @@ class Jigsaw(SSLModule):
     Args:
         num_permutations: Number of permutations to distinguish.
         patch_size: Side of the patches in pixels; the cells are a third of the view, 85 px for one of 255.
-        hidden_dim: Width of what is kept of each patch.
-        normalize_patches: Whether each patch has its own mean taken away and its deviation divided by, as in Noroozi &
+        hidden_dim: Width of the features kept of each patch.
+        normalize_patches: Whether each patch is normalized by its own mean and standard deviation, as in Noroozi &
             Favaro (section 3.3); not in VISSL.
         probe_every: The probes get features of whole views once every this many steps.
         optim: Optimizer and learning-rate schedule; the milestones are for 105 epochs.

@@ -23,7 +23,7 @@ class MoCoV3(SSLModule):
     Chen, Xie & He 2021, An Empirical Study of Training Self-Supervised Vision Transformers,
     https://arxiv.org/abs/2104.02057. The paper's encoder f_q is ``backbone``, ``projector`` and ``predictor``, f_m the
     teachers. BatchNorm is global. A ViT gets the paper's initialization, fixed sine-cosine positions and a frozen
-    random patch projection; vit_small has 12 heads. Defaults are those of the ResNet-50 recipe of 100 epochs; ViTs are
+    random patch projection; vit_small has 12 heads. The defaults are the ResNet-50 recipe of 100 epochs; ViTs are
     trained with ``temperature=0.2`` and AdamW, as in configs/moco_v3/imagenet_vit_small.yaml.
 
     Args:

@@ -33,7 +33,7 @@ class SwAV(SSLModule):
         num_prototypes: Number of clusters K.
         hidden_dim: Width of the projector's hidden layer.
         projector_dim: Width of the embeddings.
-        freeze_prototypes_steps: Optimizer steps in which the prototypes stay as they are.
+        freeze_prototypes_steps: Optimizer steps at the start in which the prototypes are frozen.
         queue_length: Earlier embeddings of each global crop that are assigned together with the batch; a multiple of
             the global batch, 0 for none.
         queue_start_epoch: Epoch from which the queue is filled; it is used once full.

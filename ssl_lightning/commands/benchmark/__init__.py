@@ -1,4 +1,4 @@
-"""The command ``benchmark``: the speed of this package and of lightly, measured in the same run on this machine."""
+"""The command ``benchmark``: the speed of this package and of lightly, both measured here in the same run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -154,7 +154,7 @@ def _add_chance(chart: Chart, chance: float) -> None:
             "name": "chance",
             "x": [steps[0], steps[-1]],
             "y": [chance, chance],
-            "hovertemplate": "a model that has learnt nothing <b>%{y:.4g}</b><extra></extra>",
+            "hovertemplate": "a model that has learned nothing <b>%{y:.4g}</b><extra></extra>",
             "line": {"color": _GRAY, "width": 1.5, "dash": "dash"},
         }
     )

@@ -114,7 +114,7 @@ class History:
                 events.append({"time": moment, "step": step, "text": text, "bad": True})
         if not any("LossFloorAlarm" in event["text"] for event in events):
             for point in self.run.metrics.get("health/alarm", []):
-                text = f"LossFloorAlarm: nothing was learnt any more at step {point.step}"
+                text = f"LossFloorAlarm: nothing was learned any more at step {point.step}"
                 events.append({"time": "", "step": point.step, "text": text, "bad": True})
         for file in unreadable_lists(self.folder):
             lines = file.read_text(errors="replace").splitlines()

@@ -1,4 +1,10 @@
-"""Self-supervised vision pretraining: faithful methods as PyTorch Lightning modules."""
+"""Self-supervised vision pretraining: faithful methods as PyTorch Lightning modules.
+
+The notebooks, with their output: [quickstart](notebooks/01_quickstart.html),
+[your own method](notebooks/02_your_own_method.html),
+[monitoring and evaluation](notebooks/03_monitoring_and_evaluation.html),
+[methods side by side](notebooks/04_methods_side_by_side.html).
+"""
 
 import os
 

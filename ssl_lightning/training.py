@@ -23,7 +23,7 @@ from ssl_lightning.errors import UserError
 
 
 class Steps(L.Callback):
-    """Seeds the steps, and calls ``edit_gradients`` before and ``update_teacher`` after each optimizer step.
+    """Seeds the steps, sets their weight decay, and calls ``edit_gradients`` before and ``update_teacher`` after each optimizer step.
 
     It uses hooks of the optimizer: they run once per real step, also with accumulated batches. They do not run for a
     step that 16-mixed skips because its gradients overflowed.
@@ -40,7 +40,8 @@ class Steps(L.Callback):
         pl_module.randomness.drop_paths = [part for part in parts if isinstance(part, DropPath)]
         pl_module.forget_deferred()  # values of a step that was interrupted
 
-        def before(_optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            pl_module.optim.set_weight_decay(optimizer, pl_module.progress)
             if (closure := kwargs.get("closure")) is None:  # 16-mixed computes the gradients before the step
                 pl_module.edit_gradients()
                 return None
@@ -59,10 +60,6 @@ class Steps(L.Callback):
         for optimizer in trainer.optimizers:
             optimizer.register_step_pre_hook(before)
             optimizer.register_step_post_hook(after)
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Set the weight decay of the step."""
-        pl_module.optim.set_weight_decay(optimizer, pl_module.progress)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the seed, what the weights are, and the progress as it will be after this batch."""

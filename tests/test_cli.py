@@ -400,7 +400,7 @@ def test_overrides_keep_the_other_fields(capsys: pytest.CaptureFixture[str]) -> 
     ("words", "expected"),
     [
         (["--help"], ["fit", "validate", "test", "predict"]),
-        (["fit", "--help"], ["--knn_probe.k", "Number of neighbours", "--trainer.max_epochs", "--name"]),
+        (["fit", "--help"], ["--knn_probe.k", "Number of neighbors", "--trainer.max_epochs", "--name"]),
         (
             ["fit", "--model.help", "SimCLR"],
             ["two views of an image attract", "Divides the cosine similarities", "--model.optim.base_lr"],

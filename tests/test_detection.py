@@ -252,7 +252,7 @@ def test_data_that_does_not_fit_says_so(what: str, read: Any, message: str, tmp_
 def test_what_does_not_fit_the_detector_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="patches of 8, 16 or 32 px, not 14"):
         detector({**VIT, "backbone_kwargs": {**VIT["backbone_kwargs"], "patch_size": 14}})
-    with pytest.raises(UserError, match="'mobilenetv3_small_050' gives no maps here; take a ResNet"):
+    with pytest.raises(UserError, match="'mobilenetv3_small_050' gives no feature maps here; choose a ResNet"):
         detector({"backbone": "mobilenetv3_small_050"})
     with pytest.raises(UserError, match="FasterRCNN has no argument anchors"):
         detector(detector_kwargs={"anchors": 3})

@@ -192,7 +192,7 @@ def test_learnt_positions_take_the_place_of_fixed_ones_at_all_sizes_and_after_a_
         (
             {},
             {"backbone_kwargs": {**BACKBONE["backbone_kwargs"], "stem_stride": 1}},
-            "weights fit, but the features are",
+            "weights fit, but the features differ",
         ),
         (VIT, {**VIT, "backbone_kwargs": {**VIT["backbone_kwargs"], "num_heads": 4}}, "weights fit, but the features"),
         (

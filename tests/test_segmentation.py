@@ -261,7 +261,7 @@ def test_what_does_not_fit_the_backbone_says_so(pictures: Path, tmp_path: Path) 
         trainer(tmp_path).fit(segmenter(num_classes=2), masks(pictures))
     with pytest.raises(UserError, match=r"set --model.num_classes"):
         trainer(tmp_path).fit(segmenter(), masks(pictures).train_dataloader())
-    with pytest.raises(UserError, match="'mobilenetv3_small_050' gives no maps here; take a ResNet"):
+    with pytest.raises(UserError, match="'mobilenetv3_small_050' gives no feature maps here; choose a ResNet"):
         segmenter({"backbone": "mobilenetv3_small_050"})
     torch.save(open_backbone("untrained", **CNN).backbone.state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match="does not hold a resnet18"):

@@ -51,7 +51,7 @@ def run(trainer: L.Trainer, model: SSLModule, datamodule: SSLDataModule) -> None
         print(planned)
 
 
-def plan(trainer: L.Trainer, model: Any, datamodule: Any) -> Plan:
+def plan(trainer: Any, model: Any, datamodule: Any) -> Plan:
     """Work out what a training run would do, and measure a few of its steps.
 
     Args:
@@ -60,7 +60,7 @@ def plan(trainer: L.Trainer, model: Any, datamodule: Any) -> Plan:
         datamodule: The data.
     """
     measure = _Measure()
-    trainer.callbacks.append(measure)  # type: ignore[attr-defined]
+    trainer.callbacks.append(measure)
     trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
     trainer.fit(model, datamodule=datamodule)
     return measure.plan
@@ -102,8 +102,8 @@ def _memory(device: torch.device) -> dict[str, str]:
     return {"memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of the process"}
 
 
-def _schedule(trainer: L.Trainer, module: Any) -> dict[str, str]:
-    data, optim = trainer.datamodule, module.optim  # type: ignore[attr-defined]
+def _schedule(trainer: Any, module: Any) -> dict[str, str]:
+    data, optim = trainer.datamodule, module.optim
     accumulated = trainer.accumulate_grad_batches
     batch = data.batch_size * trainer.world_size * accumulated
     steps = trainer.estimated_stepping_batches
@@ -132,9 +132,9 @@ def _parameters(module: nn.Module) -> dict[str, str]:
     return {f"parameters of {name}": f"{count:,}" for name, count in counts.items() if count}
 
 
-def _doubts(trainer: L.Trainer, module: Any) -> list[str]:
+def _doubts(trainer: Any, module: Any) -> list[str]:
     """Settings that are far from those known to work."""
-    data, optim, doubts = trainer.datamodule, module.optim, []  # type: ignore[attr-defined]
+    data, optim, doubts = trainer.datamodule, module.optim, []
     default = inspect.signature(type(module).__init__).parameters.get("optim")
     recipe = default.default if default is not None and isinstance(default.default, Optim) else None
     if recipe is not None and (optim.name, optim.lr_scaling) == (recipe.name, recipe.lr_scaling):

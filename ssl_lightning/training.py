@@ -23,7 +23,7 @@ from ssl_lightning.errors import UserError
 
 
 class Steps(L.Callback):
-    """Seeds the steps, sets their weight decay, and calls ``edit_gradients`` before and ``update_teacher`` after each optimizer step.
+    """Seeds each step, sets its weight decay, and calls ``edit_gradients`` before and ``update_teacher`` after it.
 
     It uses hooks of the optimizer: they run once per real step, also with accumulated batches. They do not run for a
     step that 16-mixed skips because its gradients overflowed.

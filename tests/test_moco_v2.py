@@ -49,7 +49,7 @@ def test_keys_of_the_step_are_no_negatives_of_it_and_enter_the_queue_after() -> 
 def test_one_device_without_split_batch_norm_is_warned_of(tmp_path: Any) -> None:
     with pytest.warns(UserWarning, match="bn_splits to 8"):
         trainer(tmp_path, limit_train_batches=1).fit(small(MoCoV2, bn_splits=1), FakeData(batch_size=8))
-    with pytest.raises(UserError, match="supports only nn.BatchNorm2d"):
+    with pytest.raises(UserError, match=r"supports only nn\.BatchNorm2d"):
         MoCoV2(backbone="mobilenetv3_small_050", bn_splits=2)
 
 

@@ -133,6 +133,10 @@ def _name(row: tuple[Any, ...]) -> str | None:
 
 
 every_method = pytest.mark.parametrize("method", slow_unless(lambda _: True, METHODS))
+some_methods = pytest.mark.parametrize(
+    "method", slow_unless(lambda method: method in (MoCoV2, SwAV, DINO, MAE), METHODS)
+)
+"""A queue, several sizes of crops, a teacher, and masked patches in the plain tests, all methods in the slow ones."""
 every_backbone = pytest.mark.parametrize(
     ("method", "net"), slow_unless(lambda method, net: not net or method in VIT_ONLY, CNN_AND_VIT)
 )

@@ -41,6 +41,7 @@ from tests.small import (
     met,
     slow_unless,
     small,
+    some_methods,
     trainer,
 )
 
@@ -180,7 +181,7 @@ def test_a_subclass_with_one_override_trains(method: type[SSLModule], tmp_path: 
     trainer(tmp_path, limit_train_batches=2).fit(small(Doubled), data(method))
 
 
-@every_method
+@some_methods
 def test_a_checkpoint_holds_what_builds_the_method_again(method: type[SSLModule], tmp_path: Path) -> None:
     running = trainer(tmp_path, limit_train_batches=1)
     module = small(method)
@@ -193,7 +194,7 @@ def test_a_checkpoint_holds_what_builds_the_method_again(method: type[SSLModule]
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-@every_method
+@some_methods
 def test_probes_learn_from_the_features_of_training(method: type[SSLModule], tmp_path: Path) -> None:
     probe = LinearProbe()
     running = trainer(tmp_path, callbacks=[probe])
@@ -203,7 +204,7 @@ def test_probes_learn_from_the_features_of_training(method: type[SSLModule], tmp
     assert "val/linear_top1" in running.callback_metrics
 
 
-@every_method
+@some_methods
 def test_validation_changes_nothing(method: type[SSLModule], tmp_path: Path) -> None:
     module = small(method)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -211,7 +212,7 @@ def test_validation_changes_nothing(method: type[SSLModule], tmp_path: Path) -> 
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-@every_method
+@some_methods
 def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], tmp_path: Path) -> None:
     module = small(method)
     running = trainer(tmp_path, limit_train_batches=1)
@@ -233,7 +234,7 @@ def test_backbones_of_all_kinds_train(method: type[SSLModule], name: str) -> Non
     assert torch.isfinite(loss)
 
 
-@every_method
+@some_methods
 def test_what_an_interrupted_step_left_behind_is_forgotten(method: type[SSLModule], tmp_path: Path) -> None:
     broken = True
 
@@ -253,7 +254,7 @@ def test_what_an_interrupted_step_left_behind_is_forgotten(method: type[SSLModul
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
-@every_method
+@some_methods
 def test_a_module_can_be_pickled_and_copied(method: type[SSLModule]) -> None:
     module = small(method)
     for again in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):

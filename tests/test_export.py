@@ -72,14 +72,8 @@ def card_features(card: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 FORMATS = {"timm": "x.pth", "torchvision": "x.pth", "safetensors": "x.safetensors", "onnx": "x.onnx"}
-PLAIN = [
-    ("ResNet with the CIFAR stem", "timm"),
-    ("ResNet-18", "torchvision"),
-    ("teacher", "torchvision"),
-    ("ViT", "onnx"),
-    ("teacher", "safetensors"),
-]
-"""Pairs in which every source and every format occurs."""
+PLAIN = [("ResNet with the CIFAR stem", "timm"), ("ResNet-18", "torchvision"), ("teacher", "safetensors")]
+"""One pair of each way to load weights with torch."""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ssl_lightning.cli import main
 from tests.results_table import READMES, ROOT, rendered, results
+from tests.small import slow_unless
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md"))]
 for folder in ("configs", "notebooks", "ssl_lightning", "tests"):
@@ -84,7 +85,7 @@ def _only_parse(monkeypatch: pytest.MonkeyPatch) -> None:
 # Not checked: whether the command succeeds, what only the run finds out (files that are missing, extras that are not
 # installed, arguments that do not fit together), commands within sentences, and other programs around the command.
 @pytest.mark.usefixtures("_only_parse")
-@pytest.mark.parametrize(("page", "command"), sorted(COMMANDS))
+@pytest.mark.parametrize(("page", "command"), slow_unless(lambda page, _command: page == "README.md", sorted(COMMANDS)))
 def test_every_command_parses(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "SimCLR" / "version_0"  # evaluate takes the data of the checkpoint's run

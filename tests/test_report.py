@@ -238,6 +238,7 @@ def test_a_watched_page_follows_the_run_and_ends_with_ctrl_c(browser: Any, run: 
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_page_can_be_made_at_every_moment_of_writing(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.yaml", tmp_path)
     text = (run / "metrics.csv").read_text()

@@ -82,7 +82,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
     SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
-    RotNet: {"optim": DECAYED},
+    RotNet: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     IJEPA: {"momentum": 0.0, "optim": DECAYED},
     LeJEPA: {"optim": DECAYED},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
@@ -188,8 +188,9 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
         module.projector[-1] = nn.Identity()
     if wrong and method is SimMIM:
         nn.init.zeros_(module.backbone.norm.weight)
-    if wrong and method is BEiT:
-        nn.init.zeros_(module.head.weight)
+    if wrong and method in (BEiT, RotNet):
+        for parameter in module.head.parameters():
+            nn.init.zeros_(parameter)
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     epochs = 6 if wrong else 3  # of 22 steps

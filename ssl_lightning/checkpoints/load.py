@@ -28,6 +28,9 @@ _HEADS = (
 )
 """Parts that may be left over besides the backbone: of these names, or of these names followed by ``_``."""
 
+_OF_MAE_AND_IJEPA = ("decoder_", "decoder.positions", "predictor_positions", "predictor.positions")
+"""Beginnings of names that only checkpoints of MAE and I-JEPA have; official files and earlier versions included."""
+
 
 TEXT = ("backbone", "method", "data", "ssl_lightning_version")
 """Keys whose metadata in an exported file is plain text; all other metadata is JSON."""
@@ -135,7 +138,7 @@ def read_checkpoint(
         misfit = _misfit(renamed, model.state_dict())
         if not misfit:
             model.load_state_dict(renamed, strict=False)
-            is_mae_or_ijepa = any(name.startswith(("decoder_", "predictor_positions")) for name in weights)
+            is_mae_or_ijepa = any(name.startswith(_OF_MAE_AND_IJEPA) for name in weights)
             if isinstance(model, AnySizeViT) and (is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions")):
                 model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
             transform = checkpoint.get("image_transform") or _image_transform(model)

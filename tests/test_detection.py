@@ -146,6 +146,7 @@ def pretrained(folder: Path, **kwargs: Any) -> ObjectDetector:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.slow
 def test_what_is_frozen_stays_as_it_is(frozen: bool, pictures: Path, tmp_path: Path) -> None:
     module = pretrained(tmp_path, frozen=frozen)
     before = {name: value.clone() for name, value in module.body.state_dict().items()}
@@ -165,6 +166,7 @@ def test_batch_norm_of_an_untrained_backbone_learns(pictures: Path, tmp_path: Pa
     assert module.body.layer4[0].bn2.running_mean.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_needs_neither_the_data_nor_what_was_transferred(pictures: Path, tmp_path: Path) -> None:
     module = pretrained(tmp_path, detector_kwargs={**FEW, "box_score_thresh": 0.0})
     (tmp_path / "x.pth").unlink()

@@ -68,6 +68,7 @@ def test_pictures_are_in_the_folder_and_in_tensorboard(
                 assert np.asarray(picture).std() > 5, "something is drawn"
 
 
+@pytest.mark.slow
 def test_drawing_changes_no_weight(tmp_path: Path) -> None:
     weights = []
     for callbacks in ([], [Pictures(every_n_epochs=1)]):
@@ -182,6 +183,7 @@ def test_what_is_missing_or_senseless_is_said_at_once(monkeypatch: pytest.Monkey
         Pictures(every_n_epochs=0)
 
 
+@pytest.mark.slow
 def test_data_without_labels_and_streams_are_drawn_as_far_as_they_go(photos: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(256, size=(40, 3, 32, 32), dtype=np.uint8)
     stream = {"data_dir": str(photos), "streaming": True, "num_images": 40, "num_workers": 0}

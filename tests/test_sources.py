@@ -450,6 +450,7 @@ class Damage(L.Callback):
         product([Path.unlink, truncate], [0, 1], ["stop", "skip"]),
     ),
 )
+@pytest.mark.slow
 def test_a_tar_file_broken_while_training_stops_the_run_or_is_skipped(
     tars: Path,
     tmp_path: Path,

@@ -60,6 +60,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_probes_change_no_weight_of_the_method(tmp_path: Path) -> None:
     with_probes = trained(tmp_path, [LinearProbe(), KNNProbe()])
     assert equal(with_probes, trained(tmp_path, []))

@@ -119,7 +119,7 @@ def compare(
 ) -> None:
     """Train the method and its restatement side by side; losses and all parameters must agree.
 
-    The method must be in float64; its learning rate is that of a batch of 256, or that of the step in ``lrs``.
+    The method must be in float64; its learning rate is for a batch of 256, or given for each step by ``lrs``.
     """
     optimizer = method.optim.create(method, 256)
     weights: Weights = {name: p.detach().clone() for name, p in method.named_parameters()}

@@ -48,7 +48,7 @@ def assert_same(found: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 class Restored(L.Callback):
-    """Checks, before the first step, that weights and moments are those of the file."""
+    """Checks, before the first step, that weights and moments equal the file."""
 
     def __init__(self, saved: dict[str, Any]) -> None:
         self.saved = saved

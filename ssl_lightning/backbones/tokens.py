@@ -78,6 +78,17 @@ def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token:
         return vit.forward_features(images)
 
 
+def patch_tokens(backbone: nn.Module, tokens: Tensor) -> Tensor:
+    """The tokens ``(B, N, D)`` of the patches, without class token and registers.
+
+    Args:
+        backbone: A ViT or BEiT of timm.
+        tokens: ``(B, prefix + N, D)``.
+    """
+    vit: Any = backbone
+    return tokens[:, vit.num_prefix_tokens :]
+
+
 def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
     """What ``forward_features`` of a backbone of timm gives, as a map ``(B, D, rows, columns)``.
 
@@ -90,7 +101,7 @@ def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
     vit: Any = backbone
     rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True))
-    return features[:, vit.num_prefix_tokens :].mT.unflatten(2, (rows, columns))
+    return patch_tokens(backbone, features).mT.unflatten(2, (rows, columns))
 
 
 def called_blocks(backbone: nn.Module) -> list[nn.Module]:

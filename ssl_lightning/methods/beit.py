@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from ssl_lightning import losses
 from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_vit
-from ssl_lightning.backbones.tokens import called_blocks, masked_tokens
+from ssl_lightning.backbones.tokens import called_blocks, masked_tokens, patch_tokens
 from ssl_lightning.errors import UserError
-from ssl_lightning.masks import block_masks, checked_ratio
+from ssl_lightning.masks import block_masks, checked_ratio, masked_patches
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.image_tokenizer import ImageTokenizer
 from ssl_lightning.optim import Optim
@@ -83,10 +82,9 @@ class BEiT(SSLModule):
     def _logits_and_words(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``(M, K)`` and words ``(M,)`` of the M masked patches of all images, row by row."""
         mask = self.draw_masks(images)  # (B, N), on the CPU
-        masked = self.random_to_device(torch.from_numpy(np.flatnonzero(mask.numpy())))  # (M,)
+        masked = self.random_to_device(masked_patches(mask)[0])  # (M,)
         tokens = masked_tokens(self.backbone, images, self.random_to_device(mask), self.mask_token)
-        prefix = tokens.shape[1] - mask.shape[1]  # class token and registers
-        patches = tokens[:, prefix:].flatten(0, 1)  # (B * N, embed_dim)
+        patches = patch_tokens(self.backbone, tokens).flatten(0, 1)  # (B * N, embed_dim)
         return self.head(patches[masked]), self.words(images).flatten()[masked]
 
     def draw_masks(self, images: Tensor) -> Tensor:

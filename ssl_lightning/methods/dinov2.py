@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, layer_scale, masked_tokens, multi_crop
+from ssl_lightning.backbones.tokens import ViT, layer_scale, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import gather, own_part, reduced, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.masks import block_masks, masked_patches
@@ -109,7 +109,10 @@ class DINOv2(SSLModule):
             self.defer(means=teacher.mean(0).to(self.center.dtype), patch_sums=patch_sums.to(self.center.dtype))
 
         tokens = masked_tokens(self.backbone, crops, self.random_to_device(mask), self.mask_token)
-        features, patches = self.backbone.forward_head(tokens), self._patches(tokens)  # (2B, D), (2B, N, D)
+        features, patches = (
+            self.backbone.forward_head(tokens),
+            patch_tokens(self.backbone, tokens),
+        )  # (2B, D), (2B, N, D)
         student = self.projector(features)
         if len(views) > 2:
             student = torch.cat([student, self.projector(multi_crop(self.backbone, views[2:]))])  # (V * B, K)
@@ -143,10 +146,7 @@ class DINOv2(SSLModule):
         features = self.teacher_backbone.forward_head(tokens)
         self.record(features)
         patch_head = getattr(self, "teacher_patch_projector", self.teacher_projector)
-        return self.teacher_projector(features), patch_head(self._patches(tokens).flatten(0, 1)[masked])
-
-    def _patches(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.backbone.num_prefix_tokens :]  # (2B, N, embed_dim)
+        return self.teacher_projector(features), patch_head(patch_tokens(self.backbone, tokens).flatten(0, 1)[masked])
 
     def _targets(self, logits: Tensor, center: Tensor, uneven: bool = False) -> Tensor:
         """Distributions over prototypes, rows as in the logits."""

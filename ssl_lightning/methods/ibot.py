@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, masked_tokens, multi_crop
+from ssl_lightning.backbones.tokens import ViT, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.heads import DINOHead, IBOTHead
 from ssl_lightning.masks import block_masks, masked_patches, random_masks
 from ssl_lightning.methods.base import SSLModule
@@ -99,7 +99,7 @@ class IBOT(SSLModule):
         if len(views) > 2:
             features = torch.cat([features, multi_crop(self.backbone, views[2:])])  # (V * B, embed_dim)
         student = self.projector(features).unflatten(0, (len(views), -1))  # (V, B, K)
-        student_patches = self.projector.of_patches(self._patches(tokens).flatten(0, 1)[masked])  # (M, K)
+        student_patches = self.projector.of_patches(patch_tokens(self.backbone, tokens).flatten(0, 1)[masked])  # (M, K)
 
         temperature, patch_temperature = self.current_teacher_temperatures
         teacher = teacher.unflatten(0, (2, -1))  # (2, B, K)
@@ -124,10 +124,7 @@ class IBOT(SSLModule):
         tokens = self.teacher_backbone.forward_features(crops)  # (2B, prefix + N, embed_dim)
         features = self.teacher_backbone.forward_head(tokens)  # (2B, embed_dim)
         self.record(features)
-        return self.teacher_projector(features), self.teacher_projector.of_patches(self._patches(tokens))
-
-    def _patches(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.backbone.num_prefix_tokens :]  # (2B, N, embed_dim)
+        return self.teacher_projector(features), self.teacher_projector.of_patches(patch_tokens(self.backbone, tokens))
 
     def _patch_targets(self, logits: Tensor, temperature: float) -> Tensor:
         return ((logits.to(self.center.dtype) - self.patch_center) / temperature).softmax(-1)

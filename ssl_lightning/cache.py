@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 
 def cache_folder() -> Path:
-    """``$SSL_LIGHTNING_CACHE``, by default ``~/.cache/ssl_lightning``."""
-    return Path(os.environ.get("SSL_LIGHTNING_CACHE", "~/.cache/ssl_lightning")).expanduser()
+    """``$SSL_LIGHTNING_CACHE``, by default ``~/.cache/ssl_lightning``; without a home, a temporary folder."""
+    try:
+        return Path(os.environ.get("SSL_LIGHTNING_CACHE", "~/.cache/ssl_lightning")).expanduser()
+    except RuntimeError:  # HOME is not set, and the user of a container need not be in /etc/passwd
+        return Path(tempfile.gettempdir(), "ssl_lightning")
 
 
 def cache_file(key: str, suffix: str) -> Path:

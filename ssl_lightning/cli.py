@@ -33,7 +33,7 @@ from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.checkpoints import AtomicCheckpointIO
 from ssl_lightning.commands import check, plan, preview
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, of_the_machine
 from ssl_lightning.loggers import CSVLogger
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.runs import (
@@ -264,3 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (cause := user_error(error)) is None:
             raise
         sys.exit(f"error: {cause}")
+    except (OSError, RuntimeError) as error:  # torch reports a worker that was killed at any moment of the step
+        if (machine := of_the_machine(error)) is None:
+            raise
+        sys.exit(f"error: {machine}")

@@ -1,8 +1,40 @@
 """The error type for what a user can fix."""
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can fix; the message says how.
 
     The command line prints only the message, without a stack trace.
     """
+
+
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def of_the_machine(error: BaseException) -> UserError | None:
+    """What to do about an error of the machine: memory, open files, places that cannot be written; None for any other.
+
+    Args:
+        error: The exception.
+    """
+    text = str(error)
+    if "Bus error" in text or "shared memory(shm)" in text or "</torch_" in text:
+        return UserError(
+            "the processes that load images ran out of shared memory (/dev/shm); raise it, in Docker by --shm-size 8g "
+            "or --ipc=host, or set --data.num_workers 0."
+        )
+    if "DataLoader worker" in text and ("exited unexpectedly" in text or "signal: Killed" in text):
+        return UserError(
+            "a process that loads images was killed, probably for lack of memory; lower --data.num_workers or "
+            "--data.batch_size."
+        )
+    if "ancdata" in text or (isinstance(error, OSError) and error.errno == errno.EMFILE):
+        return UserError("too many files are open; raise the limit (ulimit -n 65536), or lower --data.num_workers.")
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename is not None:
+        return UserError(
+            f"{error.filename}: {error.strerror}. A run writes below --trainer.default_root_dir, other commands below "
+            "--output; name a folder that can be written."
+        )
+    return None

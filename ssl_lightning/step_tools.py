@@ -78,7 +78,8 @@ class StepTools(L.LightningModule):
         Args:
             host: Tensor on the CPU.
         """
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+        pinned = host.pin_memory() if self.device.type == "cuda" else host
+        return pinned.to(self.device, non_blocking=pinned is not host)
 
     def record(self, features: Tensor) -> None:
         """Hand features of the training images to the probes: for methods that call parts of the evaluated backbone.

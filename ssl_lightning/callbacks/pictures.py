@@ -88,7 +88,7 @@ class Pictures(L.Callback):
         with trainer.precision_plugin.val_step_context():
             made = pl_module.pictures(images) if hasattr(pl_module, "pictures") else {}
             attention = (
-                vit.class_attention(images).double().cpu().numpy() if attends else []
+                vit.class_attention(images).cpu().double().numpy() if attends else []
             )  # (B, heads, rows, columns)
         columns = {
             name: [_cell(image, mean, std) for image in column] for name, column in {"image": images, **made}.items()
@@ -108,6 +108,7 @@ class Pictures(L.Callback):
         plain = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
         if not trainer.is_global_zero or len(plain.features) < 3:
             return {}
+        plain = PlainFeatures(*(part.cpu() for part in plain))  # a Mac's GPU has no float64
         return {
             "neighbours": _neighbors(plain, data.train_images.read, self.num_images),
             "map": _map(plain, self.projection),
@@ -117,7 +118,7 @@ class Pictures(L.Callback):
 def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:
     """Some images in the first column, each followed by the images with the nearest features."""
     features = F.normalize(plain.features.double(), dim=1)
-    queries = torch.linspace(0, len(features) - 1, min(count, len(features)), device=features.device).long()
+    queries = torch.linspace(0, len(features) - 1, min(count, len(features))).long()
     similar = features[queries] @ features.T  # (count, N)
     similar[torch.arange(len(queries)), queries] = -2.0  # an image is not its own neighbor
     nearest = similar.topk(min(_NEIGHBORS, len(features) - 1)).indices
@@ -135,8 +136,8 @@ def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) 
 
 def _map(plain: PlainFeatures, projection: str) -> Image.Image:
     """The features as points, colored by class."""
-    labels = plain.labels.cpu().numpy()
-    points, axes = _projected(plain.features.double().cpu().numpy(), projection)
+    labels = plain.labels.numpy()
+    points, axes = _projected(plain.features.double().numpy(), projection)
     figure = Figure(figsize=(6, 5), layout="constrained")
     panel = figure.subplots()
     classes = np.unique(labels[labels >= 0])

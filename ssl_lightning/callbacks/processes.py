@@ -119,7 +119,7 @@ class FailTogether(L.Callback):
         while os.getppid() == parent:
             time.sleep(1)
         time.sleep(self.patience)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)  # whatever the main thread waits for
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """End the processes that this one started, once it has reported the error."""

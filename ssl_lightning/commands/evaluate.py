@@ -396,4 +396,4 @@ def _neighbors(k: Any, size: int, default: list[int]) -> list[int]:
 
 
 def _accuracy(predicted: Tensor, truth: Tensor) -> float:
-    return float((predicted == truth).double().mean())
+    return float((predicted == truth).cpu().double().mean())

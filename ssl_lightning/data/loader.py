@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, of_the_machine
 
 
 class Loader:
@@ -73,6 +73,10 @@ class Loader:
             yield from self._timed(itertools.islice(self._loader, drop, None))
         except UserError as error:  # from a worker it comes with a traceback
             raise UserError(str(error).rsplit(f"{UserError.__name__}: ")[-1].strip()) from None
+        except (OSError, RuntimeError) as error:
+            if (cause := of_the_machine(error)) is None:
+                raise
+            raise cause from error
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

@@ -306,7 +306,7 @@ class ShardImages(Images):
         """Read the image from its tar file."""
         shard, size = self._shard_index(index), int(self.sizes[index])
         try:
-            data = os.pread(self._file(shard), size, int(self.offsets[index]))
+            data = _read(self._file(shard), size, int(self.offsets[index]))
         except OSError as error:
             raise self._broken(shard, f"{type(error).__name__}: {error}") from error
         if len(data) < size:
@@ -323,7 +323,8 @@ class ShardImages(Images):
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(local_copy(self.urls[shard], self.copies), os.O_RDONLY)
+            binary = getattr(os, "O_BINARY", 0)  # Windows changes line ends otherwise
+            self._files[shard] = os.open(local_copy(self.urls[shard], self.copies), os.O_RDONLY | binary)
         return self._files[shard]
 
     def order(self, random: np.random.Generator) -> NDArray[np.int64]:
@@ -337,6 +338,14 @@ class ShardImages(Images):
                 for window in windows
             ]
         )
+
+
+def _read(file: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file."""
+    if hasattr(os, "pread"):  # forked workers share the position in the file
+        return os.pread(file, size, offset)
+    os.lseek(file, offset, os.SEEK_SET)  # Windows has no pread, and forks no workers
+    return os.read(file, size)
 
 
 _OPEN_FILES = 64

@@ -28,11 +28,11 @@ def retrieval(
         ``mAP`` and ``recall@k``, in [0, 1].
     """
     bank = F.normalize(gallery.float(), dim=1).T  # (D, N)
-    ranks = torch.arange(1, bank.shape[1] + 1, dtype=torch.float64, device=bank.device)
+    ranks = torch.arange(1, bank.shape[1] + 1, dtype=torch.float64)  # on the CPU: a Mac's GPU has no float64
     precisions, firsts = [], []
     for rows in torch.arange(len(queries)).split(max(1, SIMILARITIES_AT_ONCE // 4 // bank.shape[1])):
         order = (F.normalize(queries[rows].float(), dim=1) @ bank).argsort(dim=1, descending=True)  # (m, N)
-        relevant = gallery_labels[order] == labels[rows, None]
+        relevant = (gallery_labels[order] == labels[rows, None]).cpu()
         precision = relevant.cumsum(1) / ranks
         precisions.append((precision * relevant).sum(1) / relevant.sum(1))
         firsts.append(relevant.int().argmax(1))

@@ -1,0 +1,73 @@
+"""A device that is not the CPU: what stands for a Mac's GPU trains every method, draws, probes and evaluates."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_lightning import MAE, MoCoV2, SSLModule, SwAV
+from ssl_lightning.cli import main
+from ssl_lightning.commands.evaluate import PROTOCOLS
+from tests.processes import FORKSERVER
+from tests.small import METHODS, VIT, data, slow_unless, small, trainer
+
+pytest.importorskip("torch._C._acc", reason="needs a device written in Python, which torch has since 2.9")
+
+QUICK = ["--trainer.max_epochs=1", "--data.train_samples=128", "--data.val_samples=64"]
+
+
+@pytest.fixture(scope="module")
+def on_device() -> Iterator[Callable[..., None]]:
+    """Calls a function in a process that has the device: torch counts it as an accelerator of the whole process."""
+    with FORKSERVER.Pool(1) as pool:
+        yield lambda function, *arguments: pool.apply_async(_on_device, (function, arguments)).get(timeout=300)
+
+
+def _on_device(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    from tests.accelerator import on_device
+
+    with on_device():
+        function(*arguments)
+
+
+def _step(method: type[SSLModule], folder: Path) -> None:
+    module = small(method)
+    trainer(folder, accelerator="standin", strategy="standin", inference_mode=False, max_steps=2, limit_val_batches=0).fit(
+        module, data(method)
+    )
+    assert module.last_loss is not None
+
+
+@pytest.mark.parametrize("method", slow_unless(lambda method: method in (MoCoV2, SwAV, MAE), METHODS))
+def test_every_method_trains(method: type[SSLModule], on_device: Any, tmp_path: Path) -> None:
+    on_device(_step, method, tmp_path)
+
+
+def _quickstart(folder: Path) -> None:
+    words = ["--config", "configs/quickstart.yaml", "--trainer.accelerator=standin", "--trainer.strategy=standin"]
+    words += ["--trainer.inference_mode=false"]
+    words += [f"--trainer.default_root_dir={folder}"]
+    main(["fit", *words, *QUICK, "--trainer.log_every_n_steps=1", "--pictures.every_n_epochs=1"])
+
+
+def test_the_quickstart_trains_probes_and_draws(on_device: Any, tmp_path: Path) -> None:
+    on_device(_quickstart, tmp_path)
+    run = tmp_path / "quickstart" / "version_0"
+    assert {file.parent.name for file in run.glob("pictures/*/*.png")} == {"neighbours", "map", "schedules"}
+    assert "val/knn_top1" in (run / "metrics.csv").read_text()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+
+
+def _evaluate(protocol: str, folder: Path) -> None:
+    net = [f"--backbone={VIT['backbone']}", f"--backbone_kwargs={VIT['backbone_kwargs']}"]
+    words = ["--data=DigitsData", "--data.image_size=32", "--data.train_samples=200", "--data.val_samples=100"]
+    more = {"linear": ["--epochs=1"], "finetune": ["--epochs=1"], "lowshot": ["--shots=1", "--draws=2"]}
+    words += ["--trainer={accelerator: standin, strategy: standin, inference_mode: false}", f"--output={folder}", *more.get(protocol, [])]
+    main(["evaluate", protocol, "--checkpoint=untrained", *net, *words])
+
+
+@pytest.mark.parametrize("protocol", slow_unless(lambda protocol: protocol in ("knn", "retrieval"), PROTOCOLS))
+def test_every_protocol_evaluates(protocol: str, on_device: Any, tmp_path: Path) -> None:
+    on_device(_evaluate, protocol, tmp_path)
+    assert (tmp_path / protocol / "results.json").is_file()

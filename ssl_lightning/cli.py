@@ -41,6 +41,7 @@ from ssl_lightning.runs import (
     LAST_CHECKPOINT,
     new_version,
     newest_checkpoint,
+    removed_if_refused,
     requeued_checkpoint,
     version_of,
 )
@@ -102,24 +103,25 @@ class SSLCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         self._first_word = next(iter(sys.argv[1:] if args is None else args), None)
-        super().__init__(
-            SSLModule,
-            SSLDataModule,
-            trainer_class=_Trainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            trainer_defaults=_DEFAULTS,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_class=SSLArgumentParser,
-            parser_kwargs={
-                "prog": "ssl-lightning",
-                "description": f"Self-supervised vision pretraining. Further commands: {', '.join(STANDALONE)}.",
-            },
-            args=args,
-            run=run,
-        )
+        with removed_if_refused() as self._new_folders:
+            super().__init__(
+                SSLModule,
+                SSLDataModule,
+                trainer_class=_Trainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                trainer_defaults=_DEFAULTS,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_class=SSLArgumentParser,
+                parser_kwargs={
+                    "prog": "ssl-lightning",
+                    "description": f"Self-supervised vision pretraining. Further commands: {', '.join(STANDALONE)}.",
+                },
+                args=args,
+                run=run,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -170,7 +172,9 @@ class SSLCLI(LightningCLI):
             folder, given = self._named_folder, config["logger"]
             resumed = self._get(self.config, "ckpt_path")
             version = version_of(resumed, folder) if resumed is not None else None
-            version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
+            if version is None:
+                version = new_version(folder, dry=bool(config["fast_dev_run"]))
+                self._new_folders.append(folder / version)
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
             own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
             others = given if isinstance(given, list) else [] if given in (None, True) else [given]

@@ -8,6 +8,7 @@
         environment.json                             each start: command line, versions, hardware, and how it ended
         warnings.txt                                 the warnings of this package
         unreadable-<process>.txt                     images that could not be read
+        slurm.json                                   in a SLURM job: which of its fits this is
         views.png                                    the views at the start of training
         pictures/<picture>/<epoch>.png               what the method has learned so far
         checkpoints/last.ckpt, best.ckpt
@@ -17,8 +18,10 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ CONFIG_FILE = "config.yaml"  # Lightning's name, as is the next
 METRICS_FILE = "metrics.csv"
 ENVIRONMENT_FILE = "environment.json"
 WARNINGS_FILE = "warnings.txt"
+SLURM_FILE = "slurm.json"
 VIEWS_FILE = "views.png"
 RESULTS_FILE = "results.json"
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last", "best"
@@ -41,6 +45,7 @@ CHECKPOINTS_FOLDER = "checkpoints"  # Lightning's name
 EVALUATIONS_FOLDER = "evaluations"
 PICTURES_FOLDER = "pictures"
 _UNREADABLE_FILE = "unreadable-{}.txt"
+_WRITTEN_FIRST = {CONFIG_FILE, "hparams.yaml", WARNINGS_FILE, SLURM_FILE}
 
 
 # Names
@@ -73,17 +78,56 @@ def new_version(folder: Path, dry: bool) -> str:
         dry: Whether to create nothing.
     """
     numbers = [int(path.name[8:]) for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    slurm = SLURMEnvironment.detect()
     name, number = "version", max(numbers, default=-1) + 1
-    if SLURMEnvironment.detect():  # a requeued job finds its folder by this name
+    if slurm:  # a requeued job finds its folder by this name
         name, number = _slurm_version(), len([*folder.glob(f"{_slurm_version()}_*")])
-    first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    first = _is_first_process()
     while first and not dry:
         try:
             (folder / f"{name}_{number}").mkdir(parents=True)
             break
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder of the run, {folder / f'{name}_{number}'}: {error.strerror}. Set "
+                "--trainer.default_root_dir to a folder that can be written."
+            ) from error
+    if slurm and first and not dry:
+        _write_fit(folder / f"{name}_{number}", {**_this_fit(), "restarts": []})
     return f"{name}_{number}"
+
+
+@contextmanager
+def removed_if_refused() -> Iterator[list[Path]]:
+    """Collects the run folders that this process makes; removes them if the run ends before its first step.
+
+    A folder stays if it holds more than what is written before, such as a list of unreadable images.
+    """
+    folders: list[Path] = []
+    try:
+        yield folders
+    except BaseException:
+        for folder in folders if _is_first_process() else []:
+            names = [path.name for path in folder.rglob("*") if path.is_file()]
+            if all(name in _WRITTEN_FIRST or "tfevents" in name for name in names):
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _this_fit() -> dict[str, Any]:
+    """What tells this ``fit`` from the others of its SLURM job: its command line, and its step if srun started it."""
+    return {"command": sys.argv[1:], "step": os.environ.get("SLURM_STEP_ID")}
+
+
+def _write_fit(folder: Path, fit: dict[str, Any]) -> None:
+    with suppress(OSError):
+        (folder / SLURM_FILE).write_text(json.dumps(fit), encoding="utf-8")
 
 
 def slurm_job() -> str:
@@ -159,12 +203,27 @@ def newest_checkpoint(folder: Path, name: str) -> Path | None:
 
 
 def requeued_checkpoint(folder: Path) -> Path | None:
-    """The newest ``last.ckpt`` that this SLURM job wrote before it was requeued.
+    """The ``last.ckpt`` that this ``fit`` wrote before its SLURM job was requeued; None if it wrote none.
+
+    A job may run several fits of the same name. A fit is known by its command line, and by its step if srun started it.
+    Without srun, fits with the same command line continue in the order in which they were first started.
 
     Args:
         folder: ``<trainer.default_root_dir>/<name>``.
     """
-    return _newest(folder.glob(f"{_slurm_version()}_*/{CHECKPOINTS_FOLDER}/{LAST_CHECKPOINT}.ckpt"))
+    this, restart = _this_fit(), os.environ.get("SLURM_RESTART_COUNT")
+    versions = folder.glob(f"{_slurm_version()}_*")
+    for version in sorted(versions, key=lambda path: int(path.name.rsplit("_", 1)[1])):
+        fit = {}
+        with suppress(OSError, ValueError):
+            fit = json.loads((version / SLURM_FILE).read_text(encoding="utf-8"))
+        if {key: fit.get(key) for key in this} != this or (this["step"] is None and restart in fit["restarts"]):
+            continue
+        if this["step"] is None:  # a single process: the next fit with this command line continues the next run
+            _write_fit(version, {**fit, "restarts": [*fit["restarts"], restart]})
+        last = version / CHECKPOINTS_FOLDER / f"{LAST_CHECKPOINT}.ckpt"
+        return last if last.is_file() else None
+    return None
 
 
 def newest_run(path: str) -> Path:
@@ -231,13 +290,15 @@ def _newest(files: Iterable[Path]) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.yaml`` of a run; empty if there is none.
+    """The ``config.yaml`` of a run; empty if it is missing or damaged.
 
     Args:
         folder: The run folder.
     """
     file = folder / CONFIG_FILE
-    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    with suppress(yaml.YAMLError):  # a run may have been killed while it wrote the file
+        return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    return {}
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

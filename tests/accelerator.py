@@ -35,7 +35,9 @@ def missing_on_mps() -> set[str]:
     for name, entry in entries.items():
         delegate = re.search(r"^  structured_delegate: (\S+)", entry, flags=re.M)
         parts = [entry, entries[delegate[1]] if delegate is not None else ""]
-        kernels = "".join(found[1] for part in parts for found in re.finditer(r"^  dispatch:\n((?:    .*\n)+)", part, re.M))
+        kernels = "".join(
+            found[1] for part in parts for found in re.finditer(r"^  dispatch:\n((?:    .*\n)+)", part, re.M)
+        )
         if kernels and not re.search(r"\bMPS\b|Composite", kernels):
             missing.add(name)
     return missing
@@ -49,7 +51,9 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
         if held.dtype in _WIDE:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         wrapper = Tensor._make_wrapper_subclass(
             cls,
             held.shape,

@@ -1,5 +1,6 @@
 """A device that is not the CPU: what stands for a Mac's GPU trains every method, draws, probes and evaluates."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tests.small import METHODS, VIT, data, slow_unless, small, trainer
 
 pytest.importorskip("torch._C._acc", reason="needs a device written in Python, which torch has since 2.9")
 
-QUICK = ["--trainer.max_epochs=1", "--data.train_samples=128", "--data.val_samples=64"]
+STANDIN: dict[str, Any] = {"accelerator": "standin", "strategy": "standin", "inference_mode": False}
+QUICK = ["--trainer.max_epochs=1", "--data.train_samples=128", "--data.val_samples=64", "--pictures.every_n_epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,7 @@ def _on_device(function: Callable[..., None], arguments: tuple[Any, ...]) -> Non
 
 def _step(method: type[SSLModule], folder: Path) -> None:
     module = small(method)
-    trainer(folder, accelerator="standin", strategy="standin", inference_mode=False, max_steps=2, limit_val_batches=0).fit(
-        module, data(method)
-    )
+    trainer(folder, **STANDIN, max_steps=2, limit_val_batches=0).fit(module, data(method))
     assert module.last_loss is not None
 
 
@@ -45,10 +45,12 @@ def test_every_method_trains(method: type[SSLModule], on_device: Any, tmp_path: 
 
 
 def _quickstart(folder: Path) -> None:
-    words = ["--config", "configs/quickstart.yaml", "--trainer.accelerator=standin", "--trainer.strategy=standin"]
-    words += ["--trainer.inference_mode=false"]
-    words += [f"--trainer.default_root_dir={folder}"]
-    main(["fit", *words, *QUICK, "--trainer.log_every_n_steps=1", "--pictures.every_n_epochs=1"])
+    words = [
+        "--config=configs/quickstart.yaml",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.log_every_n_steps=1",
+    ]
+    main(["fit", *words, *QUICK, *(f"--trainer.{name}={value}" for name, value in STANDIN.items())])
 
 
 def test_the_quickstart_trains_probes_and_draws(on_device: Any, tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def _evaluate(protocol: str, folder: Path) -> None:
     net = [f"--backbone={VIT['backbone']}", f"--backbone_kwargs={VIT['backbone_kwargs']}"]
     words = ["--data=DigitsData", "--data.image_size=32", "--data.train_samples=200", "--data.val_samples=100"]
     more = {"linear": ["--epochs=1"], "finetune": ["--epochs=1"], "lowshot": ["--shots=1", "--draws=2"]}
-    words += ["--trainer={accelerator: standin, strategy: standin, inference_mode: false}", f"--output={folder}", *more.get(protocol, [])]
+    words += [f"--trainer={json.dumps(STANDIN)}", f"--output={folder}", *more.get(protocol, [])]
     main(["evaluate", protocol, "--checkpoint=untrained", *net, *words])
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pkgutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ UNIX_ONLY = """
 import os, signal, sys
 for name in ("fcntl", "grp", "posix_ipc", "pwd", "resource", "syslog", "termios", "tty"):
     sys.modules[name] = None
-for name in ("fork", "forkpty", "getloadavg", "getuid", "geteuid", "killpg", "pread", "preadv", "pwrite", "register_at_fork",
-             "sched_getaffinity", "setsid", "sysconf", "uname"):
+for name in ("fork", "forkpty", "getloadavg", "getuid", "geteuid", "killpg", "pread", "preadv", "pwrite",
+             "sched_getaffinity", "setsid", "sysconf"):
     if hasattr(os, name):
         delattr(os, name)
-for name in ("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "pthread_sigmask", "sigwaitinfo", "sigwait"):
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "pthread_sigmask", "sigwaitinfo", "sigwait"):
     if hasattr(signal, name):
         delattr(signal, name)
 import multiprocessing

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ssl_lightning.errors import UserError, of_the_machine
 
@@ -49,7 +51,7 @@ class Loader:
             sampler=None if isinstance(dataset, IterableDataset) else sampler,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=_shared,
             persistent_workers=persistent and num_workers > 0,
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
@@ -106,7 +108,15 @@ def _ignore_phase(phase: str) -> None:
     """The ``mark`` of a loader that nobody times."""
 
 
-def _unchanged(batch: Any) -> Any:
+def _shared(batch: Any) -> Any:
+    """The batch, in shared memory if a worker made it.
+
+    torch shares it later, in a thread whose errors it only prints: if the memory is full, training would wait forever.
+    """
+    if get_worker_info() is not None:
+        for tensor in tree_leaves(batch):
+            if isinstance(tensor, Tensor):
+                tensor.share_memory_()
     return batch
 
 

@@ -43,6 +43,14 @@ def missing_on_mps() -> set[str]:
     return missing
 
 
+NOT_DETERMINISTIC = {
+    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "grid_sampler_2d_backward", "histc", "kthvalue"),
+    *("max_unpool2d", "nll_loss2d_forward", "put_", "reflection_pad2d_backward", "replication_pad2d_backward"),
+    "upsample_bicubic2d_backward",
+}
+"""Operations on images that torch documents to fail on a GPU if algorithms must be deterministic."""
+
+
 class OnDevice(Tensor):
     """A tensor of the device; ``held`` on the CPU is what it holds."""
 
@@ -104,6 +112,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if goes:
         if (f"{name}.{overload}" if overload else name) in _missing:
             raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
+        if torch.are_deterministic_algorithms_enabled() and name in NOT_DETERMINISTIC:
+            raise RuntimeError(f"{name} does not have a deterministic implementation")
         if any(isinstance(value, torch.Generator) and value.device.type != NAME for value in flat):
             raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu': {schema}")
     if inside and name not in _TRANSFERS:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from ssl_lightning import MAE, MoCoV2, SSLModule, SwAV
+from ssl_lightning import DINO, MAE, MoCoV2, SSLModule, SwAV
+from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.vit import _resized
 from ssl_lightning.cli import main
 from ssl_lightning.commands.evaluate import PROTOCOLS
 from tests.processes import FORKSERVER
-from tests.small import METHODS, VIT, data, slow_unless, small, trainer
+from tests.small import CNN_AND_VIT, METHODS, VIT, data, slow_unless, small, trainer
 
 pytest.importorskip("torch._C._acc", reason="needs a device written in Python, which torch has since 2.9")
 
@@ -33,15 +37,39 @@ def _on_device(function: Callable[..., None], arguments: tuple[Any, ...]) -> Non
         function(*arguments)
 
 
-def _step(method: type[SSLModule], folder: Path) -> None:
-    module = small(method)
-    trainer(folder, **STANDIN, max_steps=2, limit_val_batches=0).fit(module, data(method))
+def _step(method: type[SSLModule], folder: Path, net: dict[str, Any] | None = None, **options: Any) -> None:
+    module = small(method, net or {})
+    trainer(folder, **STANDIN, max_steps=2, limit_val_batches=0, **options).fit(module, data(method))
     assert module.last_loss is not None
 
 
 @pytest.mark.parametrize("method", slow_unless(lambda method: method in (MoCoV2, SwAV, MAE), METHODS))
 def test_every_method_trains(method: type[SSLModule], on_device: Any, tmp_path: Path) -> None:
     on_device(_step, method, tmp_path)
+
+
+def _deterministic_step(method: type[SSLModule], net: dict[str, Any], folder: Path) -> None:
+    try:
+        _step(method, folder, net, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("method", "net"), slow_unless(lambda method, net: method is DINO and net != {}, CNN_AND_VIT))
+def test_every_method_trains_deterministically(
+    method: type[SSLModule], net: dict[str, Any], on_device: Any, tmp_path: Path
+) -> None:
+    """With small crops of a ViT, too, for which positions are resized."""
+    on_device(_deterministic_step, method, net, tmp_path)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), (7, 7), (20, 13)])
+def test_positions_resized_deterministically_are_the_same(grid: tuple[int, int]) -> None:
+    vit: Any = create_backbone(VIT["backbone"], **VIT["backbone_kwargs"])
+    scale = tuple((new + 0.1) / 4 for new in grid)
+    positions = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(positions, scale_factor=scale, mode="bicubic")
+    torch.testing.assert_close(_resized(positions, scale), expected, atol=1e-6, rtol=1e-5)
 
 
 def _quickstart(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The ViT of timm for images of any size."""
 
+import functools
 import math
 from typing import Any
 
@@ -79,8 +80,9 @@ class AnySizeViT(VisionTransformer, ViT):
         grid = self.pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
         # The released code adds 0.1 so that rounding never loses a row, and samples by this scale.
         scale = ((height + 0.1) / rows, (width + 0.1) / columns)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
-        return torch.cat([self.pos_embed[:, :prefix], grid], dim=1)
+        exact = torch.are_deterministic_algorithms_enabled() and not grid.is_cpu
+        resized = _resized(grid, scale) if exact else F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :prefix], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
     def class_attention(self, images: Tensor) -> Tensor:
         """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
@@ -108,3 +110,20 @@ class AnySizeViT(VisionTransformer, ViT):
         prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
+
+
+def _resized(grid: Tensor, scale: tuple[float, float]) -> Tensor:
+    """``F.interpolate(grid, scale_factor=scale, mode="bicubic")`` by matrix products.
+
+    torch's backward pass of the former is not deterministic on a GPU, and fails if it must be.
+    """
+    rows, columns = (_bicubic_weights(old, factor).to(grid) for old, factor in zip(grid.shape[2:], scale, strict=True))
+    with torch.autocast(grid.device.type, enabled=False):
+        return rows @ grid @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+def _bicubic_weights(old: int, factor: float) -> Tensor:
+    """``(new, old)`` weights of the old pixels in each new pixel."""
+    with torch.inference_mode(False):  # what validation asks for first is used in training, too
+        return F.interpolate(torch.eye(old)[None, :, :, None], scale_factor=(factor, 1.0), mode="bicubic")[0, :, :, 0].T

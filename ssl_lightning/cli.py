@@ -103,25 +103,24 @@ class SSLCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         self._first_word = next(iter(sys.argv[1:] if args is None else args), None)
-        with removed_if_refused() as self._new_folders:
-            super().__init__(
-                SSLModule,
-                SSLDataModule,
-                trainer_class=_Trainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                trainer_defaults=_DEFAULTS,
-                seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
-                parser_class=SSLArgumentParser,
-                parser_kwargs={
-                    "prog": "ssl-lightning",
-                    "description": f"Self-supervised vision pretraining. Further commands: {', '.join(STANDALONE)}.",
-                },
-                args=args,
-                run=run,
-            )
+        super().__init__(
+            SSLModule,
+            SSLDataModule,
+            trainer_class=_Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_defaults=_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=SSLArgumentParser,
+            parser_kwargs={
+                "prog": "ssl-lightning",
+                "description": f"Self-supervised vision pretraining. Further commands: {', '.join(STANDALONE)}.",
+            },
+            args=args,
+            run=run,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -172,9 +171,7 @@ class SSLCLI(LightningCLI):
             folder, given = self._named_folder, config["logger"]
             resumed = self._get(self.config, "ckpt_path")
             version = version_of(resumed, folder) if resumed is not None else None
-            if version is None:
-                version = new_version(folder, dry=bool(config["fast_dev_run"]))
-                self._new_folders.append(folder / version)
+            version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
             where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
             own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
             others = given if isinstance(given, list) else [] if given in (None, True) else [given]
@@ -261,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
             return
         sys.argv[1:] = words
-        SSLCLI()
+        with removed_if_refused():
+            SSLCLI()
     except (UserError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ValueError as error:

@@ -46,6 +46,8 @@ EVALUATIONS_FOLDER = "evaluations"
 PICTURES_FOLDER = "pictures"
 _UNREADABLE_FILE = "unreadable-{}.txt"
 _WRITTEN_FIRST = {CONFIG_FILE, "hparams.yaml", WARNINGS_FILE, SLURM_FILE}
+_made: list[Path] = []
+"""Run folders that this process has made."""
 
 
 # Names
@@ -82,10 +84,11 @@ def new_version(folder: Path, dry: bool) -> str:
     name, number = "version", max(numbers, default=-1) + 1
     if slurm:  # a requeued job finds its folder by this name
         name, number = _slurm_version(), len([*folder.glob(f"{_slurm_version()}_*")])
-    first = _is_first_process()
+    first = getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
     while first and not dry:
         try:
             (folder / f"{name}_{number}").mkdir(parents=True)
+            _made.append(folder / f"{name}_{number}")
             break
         except FileExistsError:
             number += 1
@@ -100,24 +103,20 @@ def new_version(folder: Path, dry: bool) -> str:
 
 
 @contextmanager
-def removed_if_refused() -> Iterator[list[Path]]:
-    """Collects the run folders that this process makes; removes them if the run ends before its first step.
+def removed_if_refused() -> Iterator[None]:
+    """Remove the run folders that ``new_version`` makes if an exception ends the run before its first step.
 
     A folder stays if it holds more than what is written before, such as a list of unreadable images.
     """
-    folders: list[Path] = []
+    _made.clear()
     try:
-        yield folders
+        yield
     except BaseException:
-        for folder in folders if _is_first_process() else []:
+        for folder in _made:
             names = [path.name for path in folder.rglob("*") if path.is_file()]
             if all(name in _WRITTEN_FIRST or "tfevents" in name for name in names):
                 shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _is_first_process() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _this_fit() -> dict[str, Any]:

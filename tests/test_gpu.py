@@ -27,7 +27,10 @@ GPU = (
 def on_each(*cases: Any) -> Any:
     """Parameters with the device last: each case on the GPU, the first also on the CPU, in the slow tests."""
     rows = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*rows[0], "cpu", marks=pytest.mark.slow), *(pytest.param(*row, "cuda", marks=GPU) for row in rows)]
+    return [
+        pytest.param(*rows[0], "cpu", marks=pytest.mark.slow),
+        *(pytest.param(*row, "cuda", marks=GPU) for row in rows),
+    ]
 
 
 def on(device: str) -> dict[str, Any]:

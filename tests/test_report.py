@@ -21,12 +21,9 @@ from PIL import Image
 
 from ssl_lightning import RunRecord, UserError
 from ssl_lightning.cli import main
-from ssl_lightning.commands.report import report, watch
+from ssl_lightning.commands.report import report
 from ssl_lightning.loggers import CSVLogger
 from tests.small import digits, simclr, trainer
-
-pytest.importorskip("plotly")
-pytest.importorskip("jinja2")
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FIT = ["fit", "--config", "configs/moco_v2/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
@@ -382,15 +379,3 @@ def test_wrong_things_are_answered_in_words(
         main(["report", *words])
     assert message in str(end.value.code) + capsys.readouterr().err
     assert {*tmp_path.rglob("*")} == before
-
-
-@pytest.mark.parametrize("missing", ["plotly", "jinja2"])
-def test_a_missing_library_is_named(missing: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r'pip install "ssl_lightning\[report\]"'):
-        report(str(run), str(tmp_path / "page.html"))
-    with pytest.raises(UserError, match=r'pip install "ssl_lightning\[report\]"'):
-        watch(str(run))
-    assert not [*tmp_path.iterdir()]

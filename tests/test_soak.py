@@ -1,0 +1,108 @@
+"""Long runs: memory and open files stay as they are; and runs that change their number of processes."""
+
+import os
+import sys
+import warnings
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_lightning import BYOL, DINO, MoCoV2, SSLModule
+from ssl_lightning.batch_norm import SyncedBatchNorm
+from ssl_lightning.cli import main
+from tests.processes import FORKSERVER, run_processes
+from tests.small import data, slow_unless, small, trainer
+
+STEPS, SETTLED = 3000, 1000
+SMALLEST = ["--model=SimCLR", "--model.backbone=pixels", "--model.backbone_kwargs={img_size: 8}"]
+SMALLEST += ["--data=DigitsData", "--data.image_size=8", "--data.batch_size=8", "--data.num_workers=2"]
+BOUND_MB = {"process": 30.0, "workers": 10.0}
+"""How much more memory a process may use after the last step than after step ``SETTLED``."""
+
+
+class Measure(L.Callback):
+    """Memory in MB of this process and of its workers, and the number of open files."""
+
+    measured: list[dict[str, float]] = []  # noqa: RUF012 # the command line makes the callback, the test reads it
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step % 500 == 0 and trainer.global_step >= SETTLED:
+            workers = [worker.pid for worker in active_children() if worker.pid is not None]
+            self.measured.append(
+                {
+                    "process": _memory(os.getpid()),
+                    "workers": max(map(_memory, workers)),
+                    "number of workers": len(workers),
+                    "files": len(os.listdir("/proc/self/fd")),
+                }
+            )
+
+
+def _memory(process: int) -> float:
+    """Memory of its own, without what it shares."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+
+def _soak(folder: Path) -> tuple[list[dict[str, float]], list[str]]:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.argv = ["ssl-lightning"]
+    words = [f"--trainer.max_steps={STEPS}", "--trainer.accelerator=cpu", "--trainer.callbacks=tests.test_soak.Measure"]
+    words += ["--trainer.max_epochs=-1", "--pictures.every_n_epochs=2"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        main(["fit", *SMALLEST, *words])
+    return Measure.measured, [f"{warning.category.__name__}: {warning.message}" for warning in caught]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_three_thousand_steps_with_all_callbacks_leave_memory_and_files_as_they_are(tmp_path: Path) -> None:
+    with FORKSERVER.Pool(1) as pool:
+        measured, warned = pool.apply_async(_soak, (tmp_path,)).get(timeout=300)
+    assert len(measured) == 1 + (STEPS - SETTLED) // 500
+    for what, bound in BOUND_MB.items():
+        assert measured[-1][what] - measured[0][what] < bound, [row[what] for row in measured]
+    assert measured[-1]["files"] <= measured[0]["files"], [row["files"] for row in measured]
+    assert {row["number of workers"] for row in measured} == {2}
+    assert not warned
+
+
+def _train(rank: int, processes: int, method: type[SSLModule], steps: int, folder: Path) -> dict[str, Tensor]:
+    """From the checkpoint in the folder, if there is one; with the same global batch for any number of processes."""
+    L.seed_everything(0, verbose=False)
+    several: dict[str, Any] = {"strategy": "ddp", "sync_batchnorm": True, "plugins": [SyncedBatchNorm()]}
+    last = folder / "last.ckpt"
+    running = trainer(
+        folder,
+        devices=processes,
+        max_epochs=-1,
+        max_steps=steps,
+        precision="64-true",
+        limit_val_batches=0,
+        **(several if processes > 1 else {}),
+    )
+    module = small(method, {"bn_splits": 1} if method is MoCoV2 else {})
+    running.fit(module, data(method, batch_size=8 // processes), ckpt_path=str(last) if last.exists() else None)
+    running.save_checkpoint(last)
+    return {name: value.detach() for name, value in module.named_parameters()}
+
+
+@pytest.mark.parametrize("method", slow_unless(lambda _: False, [BYOL, DINO]))
+def test_a_run_that_continues_on_other_numbers_of_processes_ends_as_on_one(
+    method: type[SSLModule], tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    expected = run_processes(_train, 1, 1, method, 15, whole)[0]
+    for processes, steps in ((1, 5), (2, 10), (1, 15)):  # each within an epoch of 8 steps
+        found = run_processes(_train, processes, processes, method, steps, parts)[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0)

@@ -19,7 +19,7 @@ def of_the_machine(error: BaseException) -> UserError | None:
     Args:
         error: The exception.
     """
-    text = str(error)
+    text = f"{error} {error.__cause__ or ''}"  # how a worker ended is in the cause
     if "Bus error" in text or "shared memory(shm)" in text or "</torch_" in text:
         return UserError(
             "the processes that load images ran out of shared memory (/dev/shm); raise it, in Docker by --shm-size 8g "

@@ -45,7 +45,7 @@ CHECKPOINTS_FOLDER = "checkpoints"  # Lightning's name
 EVALUATIONS_FOLDER = "evaluations"
 PICTURES_FOLDER = "pictures"
 _UNREADABLE_FILE = "unreadable-{}.txt"
-_WRITTEN_FIRST = {CONFIG_FILE, "hparams.yaml", WARNINGS_FILE, SLURM_FILE}
+_WRITTEN_FIRST = {CONFIG_FILE, "hparams.yaml", ENVIRONMENT_FILE, WARNINGS_FILE, VIEWS_FILE, SLURM_FILE}
 _made: list[Path] = []
 """Run folders that this process has made."""
 
@@ -114,7 +114,8 @@ def removed_if_refused() -> Iterator[None]:
     except BaseException:
         for folder in _made:
             names = [path.name for path in folder.rglob("*") if path.is_file()]
-            if all(name in _WRITTEN_FIRST or "tfevents" in name for name in names):
+            stepped = any("chance_loss" in start for start in read_starts(folder))  # written after the first batch
+            if not stepped and all(name in _WRITTEN_FIRST or "tfevents" in name for name in names):
                 shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -244,7 +244,10 @@ def local_copy(url: str, copies: Path) -> Path:
     copy = _copy_of(url, copies)
     if not copy.exists():
         filesystem, path = _filesystem(url)
-        copies.mkdir(parents=True, exist_ok=True)
+        try:
+            copies.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{copies}: {error.strerror}; set --data.copies to another folder.") from error
         partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}")
         try:
             filesystem.get_file(path, str(partial))

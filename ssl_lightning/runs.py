@@ -98,7 +98,7 @@ def new_version(folder: Path, dry: bool) -> str:
                 "--trainer.default_root_dir to a folder that can be written."
             ) from error
     if slurm and first and not dry:
-        _write_fit(folder / f"{name}_{number}", {**_this_fit(), "restarts": []})
+        _write_fit(folder / f"{name}_{number}", {**_this_fit(), "restarts": [_restart()]})
     return f"{name}_{number}"
 
 
@@ -123,6 +123,11 @@ def removed_if_refused() -> Iterator[None]:
 def _this_fit() -> dict[str, Any]:
     """What tells this ``fit`` from the others of its SLURM job: its command line, and its step if srun started it."""
     return {"command": sys.argv[1:], "step": os.environ.get("SLURM_STEP_ID")}
+
+
+def _restart() -> int:
+    """How often the SLURM job was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _write_fit(folder: Path, fit: dict[str, Any]) -> None:
@@ -211,18 +216,19 @@ def requeued_checkpoint(folder: Path) -> Path | None:
     Args:
         folder: ``<trainer.default_root_dir>/<name>``.
     """
-    this, restart = _this_fit(), os.environ.get("SLURM_RESTART_COUNT")
+    this, restart = _this_fit(), _restart()
     versions = folder.glob(f"{_slurm_version()}_*")
     for version in sorted(versions, key=lambda path: int(path.name.rsplit("_", 1)[1])):
-        fit = {}
+        last, fit = version / CHECKPOINTS_FOLDER / f"{LAST_CHECKPOINT}.ckpt", {}
         with suppress(OSError, ValueError):
             fit = json.loads((version / SLURM_FILE).read_text(encoding="utf-8"))
-        if {key: fit.get(key) for key in this} != this or (this["step"] is None and restart in fit["restarts"]):
+        if not last.is_file() or {key: fit.get(key) for key in this} != this:
             continue
         if this["step"] is None:  # a single process: the next fit with this command line continues the next run
+            if restart in fit["restarts"]:
+                continue
             _write_fit(version, {**fit, "restarts": [*fit["restarts"], restart]})
-        last = version / CHECKPOINTS_FOLDER / f"{LAST_CHECKPOINT}.ckpt"
-        return last if last.is_file() else None
+        return last
     return None
 
 

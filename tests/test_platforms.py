@@ -209,7 +209,7 @@ def test_every_fit_of_a_slurm_job_has_a_folder_and_continues_in_it(folder: Path,
     for number, expected in enumerate((0.3, 0.5, 0.3)):
         checkpoint = torch.load(folder / f"slurm_7_{number}/checkpoints/last.ckpt", weights_only=True)
         assert checkpoint["hyper_parameters"]["temperature"] == expected
-        assert json.loads((folder / f"slurm_7_{number}/slurm.json").read_text())["restarts"] == ["1"]
+        assert json.loads((folder / f"slurm_7_{number}/slurm.json").read_text())["restarts"] == [0, 1]
 
 
 def test_steps_of_a_slurm_job_continue_each_their_own_run(folder: Path, job: pytest.MonkeyPatch) -> None:

@@ -175,11 +175,14 @@ class SSLCLI(LightningCLI):
         if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
             without = {*without, "embedding_writer"}
         config = {**self._get(self.config_init, "trainer"), **kwargs}
+        config["enable_model_summary"] = bool(config["enable_model_summary"])
+        if config["barebones"]:
+            config |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+            config["log_every_n_steps"] = None
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         ours = {key: self._get(self.config_init, key) for key in CALLBACKS if key not in without}
         callbacks = [callback for key, callback in ours.items() if not _replaced(key, callback, config, own)]
-        config["enable_model_summary"] = bool(config["enable_model_summary"])
         if self.subcommand == "plan":
             config |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         if self.subcommand != "fit":
@@ -297,6 +300,16 @@ class _OneVersion(Callback):
             logger._version = version
 
 
+def _of_the_trainer(error: BaseException) -> bool:
+    """Whether Lightning's Trainer refused its options."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals["__name__"].startswith(
+        ("lightning.pytorch", "lightning.fabric")
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -316,6 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ValueError as error:
-        if (cause := user_error(error)) is None:
+        if (cause := user_error(error)) is None and not _of_the_trainer(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {cause or str(error).strip()}")

@@ -276,7 +276,7 @@ def planned_epochs(trainer: L.Trainer) -> int | None:
     """
     steps, batches = trainer.max_steps, trainer.num_training_batches
     ends = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
-    if steps > 0 and 0 < batches < float("inf"):
+    if steps >= 0 and 0 < batches < float("inf"):
         ends.append(math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches)))
     return min(ends, default=None)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from ssl_lightning.callbacks.progress import planned_epochs
+from ssl_lightning.messages import duration
 from ssl_lightning.runs import run_folder
 
 
@@ -57,7 +59,9 @@ def header(trainer: Any, module: Any) -> dict[str, str]:
     rows["length"] = _length(trainer)
     if trainer.global_step > 0:
         rows["resumed"] = f"in epoch {trainer.current_epoch + 1}, after {trainer.global_step:,} steps"
-    if (folder := run_folder(trainer)) is not None:
+    if trainer.fast_dev_run:
+        rows["folder"] = "none: --trainer.fast_dev_run keeps nothing"
+    elif (folder := run_folder(trainer)) is not None:
         rows["folder"] = str(folder)
         rows["page"] = f"python -m ssl_lightning report {shlex.quote(str(folder))}"
     elif trainer.checkpoint_callbacks:
@@ -90,16 +94,18 @@ def _millions(module: nn.Module) -> str:
 
 def _length(trainer: Any) -> str:
     epochs, batches, steps = planned_epochs(trainer), trainer.num_training_batches, trainer.estimated_stepping_batches
-    each = f" of {-(-batches // trainer.accumulate_grad_batches):,} steps" if batches < float("inf") else ""
-    if epochs is not None:
-        text = f"{epochs:,} epoch{'s' * (epochs != 1)}{each}"
-    else:
-        text = f"no last epoch; epochs{each}" if each else "no last epoch"
+    each = f" of {_counted(-(-batches // trainer.accumulate_grad_batches), 'step')}" if batches < float("inf") else ""
+    parts = [f"{_counted(epochs, 'epoch')}{each}" if epochs is not None else f"epochs{each} without a last one"]
     if 0 < steps < float("inf"):
-        text += f", {steps:,.0f} steps in all"
-    if (timer := next((one for one in trainer.callbacks if hasattr(one, "time_remaining")), None)) is not None:
-        text += f", at most {timer._duration / 3600:.4g} h"
-    return text
+        parts.append(f"{_counted(int(steps), 'step')} in all")
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+    if timer is not None and timer._duration is not None:
+        parts.append(f"at most {duration(timer._duration)}")
+    return ", ".join(parts)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _doubt(trainer: Any) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 
 BatchKey = tuple[int, NDArray[np.int64]]
 """Epoch and image indices of a batch: what a data set needs to make it."""
@@ -49,15 +49,27 @@ class ShuffledBatches(Sampler[BatchKey]):
         """Choose the epoch of the next pass."""
         self.epoch = epoch
 
+    @property
+    def _order_epoch(self) -> int:
+        return self.epoch
+
     def __iter__(self) -> Iterator[BatchKey]:
-        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])))
+        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, self._order_epoch])))
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in range(start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield epoch, order[first : first + self.batch_size]
 
 
-class OrderedBatches(Sampler[BatchKey]):
+class RepeatedBatches(ShuffledBatches, SequentialSampler):  # Lightning changes no SequentialSampler
+    """The batches of the first epoch in every epoch, with other views: for ``trainer.overfit_batches``."""
+
+    @property
+    def _order_epoch(self) -> int:
+        return 0
+
+
+class OrderedBatches(SequentialSampler):
     """The given images once each, in order, divided among the processes without repeats.
 
     Args:

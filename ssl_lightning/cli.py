@@ -39,6 +39,7 @@ from ssl_lightning.errors import UserError
 from ssl_lightning.loggers import CSVLogger
 from ssl_lightning.messages import quiet
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.mistakes import dropped_options
 from ssl_lightning.runs import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -146,6 +147,11 @@ class SSLCLI(LightningCLI):
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
+    def setup_parser(self, *args: Any) -> None:
+        """Name all commands to the parser, for its messages."""
+        super().setup_parser(*args)
+        self.parser.further_commands = STANDALONE
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
         parser.add_argument(
@@ -196,9 +202,11 @@ class SSLCLI(LightningCLI):
         if config["logger"] and not any(isinstance(callback, LearningRateMonitor) for callback in own):
             callbacks.append(LearningRateMonitor("step", log_weight_decay=True))
         config["callbacks"], config["plugins"] = own, self._plugins(config)
+        if config["accumulate_grad_batches"] < 1:
+            raise UserError("--trainer.accumulate_grad_batches must be at least 1.")
         try:
             return self._instantiate_trainer(config, callbacks)
-        except (ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             if user_error(error) is not None:
                 raise
             raise UserError(f"the options of --trainer do not fit: {error}") from error
@@ -243,6 +251,9 @@ class SSLCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self.subcommand = self.config.get("subcommand")
         _set_max_epochs(self._get(self.config, "trainer"))
+        words = sys.argv[1:] if args is None else args
+        for sentence in dropped_options(words, self._get(self.config, "model"), self._get(self.config, "data")):
+            rank_zero_info(sentence)
         path = self._get(self.config, "ckpt_path")
         requeued = self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if requeued and (newest := requeued_checkpoint(self._named_folder)):
@@ -319,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     quiet()
-    words = with_shipped_configs(sys.argv[1:] if arguments is None else arguments)
     try:
+        words = with_shipped_configs(sys.argv[1:] if arguments is None else arguments)
         if words and words[0] in STANDALONE:
             import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
             return

@@ -46,7 +46,7 @@ _IGNORED_WARNINGS = (
 )
 
 
-class _LaterStderr(logging.StreamHandler):  # type: ignore[type-arg] # generic only for type checkers
+class _LaterStderr(logging.StreamHandler):
     """Writes to what ``sys.stderr`` is now, so that a progress bar can draw below the message."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class AwaitedMetrics(L.Callback):
         self._logged: set[str] = set()
         self._first_epoch = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Find who watches what."""
         self._logged, self._first_epoch = set(), trainer.current_epoch
         kinds = (EarlyStopping, ModelCheckpoint)
@@ -36,14 +36,14 @@ class AwaitedMetrics(L.Callback):
                 watcher.strict = False
             elif not isinstance(watcher, BestCheckpoint):  # it waits on its own
                 save: Any = type(watcher)._save_topk_checkpoint
-                watcher._save_topk_checkpoint = functools.partial(_save_if_measured, watcher, save)  # type: ignore[method-assign]
+                watcher._save_topk_checkpoint = functools.partial(_save_if_measured, watcher, save)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Forget the values of the last epoch."""
         for watcher in self._watching:
             trainer.callback_metrics.pop(watcher.monitor, None)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Look whether every metric has come once all have had their epoch.
 
         Raises:
@@ -67,6 +67,6 @@ class AwaitedMetrics(L.Callback):
                 )
 
 
-def _save_if_measured(checkpoint: Any, save: Any, trainer: L.Trainer, candidates: dict[str, Any]) -> None:
+def _save_if_measured(checkpoint: Any, save: Any, trainer: Any, candidates: dict[str, Any]) -> None:
     if checkpoint.monitor in candidates:
         save(checkpoint, trainer, candidates)

@@ -211,7 +211,8 @@ class ProgressBar(RichProgressBar):
         callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
         throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         rate, hours = (None, None) if throughput is None else (throughput.rate, throughput.hours_left)
-        logged = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        logged: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        logged.pop("v_num", None)
         loss = getattr(pl_module, "last_loss", None)
         shown = {} if loss is None else {"loss": f"loss {number(loss)}"}
         for name, title in _ACCURACIES.items():

@@ -1,6 +1,7 @@
 """The order of the data: batches fixed by (seed, epoch), for any number of processes and after any interruption."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +50,12 @@ class ShuffledBatches(Sampler[BatchKey]):
         """Choose the epoch of the next pass."""
         self.epoch = epoch
 
-    @property
-    def _order_epoch(self) -> int:
-        return self.epoch
-
     def __iter__(self) -> Iterator[BatchKey]:
-        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, self._order_epoch])))
+        return self._batches()
+
+    def _batches(self, order_of: int | None = None) -> Iterator[BatchKey]:
+        order_of = self.epoch if order_of is None else order_of  # not before the first batch is asked for
+        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, order_of])))
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in range(start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
@@ -64,9 +65,8 @@ class ShuffledBatches(Sampler[BatchKey]):
 class RepeatedBatches(ShuffledBatches, SequentialSampler):  # Lightning changes no SequentialSampler
     """The batches of the first epoch in every epoch, with other views: for ``trainer.overfit_batches``."""
 
-    @property
-    def _order_epoch(self) -> int:
-        return 0
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches(0)
 
 
 class OrderedBatches(SequentialSampler):
@@ -85,7 +85,7 @@ class OrderedBatches(SequentialSampler):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[BatchKey]:
+    def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.indices), self.batch_size):
             yield 0, self.indices[first : first + self.batch_size]
 

@@ -36,7 +36,7 @@ from ssl_lightning.checkpoints import AtomicCheckpointIO
 from ssl_lightning.commands import check, plan, preview
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.loggers import AppendingCSVLogger
 from ssl_lightning.messages import quiet
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.mistakes import dropped_options
@@ -217,13 +217,14 @@ class SSLCLI(LightningCLI):
         resumed = self._get(self.config, "ckpt_path")
         version = version_of(resumed, folder) if resumed is not None else None
         if given is False and config["enable_checkpointing"] is False:
+            self.save_config_callback = None  # nothing is kept
             return []
         version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
         if given is False:  # the checkpoints are found where those of other runs are
             config["default_root_dir"] = str(folder / version)
             return []
         where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
-        own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
+        own: list[Any] = [AppendingCSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
         others = given if isinstance(given, list) else [] if given in (None, True) else [given]
         config["logger"] = [*own, *others]
         return [_OneVersion(own)]

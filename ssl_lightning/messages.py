@@ -1,6 +1,7 @@
 """What the command line prints of Lightning's and other libraries' messages, and how numbers are written for people."""
 
 import logging
+import re
 import sys
 import warnings
 from typing import Any
@@ -32,7 +33,7 @@ _IGNORED_WARNINGS = (
     "(?s).*does not have many workers",
     "(?s).*Unable to serialize instance",
     "(?s).*[Rr]ound-?trip",
-    "(?s).*jsonargparse.*deprecat",
+    "(?s).*parameter was deprecated in v",
     "Checkpoint directory .* exists and is not empty",  # of a run that goes on
     "Found .* in eval mode at the start of training",  # frozen modules
     "Be aware that when using `ckpt_path`",
@@ -59,7 +60,7 @@ class _LaterStderr(logging.StreamHandler):
 
 
 def _helpful(record: logging.LogRecord) -> bool:
-    return not record.getMessage().lstrip().startswith(_UNHELPFUL)
+    return not re.sub(r"^\[rank: \d+\] ", "", record.getMessage()).startswith(_UNHELPFUL)
 
 
 def quiet() -> None:

@@ -33,7 +33,8 @@ _IGNORED_WARNINGS = (
     "(?s).*does not have many workers",
     "(?s).*Unable to serialize instance",
     "(?s).*[Rr]ound-?trip",
-    "(?s).*parameter was deprecated in v",
+    "(?s).*JsonargparseDeprecationWarning",
+    "(?s).*was deprecated in v4",
     "Checkpoint directory .* exists and is not empty",  # of a run that goes on
     "Found .* in eval mode at the start of training",  # frozen modules
     "Be aware that when using `ckpt_path`",

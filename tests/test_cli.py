@@ -483,7 +483,7 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
         (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
         (
             ["--config", "wrong.yaml"],
-            "trainer.max_epoch in wrong.yaml: no such option; did you mean trainer.max_epochs?",
+            "max_epoch in wrong.yaml: no such option; did you mean trainer.max_epochs?",
         ),
         (["--config", "configs/simclr/cifar10_resnet.yaml"], "did you mean configs/simclr/cifar10_resnet18.yaml?"),
         ([], "fit --model SimCLR --data ImageFolderData --data.root PHOTOS"),

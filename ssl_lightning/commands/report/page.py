@@ -12,7 +12,6 @@ from PIL import Image
 
 from ssl_lightning.commands.report.charts import PROBES, sections
 from ssl_lightning.commands.report.history import History
-from ssl_lightning.errors import UserError
 from ssl_lightning.runs import CONFIG_FILE, VIEWS_FILE, picture_files
 
 _PICTURES = 24
@@ -57,17 +56,11 @@ def page_of(history: History, stamp: str = "", whole: bool = True) -> str:
 
 
 def libraries() -> tuple[Any, Any, str]:
-    """Jinja2, Plotly's graph objects and Plotly's script.
+    """Jinja2, Plotly's graph objects and Plotly's script, imported only for a page."""
+    import jinja2
+    import plotly.graph_objects
+    from plotly.offline import get_plotlyjs
 
-    Raises:
-        UserError: One of them is not installed.
-    """
-    try:
-        import jinja2
-        import plotly.graph_objects
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError('report needs Plotly and Jinja2: pip install "ssl_lightning[report]".') from error
     return jinja2, plotly.graph_objects, get_plotlyjs()
 
 

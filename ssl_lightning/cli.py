@@ -191,6 +191,7 @@ class SSLCLI(LightningCLI):
         callbacks = [callback for key, callback in ours.items() if not _replaced(key, callback, config, own)]
         if self.subcommand == "plan":
             config |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            own = []
         if self.subcommand != "fit":
             config["logger"] = False
             self.save_config_callback = None

@@ -98,16 +98,15 @@ def answer(parser: Any, words: list[str], message: str) -> str | None:
     """
     while (commands := getattr(parser, "_subcommands_action", None)) is not None:
         if not words or words[0] not in commands._name_parser_map:
-            known = [*commands._name_parser_map]
-            wrong = words[0] if words and not words[0].startswith("-") else None
-            hint = did_you_mean(wrong, known) if wrong else ""
-            return (
-                f"{f'{wrong}: no such command; ' if wrong else 'give a command; '}{hint}choose from {', '.join(known)}."
-            )
+            known = [*commands._name_parser_map, *getattr(parser, "further_commands", ())]
+            given = words[0] if words and not words[0].startswith("-") else ""
+            reason = f"{given}: no such command; {did_you_mean(given, known)}" if given else "a command is missing; "
+            return f"{reason}choose from {', '.join(known)}."
         parser, words = commands._name_parser_map[words[0]], words[1:]
     typed = [*typed_options(words)]
     names = {action.dest for action in parser._actions if action.option_strings}
-    is_open: set[str] = set()
+    # parts of Lightning's that have options of their own
+    is_open = {action.dest for action in parser._actions if _is_open(action)} - _CLASSES.keys()
     needed: set[str] = set()
     for key, classes in chosen_classes(typed).items():
         for kind in classes:
@@ -123,6 +122,10 @@ def answer(parser: Any, words: list[str], message: str) -> str | None:
             near = nearest_option(option.name, names)
             hint = f"did you mean {'--' if option.file is None else ''}{near}?" if near else "--help lists the options."
             return f"{option}: no such option; {hint}"
+    return _missing(typed, needed, message) or _wrong_value(typed, message)
+
+
+def _missing(typed: list[Typed], needed: set[str], message: str) -> str | None:
     if required := re.search(r"arguments are required: (.+)", message):
         last = [name.rpartition(".")[2] for name in required[1].split(", ")]
         given = {option.name for option in typed}
@@ -132,7 +135,7 @@ def answer(parser: Any, words: list[str], message: str) -> str | None:
         if missing := sorted(name for name in needed - given if name.rpartition(".")[2] in last):
             value = "PHOTOS" if missing[0] == "data.root" else "VALUE"
             return f"missing: {', '.join(f'--{name}' for name in missing)}. For example: --{missing[0]} {value}"
-    return _wrong_value(typed, message)
+    return None
 
 
 def _wrong_value(typed: list[Typed], message: str) -> str | None:
@@ -161,7 +164,11 @@ def typed_options(words: list[str]) -> Iterator[Typed]:
         name, equals, value = word.removeprefix("--").partition("=")
         if word == "-c" or (word.startswith("--") and len(name) > 1):
             value = value if equals else next(iter(words[index + 1 : index + 2]), "")
-            name = "config" if word == "-c" else name.removesuffix("+")
+            name = (
+                "config"
+                if word == "-c"
+                else name.removesuffix("+").replace(".init_args", "").removesuffix(".class_path")
+            )
             if name == "config":
                 yield from _in_file(value)
             elif value.startswith(("{", "[")):
@@ -252,10 +259,15 @@ def _options_of(kind: type) -> tuple[set[str], set[str], set[str]]:
         names.add(name)
         if fields := [*_fields(hint)]:
             names |= {f"{name}.{field}" for field in fields}
-        elif "dict" in str(hint).lower() or "Any" in str(hint):
+        elif _is_open(action):
             is_open.add(name)
     required = {action.dest[3:] for action in parser._actions if _is_required(parser, action)}
     return names, required, is_open
+
+
+def _is_open(action: Any) -> bool:
+    """Whether an option may have any options below it: a dictionary, or a class with its arguments."""
+    return re.search(r"dict|Any|Module|Callable|lightning", str(getattr(action, "_typehint", None))) is not None
 
 
 def _is_required(parser: Any, action: Any) -> bool:

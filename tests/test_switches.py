@@ -132,7 +132,7 @@ SWITCHES: dict[str, tuple[list[str], Callable[[Any], Any]]] = {
     "barebones": (["--trainer.barebones", "true"], lambda one: one.global_step == 2),
     "enable_model_summary": (["--trainer.enable_model_summary", "true"], lambda one: kinds(one, ModelSummary)),
 }
-PLAIN = {"enable_progress_bar", "enable_checkpointing", "logger", "own callbacks", "EarlyStopping waits", "max_steps"}
+PLAIN = {"logger", "own callbacks", "EarlyStopping waits", "max_steps"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,21 +1,40 @@
 """How the command line is parsed, and how it reports mistakes."""
 
-import difflib
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
-from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.mistakes import answer, did_you_mean
 
 
 class SSLArgumentParser(LightningArgumentParser):
     """Reports a mistake in a few lines, where jsonargparse would print every option."""
+
+    _outermost: "tuple[SSLArgumentParser, list[str]] | None" = None
+    """The parser of the whole command line, and its words: parsers of classes report to it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse, and remember the words for the report of a mistake.
+
+        Args:
+            args: The words of the command line; None takes those of this process.
+            rest: As for jsonargparse.
+            kwargs: As for jsonargparse.
+        """
+        before = SSLArgumentParser._outermost
+        SSLArgumentParser._outermost = before or (self, [*sys.argv[1:]] if args is None else [*args])
+        try:
+            return super().parse_args(args, *rest, **kwargs)
+        finally:
+            SSLArgumentParser._outermost = before
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what to change, and exit with code 2.
@@ -24,7 +43,13 @@ class SSLArgumentParser(LightningArgumentParser):
             message: The message of jsonargparse.
             ex: The exception that caused it.
         """
-        self.exit(2, f"error: {user_error(ex) or _shortened(message)}\n")
+        cause: Any = user_error(ex)
+        if cause is None and SSLArgumentParser._outermost is not None:
+            try:
+                cause = answer(*SSLArgumentParser._outermost, message)
+            except UserError as error:
+                cause = error
+        self.exit(2, f"error: {cause or _shortened(message)}\n")
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -38,35 +63,13 @@ def user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``did you mean <name>? `` with the most similar name; empty if none is similar.
-
-    Args:
-        name: What the user typed.
-        names: All valid names.
-    """
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}? " if near else ""
-
-
 def _shortened(message: str) -> str:
-    """A message of jsonargparse without its internals, with the names to choose from."""
-    if unknown := re.search(r'key "(model|data)"(?:.|\n)*Expected a dot import path string: (\S+)', message):
-        key, name = unknown.groups()
-        names = sorted(_public_subclasses(SSLModule if key == "model" else SSLDataModule))
-        hint = did_you_mean(name, names)
-        return f"--{key} {name}: no such class; {hint}Choose from {', '.join(names)}, or give my_module.MyClass."
+    """A message of jsonargparse without its internals."""
     noise = ("Subtypes: ", "Errors:", "Given value", "Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if "is not accepted" in message:
         lines.append("fit --help, fit --model.help CLASS and fit --data.help CLASS list the options.")
     return "\n".join(lines)
-
-
-def _public_subclasses(base: type) -> set[str]:
-    """Names of the public subclasses imported so far."""
-    names = {base.__name__} if not base.__name__.startswith("_") and base not in (SSLModule, SSLDataModule) else set()
-    return names.union(*map(_public_subclasses, base.__subclasses__()))
 
 
 def with_shipped_configs(words: Sequence[str]) -> list[str]:
@@ -82,9 +85,20 @@ def with_shipped_configs(words: Sequence[str]) -> list[str]:
         if previous in ("--config", "-c") or (option in ("--config", "-c") and equals):
             prefix, path = (f"{option}=", path) if equals else ("", word)
             shipped = [root / path for root in (package, package.parent) if (root / path).is_file()]
+            if not shipped and not os.path.exists(path) and path.endswith((".yaml", ".yml")):
+                raise UserError(f"--config {path} does not exist; {_nearest_config(path, package)}")
             word = prefix + (str(shipped[0]) if shipped and not os.path.exists(path) else path)
         located.append(word)
     return located
+
+
+def _nearest_config(path: str, package: Path) -> str:
+    roots = [root for root in (package, package.parent) if (root / "configs").is_dir()]
+    shipped = sorted({file.relative_to(root).as_posix() for root in roots for file in root.glob("configs/**/*.yaml")})
+    name = path.replace("\\", "/").rpartition("/")[2]
+    return (
+        did_you_mean(path, shipped) or did_you_mean(name, shipped) or "the package's recipes are configs/METHOD/*.yaml."
+    )
 
 
 def underscored(words: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ssl_lightning.arguments import SSLArgumentParser, user_error, with_shipped_configs
 from ssl_lightning.batch_norm import SyncedBatchNorm
+from ssl_lightning.callbacks.awaited_metrics import AwaitedMetrics
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
@@ -28,14 +29,17 @@ from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.processes import FailTogether, Preemption
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
+from ssl_lightning.callbacks.run_header import RunHeader
 from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.checkpoints import AtomicCheckpointIO
 from ssl_lightning.commands import check, plan, preview
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError, of_the_machine
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.loggers import AppendingCSVLogger
+from ssl_lightning.messages import quiet
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.mistakes import dropped_options
 from ssl_lightning.runs import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -82,7 +86,17 @@ _ONLY_IN_FIT = {
     "loss_floor_alarm",
 }
 
-_DEFAULTS = {"max_epochs": 100, "log_every_n_steps": 10, "default_root_dir": "runs"}
+_DEFAULTS = {"log_every_n_steps": 10, "default_root_dir": "runs"}
+_MAX_EPOCHS = 100
+"""The default where nothing else ends the training."""
+
+_HELP = {
+    "trainer.max_epochs": f"Stop after this many epochs; -1 for no limit. By default {_MAX_EPOCHS}, or no limit if "
+    "--trainer.max_steps or --trainer.max_time is given.",
+    "trainer.enable_model_summary": "Whether to print a table of the method's parts; the first lines of a run give its "
+    "size without it.",
+}
+"""Help of Trainer options that mean something else here."""
 
 
 class _Trainer(Trainer):
@@ -134,6 +148,11 @@ class SSLCLI(LightningCLI):
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
+    def setup_parser(self, *args: Any) -> None:
+        """Name all commands to the parser, for its messages."""
+        super().setup_parser(*args)
+        self.parser.further_commands = STANDALONE
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""
         parser.add_argument(
@@ -150,6 +169,8 @@ class SSLCLI(LightningCLI):
         )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        for action in parser._actions:
+            action.help = _HELP.get(action.dest, action.help)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with its callbacks, and its loggers unless some are given."""
@@ -160,28 +181,55 @@ class SSLCLI(LightningCLI):
             without = {*without, *_ONLY_IN_FIT, *(CALLBACKS if self.subcommand == "plan" else [])}
         if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
             without = {*without, "embedding_writer"}
-        callbacks = [self._get(self.config_init, key) for key in CALLBACKS if key not in without]
         config = {**self._get(self.config_init, "trainer"), **kwargs}
+        config["enable_model_summary"] = bool(config["enable_model_summary"])
+        if config["barebones"]:
+            config |= dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+            config["log_every_n_steps"] = None
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        ours = {key: self._get(self.config_init, key) for key in CALLBACKS if key not in without}
+        callbacks = [callback for key, callback in ours.items() if not _replaced(key, callback, config, own)]
         if self.subcommand == "plan":
             config |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+            own = []
         if self.subcommand != "fit":
             config["logger"] = False
             self.save_config_callback = None
-        elif config["logger"] is not False:
-            folder, given = self._named_folder, config["logger"]
-            resumed = self._get(self.config, "ckpt_path")
-            version = version_of(resumed, folder) if resumed is not None else None
-            version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
-            where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
-            own: list[Any] = [CSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
-            others = given if isinstance(given, list) else [] if given in (None, True) else [given]
-            config["logger"] = [*own, *others]
-            callbacks.insert(0, _OneVersion(own))
-            rank_zero_info(f"Logs and checkpoints: {folder / version}")
-        if config["logger"]:
+        else:
+            callbacks = [*self._loggers(config), *callbacks, RunHeader(), AwaitedMetrics()]
+            # after the callbacks that log what it watches
+            callbacks += [callback for callback in own if isinstance(callback, EarlyStopping)]
+            own = [callback for callback in own if not isinstance(callback, EarlyStopping)]
+        if config["logger"] and not any(isinstance(callback, LearningRateMonitor) for callback in own):
             callbacks.append(LearningRateMonitor("step", log_weight_decay=True))
-        config["plugins"] = self._plugins(config)
-        return self._instantiate_trainer(config, callbacks)
+        config["callbacks"], config["plugins"] = own, self._plugins(config)
+        if config["accumulate_grad_batches"] < 1:
+            raise UserError("--trainer.accumulate_grad_batches must be at least 1.")
+        try:
+            return self._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            if user_error(error) is not None:
+                raise
+            raise UserError(f"the options of --trainer do not fit: {error}") from error
+
+    def _loggers(self, config: Any) -> list[Callback]:
+        """Set the loggers of the run and its folder; returns what keeps the folder the same on all processes."""
+        folder, given = self._named_folder, config["logger"]
+        resumed = self._get(self.config, "ckpt_path")
+        version = version_of(resumed, folder) if resumed is not None else None
+        if given is False and config["enable_checkpointing"] is False:
+            self.save_config_callback = None  # nothing is kept
+            return []
+        version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
+        if given is False:  # the checkpoints are found where those of other runs are
+            config["default_root_dir"] = str(folder / version)
+            return []
+        where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}
+        own: list[Any] = [AppendingCSVLogger(**where), *([TensorBoardLogger(**where)] if given in (None, True) else [])]
+        others = given if isinstance(given, list) else [] if given in (None, True) else [given]
+        config["logger"] = [*own, *others]
+        return [_OneVersion(own)]
 
     def _plugins(self, config: Any) -> list[Any]:
         """The given plugins, and this package's ways to write checkpoints and to synchronize BatchNorm."""
@@ -205,6 +253,10 @@ class SSLCLI(LightningCLI):
         """Parse, and let ``last`` and ``best`` name the newest such checkpoint of the run."""
         super().parse_arguments(parser, args)
         self.subcommand = self.config.get("subcommand")
+        _set_max_epochs(self._get(self.config, "trainer"))
+        words = sys.argv[1:] if args is None else args
+        for sentence in dropped_options(words, self._get(self.config, "model"), self._get(self.config, "data")):
+            rank_zero_info(sentence)
         path = self._get(self.config, "ckpt_path")
         requeued = self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if requeued and (newest := requeued_checkpoint(self._named_folder)):
@@ -225,6 +277,30 @@ class SSLCLI(LightningCLI):
         """Keep the command line's values: Lightning would replace them by the checkpoint's hyperparameters."""
 
 
+def _set_max_epochs(trainer: Any) -> None:
+    """Give the number of epochs its default, unless something else ends the training."""
+    given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks or {}]
+    timed = trainer.max_time is not None or any(one.get("class_path", "").endswith(".Timer") for one in given)
+    if trainer.max_epochs is None:
+        trainer.max_epochs = -1 if trainer.max_steps != -1 or timed else max(_MAX_EPOCHS, trainer.min_epochs or 0)
+
+
+def _replaced(key: str, callback: Callback, config: Any, own: list[Any]) -> bool:
+    """Whether a callback is switched off, or the user's own callback of its kind takes its place."""
+    kinds: dict[str, tuple[type, str]] = {
+        "progress_bar": (LightningProgressBar, "enable_progress_bar"),
+        "best_checkpoint": (ModelCheckpoint, "enable_checkpointing"),
+        "last_checkpoint": (ModelCheckpoint, "enable_checkpointing"),
+    }
+    if any(isinstance(given, type(callback)) for given in own):
+        return True
+    if key not in kinds:
+        return False
+    kind, switch = kinds[key]
+    others = [given for given in own if not isinstance(given, BestCheckpoint | LastCheckpoint)]
+    return config[switch] is False or any(isinstance(given, kind) for given in others)
+
+
 class _OneVersion(Callback):
     """Gives the loggers of all processes the version that the first process chose."""
 
@@ -238,6 +314,16 @@ class _OneVersion(Callback):
             logger._version = version
 
 
+def _of_the_trainer(error: BaseException) -> bool:
+    """Whether Lightning's Trainer refused its options."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals["__name__"].startswith(
+        ("lightning.pytorch", "lightning.fabric")
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -246,14 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
-    # Warnings that the user cannot act on: Lightning's use of torch, frozen modules, validate without checkpoints,
-    # data without labels (so without a validation set), and predict with no images left.
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-    warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
-    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-    warnings.filterwarnings("ignore", "Total length of `(list|Loader)` across ranks is zero")
-    words = with_shipped_configs(sys.argv[1:] if arguments is None else arguments)
+    quiet()
     try:
+        words = with_shipped_configs(sys.argv[1:] if arguments is None else arguments)
         if words and words[0] in STANDALONE:
             import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
             return
@@ -263,9 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ValueError as error:
-        if (cause := user_error(error)) is None:
+        if (cause := user_error(error)) is None and not _of_the_trainer(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {cause or str(error).strip()}")
     except (OSError, RuntimeError) as error:  # torch reports a worker that was killed at any moment of the step
         if (machine := of_the_machine(error)) is None:
             raise

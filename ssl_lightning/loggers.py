@@ -4,12 +4,12 @@ import csv
 import os
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
-class CSVLogger(LightningCSVLogger):
+class AppendingCSVLogger(CSVLogger):
     """Appends to ``metrics.csv`` after a resume; Lightning's own logger deletes the earlier values."""
 
     @property

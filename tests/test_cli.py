@@ -56,7 +56,7 @@ def test_fit_resume_validate_test_and_predict(tmp_path: Path, capsys: pytest.Cap
     assert len(curve(run, "val/knn_top1")) == 2
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed
-    for shown in ("loss", "knn_top1", "linear_top1", "images/s"):
+    for shown in ("loss", "kNN", "linear", "images/s"):
         assert shown in printed
 
     main(["fit", *DEBUG, "--trainer.max_epochs", "3", "--ckpt_path", "last"])
@@ -174,8 +174,12 @@ def test_a_method_of_ones_own_module(tmp_path: Path) -> None:
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     less = ["--without", "[pictures, view_grid, health_monitor]"]
-    result = shell("fit", *DEBUG, *pair, "--name", "pair", "--data.batch_size", "32", *less)
+    overlay = ["--config", "configs/overlays/ddp.yaml", *pair, "--trainer.precision", "32-true"]
+    result = shell("fit", *DEBUG, *overlay, "--name", "pair", "--data.batch_size", "32", *less)
     assert result.returncode == 0, result.stderr
+    said = [line for line in (result.stdout + result.stderr).splitlines() if line]
+    assert len(said) == len(set(said)) <= 12, said  # each process once, without warnings
+    assert "batch   64 images, 32 on each of 2 processes" in said
     run = tmp_path / "runs" / "pair" / "version_0"
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     assert all(0 <= value <= 1 for value in curve(run, "val/knn_top1") + curve(run, "val/linear_top1"))
@@ -393,6 +397,32 @@ def test_every_overlay_goes_on_top_of_a_recipe(overlay: Path, capsys: pytest.Cap
             assert config["trainer"][key] == value
 
 
+def test_options_of_a_recipe_that_another_method_lacks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "configs/dino/quickstart.yaml", "--model", "BYOL", "--trainer.accelerator", "none"]
+    with pytest.raises(SystemExit):
+        main(["fit", *words])
+    said = capsys.readouterr().err
+    assert "--model BYOL takes the place of DINO in " in said
+    assert "dropped, because it has none: model.num_prototypes, model.bottleneck_dim" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["mlflow", "wandb"])
+def test_a_run_is_logged_elsewhere(overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(overlay, reason='pip install ".[loggers]"')
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    less = ["--without", "[pictures, view_grid, health_monitor]", "--data.train_samples", "256"]
+    main(["fit", *DEBUG, "--config", f"configs/overlays/{overlay}.yaml", "--trainer.max_epochs", "1", *less])
+    assert len(curve(tmp_path / "runs" / "quickstart" / "version_0", "val/knn_top1")) == 1
+    if overlay == "wandb":
+        assert list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))
+        return
+    import mlflow
+
+    (run,) = mlflow.MlflowClient("sqlite:///runs/mlflow.db").search_runs(["1"])
+    assert {"train/loss", "val/knn_top1"} <= run.data.metrics.keys()
+
+
 def test_overrides_keep_the_other_fields(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model", "SimCLR", "--model.optim.base_lr", "9", "--data", "DigitsData", "--print_config"])
@@ -438,10 +468,29 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
     [
         (["--model", "SimCLEAR", "--data", "DigitsData"], "did you mean SimCLR?"),
         (["--model", "SimCLR", "--model.backbone", "resnet19", "--data", "DigitsData"], "did you mean resnet18"),
-        (["--model", "SimCLR", "--model.temprature", "1", "--data", "DigitsData"], "temprature"),
+        (["--model", "SimCLR", "--model.temprature", "1", "--data", "DigitsData"], "did you mean --model.temperature?"),
+        (["--modle.temperatur", "1"], "did you mean --model.temperature?"),
+        (["--model", "SimCLR", "--data", "ImageFolderData", "--data.rooot", "x"], "did you mean --data.root?"),
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch: no such option; did you mean --trainer.max_epochs?"),
+        (["--knn_probe.kk", "3"], "did you mean --knn_probe.k?"),
+        (["--model", "SimCLR", "--model.optim", "{base_lrr: 3}"], "did you mean --model.optim.base_lr?"),
+        (
+            ["--model", "SimCLR", "--data", "DigitsData", "--data.views", "[{sizee: 3}]"],
+            "did you mean --data.views.size?",
+        ),
+        (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
+        (["--model", "SimCLR", "--model.temperature", "warm"], "--model.temperature warm: expected a number"),
+        (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
+        (
+            ["--config", "wrong.yaml"],
+            "max_epoch in wrong.yaml: no such option; did you mean trainer.max_epochs?",
+        ),
+        (["--config", "configs/simclr/cifar10_resnet.yaml"], "did you mean configs/simclr/cifar10_resnet18.yaml?"),
+        ([], "fit --model SimCLR --data ImageFolderData --data.root PHOTOS"),
+        (["--model", "SimCLR"], "missing: --data, the images"),
         (["--model", "SimCLR", "--data", "DigitsData", "--data.views", "simclear"], "did you mean 'simclr'"),
         (["--model", "SimCLR", "--data", "ImageFolderData", "--data.root", "nowhere"], "nowhere does not exist"),
-        (["--model", "SimCLR", "--data", "ImageFolderData"], "root"),
+        (["--model", "SimCLR", "--data", "ImageFolderData"], "missing: --data.root. For example: --data.root PHOTOS"),
         (["--model", "SimCLR", "--data", "CIFAR10Data"], "data.download=true"),
         (["--model", "SimCLR", "--data", "DigitsData", "--data.batch_size", "1"], "at least 2"),
         (["--model", "SimCLR", "--data", "DigitsData", "--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
@@ -462,6 +511,7 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
     ],
 )
 def test_wrong_things_are_answered_in_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wrong.yaml").write_text("{model: SimCLR, data: DigitsData, trainer: {max_epoch: 3}}")
     with pytest.raises(SystemExit) as end:
         main(["fit", *words])
     said = str(end.value.code) + capsys.readouterr().err

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssl_lightning import ArrayData, HuggingFaceData, ImageFolderData, ViewGrid, ViewSpec
 from ssl_lightning.commands.benchmark import pipeline
 from ssl_lightning.data.preview import _overlaps
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.loggers import AppendingCSVLogger
 from tests.small import simclr, slow_unless, trainer
 
 
@@ -90,7 +90,7 @@ def test_the_grid_is_drawn_when_training_starts(photos: Path, tmp_path: Path) ->
     from lightning.pytorch.loggers import TensorBoardLogger
 
     data = ImageFolderData(str(photos), batch_size=8, image_size=32, num_workers=0)
-    loggers = [CSVLogger(tmp_path, "run"), TensorBoardLogger(tmp_path, "board")]
+    loggers = [AppendingCSVLogger(tmp_path, "run"), TensorBoardLogger(tmp_path, "board")]
     trainer(tmp_path, max_steps=1, logger=loggers, callbacks=[ViewGrid(num_images=3)]).fit(simclr(), data)
     with Image.open(tmp_path / "run" / "version_0" / "views.png") as sheet:
         assert sheet.height == 14 + 3 * 152

@@ -21,8 +21,8 @@ from PIL import Image
 
 from ssl_lightning import RunRecord, UserError
 from ssl_lightning.cli import main
-from ssl_lightning.commands.report import report
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.commands.report import report, watch
+from ssl_lightning.loggers import AppendingCSVLogger
 from tests.small import digits, simclr, trainer
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -310,7 +310,7 @@ class Ends(L.Callback):
 )
 def test_the_end_of_a_run_is_written(error: BaseException | None, how: str, tmp_path: Path) -> None:
     show = warnings.showwarning
-    logger = CSVLogger(tmp_path, "", "")
+    logger = AppendingCSVLogger(tmp_path, "", "")
     running = trainer(tmp_path, callbacks=[RunRecord(), Ends(error)], logger=logger, log_every_n_steps=1)
     if error is None:
         running.fit(simclr(), digits(batch_size=16))

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "evaluation"},
     "evaluation": {"evaluation"},
 }
-COMMAND_LINE = {"__init__", "__main__", "arguments", "cli", "commands"}
+COMMAND_LINE = {"__init__", "__main__", "arguments", "cli", "commands", "mistakes"}
 LEAVES = {"backbones", "checkpoints", "losses"} | {path.stem for path in PACKAGE.glob("*.py")} - COMMAND_LINE
 MAX_LINES = 400
 

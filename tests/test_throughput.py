@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_lightning import DigitsData, Images, SimCLR, SSLDataModule, Throughput
 from ssl_lightning.callbacks.progress import _TimeSplit
 from ssl_lightning.data.decoding import OpenedImage, opened_already
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.loggers import AppendingCSVLogger
 from tests.small import ADAMW, BACKBONE, DIGIT_VIEW, digits, simclr, slow_unless, trainer
 
 
@@ -151,7 +151,7 @@ def test_a_loader_of_another_kind_ends_where_the_step_starts(tmp_path: Path) -> 
 
 
 def test_every_window_reaches_the_logger_whatever_the_length_of_an_epoch(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, "", "")
+    logger = AppendingCSVLogger(tmp_path, "", "")
     limits = {"limit_train_batches": 7, "max_epochs": 3, "log_every_n_steps": 5}
     running = trainer(tmp_path, callbacks=[Throughput(every_n_steps=5, warn_above=1)], logger=logger, **limits)
     running.fit(simclr(), digits(batch_size=16))

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ssl_lightning.callbacks.checkpoint import LastCheckpoint
 from ssl_lightning.distributed import reduced
-from ssl_lightning.runs import slurm_job
+from ssl_lightning.runs import LAST_CHECKPOINT, slurm_job
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
 
@@ -78,11 +78,11 @@ class Preemption(L.Callback):
         if number == 0:
             return
         name = signal.Signals(number).name
-        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-        if last is None:
-            rank_zero_warn(f"{name}: stopping without a checkpoint, because the run has no LastCheckpoint.")
+        path = _save(trainer)
+        if path is None:
+            rank_zero_warn(f"{name}: stopping without a checkpoint, because the run keeps none.")
         else:
-            rank_zero_info(f"{name}: stopping; continue from {last.save(trainer)}")
+            rank_zero_info(f"{name}: stopping; continue from {path}")
         if self.requeue and name == "SIGUSR1" and trainer.is_global_zero and SLURMEnvironment.detect():
             _requeue()
         trainer.strategy.barrier()  # srun may kill all processes at the first exit
@@ -132,6 +132,20 @@ class FailTogether(L.Callback):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
+
+
+def _save(trainer: L.Trainer) -> str | None:
+    """Save ``last.ckpt`` and return its path, where the run keeps its checkpoints; None if it keeps none."""
+    checkpoints: list[Any] = trainer.checkpoint_callbacks
+    last = next((checkpoint for checkpoint in checkpoints if isinstance(checkpoint, LastCheckpoint)), None)
+    if last is not None:
+        return last.save(trainer)
+    folder = next((checkpoint.dirpath for checkpoint in checkpoints if checkpoint.dirpath is not None), None)
+    if folder is None:
+        return None
+    path = os.path.join(folder, f"{LAST_CHECKPOINT}.ckpt")
+    trainer.save_checkpoint(path)
+    return path
 
 
 def _started_by_lightning(trainer: L.Trainer) -> bool:

@@ -1,6 +1,7 @@
-"""Progress of the training: a bar in a terminal, a line per epoch elsewhere, and images per second."""
+"""Progress of the training: a bar in a terminal, a line per epoch, and images per second."""
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -10,7 +11,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 from torch import Tensor
+
+from ssl_lightning.messages import duration, number
 
 
 class Throughput(L.Callback):
@@ -78,14 +85,16 @@ class Throughput(L.Callback):
         self._split.mark("optimizer")
         self._images += len(batch[0][0]) * trainer.world_size
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        planned = trainer.estimated_stepping_batches
         # like loggers, count steps across epochs
-        if (stepped and self._step % self.every_n_steps == 0) or trainer.is_last_batch:
+        due = stepped and (self._step % self.every_n_steps == 0 or self._step >= planned)
+        if due or trainer.is_last_batch:
             now = time.perf_counter()
             seconds, wait = now - self._since, _waited(trainer) - self._waited
             self._busy, self._wait = self._busy + seconds, self._wait + wait
             self.rate = self._images / seconds
             metrics = {"train/images_per_second": self.rate, "train/loader_wait": wait / seconds}
-            steps, planned = trainer.global_step - self._begin_step, trainer.estimated_stepping_batches
+            steps = trainer.global_step - self._begin_step
             if steps and planned < float("inf"):
                 self.hours_left = (now - self._begin) / steps * (planned - trainer.global_step) / 3600
                 metrics["train/hours_left"] = self.hours_left
@@ -161,15 +170,21 @@ class _TimeSplit:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich progress bar; if the output is not a terminal, a line after every epoch instead.
+    """A bar in a terminal, and one line for every epoch that stays; in files and notebooks only the lines.
+
+    A line holds the loss, the metrics logged with ``prog_bar=True``, the time left and images per second, as far as
+    they fit into the terminal, or into 80 columns elsewhere.
 
     Args:
-        refresh_rate: Number of batches between updates of the bar.
-        leave: Whether to keep the bar of every epoch on the screen.
+        refresh_rate: Updates of the bar per second.
+        leave: Whether a terminal keeps a line for every epoch, too.
     """
 
     def __init__(self, refresh_rate: int = 1, leave: bool = True) -> None:
-        super().__init__(refresh_rate=refresh_rate, leave=leave)
+        super().__init__(refresh_rate=refresh_rate, leave=False)
+        self.lines = leave
+        self.status = ""
+        """What the bar shows next to the number of batches."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Draw no bar if the output is not a terminal."""
@@ -177,27 +192,105 @@ class ProgressBar(RichProgressBar):
             self.disable()
         super().setup(trainer, pl_module, stage)
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Loss, images per second, hours left and the bar's metrics, under short names, without the logger's version.
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Epoch, bar, batches, and how it goes."""
+        width = max(5, min(40, get_console().width - 72))
+        return [TextColumn("{task.description}"), BarColumn(width), MofNCompleteColumn(), _Status(self)]
 
-        The first three are numbers on the host. Lightning reads metrics logged with ``prog_bar=True`` in every step,
-        which would wait for the device.
+    def _init_progress(self, trainer: L.Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress is not None:
+            self.progress.live.transient = True
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What the bar and the lines show, as text by name: the loss, what was logged for it, the time left, the speed.
+
+        Loss, time and speed are numbers on the host. Lightning reads metrics logged with ``prog_bar=True`` in every
+        step, which would wait for the device.
         """
         callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
         throughput = next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
         rate, hours = (None, None) if throughput is None else (throughput.rate, throughput.hours_left)
-        ours = {"loss": getattr(pl_module, "last_loss", None), "images/s": rate, "hours left": hours}
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        shown = {key: value for key, value in ours.items() if value is not None}
-        return {**shown, **{key.split("/")[-1]: value for key, value in metrics.items()}}
+        logged: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        logged.pop("v_num", None)
+        loss = getattr(pl_module, "last_loss", None)
+        shown = {} if loss is None else {"loss": f"loss {number(loss)}"}
+        for name, title in _ACCURACIES.items():
+            if (share := logged.pop(name, None)) is not None:
+                shown[name] = f"{title} {float(share):.1%}".replace("%", " %")
+        if hours:
+            shown["left"] = f"{duration(3600 * hours)} left"
+        if rate is not None:
+            shown["rate"] = f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
+        own = {name: f"{name.split('/')[-1]} {_text(value)}" for name, value in logged.items()}
+        return shown | own
+
+    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.is_enabled:
+            self.status = "  ".join(self.get_metrics(trainer, pl_module).values())
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return _epoch(self.trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the metrics of the last epoch: not all are measured in every epoch."""
+        trainer.progress_bar_metrics.clear()
+        super().on_train_epoch_start(trainer, pl_module)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print a line if the output is not a terminal."""
+        """Print the line of the epoch."""
         super().on_train_epoch_end(trainer, pl_module)
-        if not sys.stdout.isatty():
-            metrics = "  ".join(
-                f"{name} {float(value):.4g}" for name, value in self.get_metrics(trainer, pl_module).items()
-            )
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}", flush=True)
+        parts = [_epoch(trainer), *self.get_metrics(trainer, pl_module).values()]
+        if not self.is_enabled:
+            print(_fitting(parts, 80), flush=True)
+        elif self.progress is not None and self.lines:
+            console = self.progress.console
+            console.print(_fitting(parts, console.width), markup=False, highlight=False, soft_wrap=True)
+
+
+_ACCURACIES = {"val/knn_top1": "kNN", "val/linear_top1": "linear"}
+
+
+class _Status(ProgressColumn):
+    """The status of a progress bar, cut off where the terminal ends."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(self.bar.status if task.id == self.bar.train_progress_bar_id else "")
+
+
+def _epoch(trainer: L.Trainer) -> str:
+    """Such as ``epoch 3/15``, counted from 1; ``epoch 3`` if there is no last epoch."""
+    last = planned_epochs(trainer)
+    return f"epoch {trainer.current_epoch + 1}" + (f"/{last}" if last is not None else "")
+
+
+def planned_epochs(trainer: L.Trainer) -> int | None:
+    """Number of epochs after which the training ends, the last of which may be shorter; None if it is not known.
+
+    Args:
+        trainer: Its loader of training images is there.
+    """
+    steps, batches = trainer.max_steps, trainer.num_training_batches
+    ends = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
+    if steps >= 0 and 0 < batches < float("inf"):
+        ends.append(math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+    return min(ends, default=None)
+
+
+def _fitting(parts: list[str], width: int) -> str:
+    """As many of the first parts as fit into a line, at least two."""
+    while len(parts) > 2 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts)
+
+
+def _text(value: Any) -> str:
+    try:
+        return number(float(value))
+    except (TypeError, ValueError):
+        return str(value)

@@ -27,7 +27,7 @@ from ssl_lightning.evaluation.lowshot import low_shot
 from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
 from ssl_lightning.evaluation.supervised import labelled_share, named_protocol
-from ssl_lightning.loggers import CSVLogger
+from ssl_lightning.loggers import AppendingCSVLogger
 from ssl_lightning.runs import new_evaluation, read_config, run_of
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
@@ -327,7 +327,7 @@ class Evaluation:
         folder = new_evaluation(self.checkpoint, protocol, self.output)
         trainer = self._trainer(
             max_epochs=epochs,
-            logger=CSVLogger(folder.parent, folder.name, ""),
+            logger=AppendingCSVLogger(folder.parent, folder.name, ""),
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             check_val_every_n_epoch=next(n for n in range(max(1, epochs // 10), 0, -1) if epochs % n == 0),

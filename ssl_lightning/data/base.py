@@ -18,7 +18,7 @@ from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
 from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable, fit_in_memory
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.preview import Preview, preview
-from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
+from ssl_lightning.data.sampler import OrderedBatches, RepeatedBatches, ShuffledBatches, spread
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
@@ -231,7 +231,8 @@ class SSLDataModule(DataModule):
         if isinstance(images, ImageStream):
             stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
-        order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
+        batches = RepeatedBatches if getattr(self.trainer, "overfit_batches", 0) else ShuffledBatches
+        order = batches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, self.view_specs, self._seed)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 

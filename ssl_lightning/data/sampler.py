@@ -1,10 +1,11 @@
 """The order of the data: batches fixed by (seed, epoch), for any number of processes and after any interruption."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 
 BatchKey = tuple[int, NDArray[np.int64]]
 """Epoch and image indices of a batch: what a data set needs to make it."""
@@ -50,14 +51,25 @@ class ShuffledBatches(Sampler[BatchKey]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[BatchKey]:
-        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])))
+        return self._batches()
+
+    def _batches(self, order_of: int | None = None) -> Iterator[BatchKey]:
+        order_of = self.epoch if order_of is None else order_of  # not before the first batch is asked for
+        order = self.order(np.random.Generator(np.random.Philox(key=[self.seed, order_of])))
         epoch, start, self.start = self.epoch, self.start, 0
         for batch in range(start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield epoch, order[first : first + self.batch_size]
 
 
-class OrderedBatches(Sampler[BatchKey]):
+class RepeatedBatches(ShuffledBatches, SequentialSampler):  # Lightning changes no SequentialSampler
+    """The batches of the first epoch in every epoch, with other views: for ``trainer.overfit_batches``."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches(0)
+
+
+class OrderedBatches(SequentialSampler):
     """The given images once each, in order, divided among the processes without repeats.
 
     Args:
@@ -73,7 +85,7 @@ class OrderedBatches(Sampler[BatchKey]):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[BatchKey]:
+    def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.indices), self.batch_size):
             yield 0, self.indices[first : first + self.batch_size]
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ssl_lightning
-from ssl_lightning.arguments import did_you_mean
 from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.lightly_step import lightly_step
 from ssl_lightning.data.views import resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
+from ssl_lightning.mistakes import did_you_mean
 
 _WARM_UP = 2
 _LATER: dict[str, dict[str, Any]] = {"SwAV": {"freeze_prototypes_steps": 0}, "DINO": {"freeze_last_layer": 0}}

@@ -6,7 +6,7 @@ from pathlib import Path
 from ssl_lightning.arguments import SSLArgumentParser
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.commands.report.history import History
-from ssl_lightning.commands.report.page import libraries, page_of
+from ssl_lightning.commands.report.page import page_of
 from ssl_lightning.commands.report.server import serve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import newest_run
@@ -76,5 +76,4 @@ def watch(run: str, port: int = 0) -> None:
         UserError: There is no such run, or the port is taken.
     """
     folder = newest_run(run)
-    libraries()  # report a missing one now, not at the first request
     serve(folder, port)

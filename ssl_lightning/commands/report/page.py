@@ -56,7 +56,7 @@ def page_of(history: History, stamp: str = "", whole: bool = True) -> str:
 
 
 def libraries() -> tuple[Any, Any, str]:
-    """Jinja2, Plotly's graph objects and Plotly's script; imported here because it takes long."""
+    """Jinja2, Plotly's graph objects and Plotly's script, imported only for a page."""
     import jinja2
     import plotly.graph_objects
     from plotly.offline import get_plotlyjs

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ssl_lightning.checkpoints.files import replacing
-from ssl_lightning.checkpoints.load import TEXT, Pretrained, mismatch, open_backbone
+from ssl_lightning.checkpoints.layouts.vit import PARTS_OF_TORCHVISION
+from ssl_lightning.checkpoints.load import mismatch, open_backbone
+from ssl_lightning.checkpoints.pretrained import Pretrained
+from ssl_lightning.checkpoints.sources import TEXT
 from ssl_lightning.errors import UserError
 
 Format = Literal["timm", "torchvision", "safetensors", "onnx"]
@@ -202,20 +205,6 @@ _VITS = {
 }
 """Names in timm and in torchvision; for ResNets the names and weight names are the same."""
 
-_PARTS_OF_VITS = {
-    "cls_token": "class_token",
-    "pos_embed": "encoder.pos_embedding",
-    "patch_embed.proj.": "conv_proj.",
-    "blocks.": "encoder.layers.encoder_layer_",
-    ".norm1.": ".ln_1.",
-    ".attn.qkv.": ".self_attention.in_proj_",
-    ".attn.proj.": ".self_attention.out_proj.",
-    ".norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.0.",
-    ".mlp.fc2.": ".mlp.3.",
-    "norm.": "encoder.ln.",
-}
-
 
 def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, Any], Weights]:
     """Name, arguments and weights of the same network in a library.
@@ -232,7 +221,7 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     if library == home:
         return name, pretrained.backbone_kwargs, weights
     name = name.partition(".")[0]  # timm names the weights after the dot
-    sizes, names, parts = {"img_size": "image_size"}, _VITS, list(_PARTS_OF_VITS.items())
+    sizes, names, parts = {"img_size": "image_size"}, _VITS, list(PARTS_OF_TORCHVISION.items())
     if home == "torchvision":
         sizes, names = ({new: old for old, new in words.items()} for words in (sizes, names))
         parts = [(new, old) for old, new in parts]

@@ -28,7 +28,8 @@ def tensors_in(checkpoint: dict[str, Any]) -> Weights:
 
     def collect(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, Tensor):
-            tensors.setdefault(".".join(part for part in path if part not in _NOISE), value)
+            if value.numel():  # transformers saves no registers as an empty tensor
+                tensors.setdefault(".".join(part for part in path if part not in _NOISE), value)
             return
         items = tensors_of_module(value) or (value if isinstance(value, dict) else {})
         for key, item in items.items():

@@ -114,6 +114,8 @@ def _read(
         is_mae_or_ijepa = any(_OF_MAE_AND_IJEPA.match(name) for name in tensors)
         if is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions"):
             model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
+        is_ours = "method" in checkpoint or "saved_facts" in checkpoint
+        model.antialiased = checkpoint.get("antialiased", model.reg_token is not None and not is_ours)
     transform = checkpoint.get("image_transform") or image_transform_of(model, described=checkpoint)
     return Pretrained(model, backbone, kwargs, transform, facts_of(checkpoint))
 

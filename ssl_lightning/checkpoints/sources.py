@@ -125,7 +125,7 @@ def _saved_facts(metadata: dict[str, str] | None) -> dict[str, Any]:
         "image_transform": {
             key: tuple(value) if isinstance(value, list) else value for key, value in transform.items()
         },
-        "fixed_positions": facts.pop("fixed_positions", False),
+        **{key: facts.pop(key) for key in ("fixed_positions", "antialiased") if key in facts},
         "saved_facts": facts,
     }
 

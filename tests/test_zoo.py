@@ -42,8 +42,8 @@ def test_every_checkpoint_gives_the_features_of_its_source(name: str, features: 
     assert entry["expect"] != "refuse"
     images = torch.randn(*known["shape"], generator=torch.Generator().manual_seed(known["seed"]))
     found = backbone(images)
-    accepted = [value for value in (known["expected"], *known.get("alternatives", {}).values())]
-    accepted = [value for value in accepted if value.shape == found.shape]
+    known_features = (known["expected"], *known.get("alternatives", {}).values())
+    accepted = [value for value in known_features if value.shape == found.shape]
     limits = [1e-4 * max(1.0, float(value.abs().max())) for value in accepted]
     apart = [float((found - value).abs().max()) for value in accepted]
     assert any(difference <= limit for difference, limit in zip(apart, limits, strict=True)), apart

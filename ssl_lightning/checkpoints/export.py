@@ -100,7 +100,7 @@ def _write_folder(pretrained: Pretrained, folder: Path, prepared: bool, front: s
     part = folder.with_name(f"{folder.name}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
-        loading = write_folder(pretrained, part, folder.name)
+        loading = write_folder(pretrained, part, folder.name, _metadata(pretrained))
         (part / "README.md").write_text(front + card_of(pretrained, loading, prepared))
         folder.mkdir(exist_ok=True)
         for file in part.iterdir():
@@ -182,6 +182,13 @@ def _torchvision(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
 
 
 def _safetensors(pretrained: Pretrained, output: Path, weights: Weights | None = None) -> tuple[Write, str]:
+    return _weights(weights or pretrained.backbone.state_dict(), output, _metadata(pretrained)), (
+        f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
+    )
+
+
+def _metadata(pretrained: Pretrained) -> dict[str, str]:
+    """All that is known of a backbone, for ``load_backbone``."""
     facts = {
         **pretrained.facts,
         "backbone": pretrained.name,
@@ -192,14 +199,11 @@ def _safetensors(pretrained: Pretrained, output: Path, weights: Weights | None =
         facts["fixed_positions"] = True
     if getattr(pretrained.backbone, "antialiased", False):
         facts["antialiased"] = True
-    metadata = {
+    return {
         key: value if key in TEXT else json.dumps(value, default=str)
         for key, value in facts.items()
         if value is not None
     }
-    return _weights(weights or pretrained.backbone.state_dict(), output, metadata), (
-        f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
-    )
 
 
 def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:

@@ -58,7 +58,8 @@ def explained(
 ) -> str:
     """Why no network in a file fits."""
     if misfits:
-        return f"Looked for its weights by prefix: {'; '.join(f'{shown(p)}: {why}' for p, why in misfits.items())}."
+        looked = [f"{shown(prefix)}: {misfits[prefix]}" for prefix in sorted(misfits, key=len)[:3]]
+        return f"Looked for its weights by prefix: {'; '.join(looked)}."
     foreign = foreign_objects(checkpoint)
     if any("_flat_param" in name for name in tensors) or any("Shard" in name or "DTensor" in name for name in foreign):
         return "It is one of several shards; save the whole weights with FSDP's FULL_STATE_DICT."

@@ -118,7 +118,8 @@ def _saved_facts(metadata: dict[str, str] | None) -> dict[str, Any]:
     """The metadata of a file that this package exported, in the form of a checkpoint; empty for other files."""
     if metadata is None or "backbone_kwargs" not in metadata:
         return {}
-    facts: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in metadata.items()}
+    told = {key: value for key, value in metadata.items() if key != "format"}  # which transformers asks for
+    facts: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in told.items()}
     transform: dict[str, Any] = facts.pop("image_transform")
     return {
         "hyper_parameters": {key: facts.pop(key) for key in ("backbone", "backbone_kwargs")},

@@ -43,9 +43,9 @@ _DINOV2 = {
 _DINOV2_GATED = {**_DINOV2, r"\.mlp\.fc1\.": ".mlp.weights_in.", r"\.mlp\.fc2\.": ".mlp.weights_out."}
 
 _DINOV3 = {
+    **_TOKENS,
     r"\.attn\.([qkv])\.": r".attention.\1_proj.",
     r"\.attn\.proj\.": ".attention.o_proj.",
-    **_TOKENS,
     r"^patch_embed\.proj\.": "embeddings.patch_embeddings.",
     r"^blocks\.": "layer.",
     r"\.mlp\.fc1_g\.": ".mlp.gate_proj.",
@@ -64,13 +64,14 @@ _RESNET = {
 }
 
 
-def write_folder(pretrained: Pretrained, folder: Path, name: str) -> str:
+def write_folder(pretrained: Pretrained, folder: Path, name: str, metadata: dict[str, str]) -> str:
     """Write the files of a folder that transformers loads, and check the features.
 
     Args:
         pretrained: The backbone.
         folder: Exists.
         name: What the folder is called in the lines that load it.
+        metadata: For the file of weights.
 
     Returns:
         Lines that load it, and give ``features`` of ``images``.
@@ -87,14 +88,13 @@ def write_folder(pretrained: Pretrained, folder: Path, name: str) -> str:
     model: Any = pretrained.backbone
     config, table, features, read = _described(pretrained)
     weights = _renamed(_separated(dict(model.state_dict()), config), table)
-    save_file(
-        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    weights = {key: value.contiguous() for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", {**metadata, "format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "preprocessor_config.json").write_text(json.dumps(_preparation(pretrained), indent=2))
     try:
         theirs = AutoModel.from_pretrained(folder).eval()
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers checks configurations in many ways
         raise _no_twin(pretrained, str(error)) from error
     size = pretrained.image_transform["size"]
     images = torch.rand(2, config["num_channels"], size, size)
@@ -172,6 +172,7 @@ def _described(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, Any], 
             kind, name = "dinov2_with_registers", "Dinov2WithRegistersModel"
             config["num_register_tokens"] = prefix - 1
         ratio = 4 if gated else hidden / model.embed_dim
+        ratio = int(ratio) if ratio == int(ratio) else ratio
         config |= {"model_type": kind, "architectures": [name], "mlp_ratio": ratio, "use_swiglu_ffn": gated}
         return config, _DINOV2_GATED if gated else _DINOV2, *pooled
     config["intermediate_size"] = hidden

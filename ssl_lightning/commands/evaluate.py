@@ -88,7 +88,7 @@ class Evaluation:
         data: Labeled training and validation images. The command line defaults to the data of the checkpoint's run.
         backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
-        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None is the paper's choice.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
         max_samples: Number of training images to use, evenly spread over the training set; None uses all.
         seed: Seed for initial weights, the order of images and other random choices.
         output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
@@ -107,13 +107,14 @@ class Evaluation:
         output: str | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
-        self.checkpoint, self.backbone, self.backbone_kwargs, self.branch = (
-            checkpoint,
-            backbone,
-            backbone_kwargs,
+        self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
+        self.branch, self.data, self.max_samples, self.seed, self.trainer = (
             branch,
+            data,
+            max_samples,
+            seed,
+            trainer or {},
         )
-        self.data, self.max_samples, self.seed, self.trainer = data, max_samples, seed, trainer or {}
         if output is not None and os.path.exists(output) and not os.path.isdir(output):
             raise UserError(f"--output {output} is a file; give a folder.")
         self.output = output

@@ -134,7 +134,7 @@ def _saved_facts(metadata: dict[str, str] | None) -> dict[str, Any]:
 def _fetched(name: str) -> Path:
     """The folder with the files of a repository of the hub, downloaded unless they are in its cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
 

@@ -84,7 +84,9 @@ def write_folder(pretrained: Pretrained, folder: Path, name: str, metadata: dict
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise UserError("the format transformers needs more packages: pip install 'ssl_lightning[hub]'.") from error
+        raise UserError(
+            "the format transformers needs more packages: pip install 'ssl_lightning[transformers]'."
+        ) from error
     model: Any = pretrained.backbone
     config, table, features, read = _described(pretrained)
     weights = _renamed(_separated(dict(model.state_dict()), config), table)
@@ -198,7 +200,9 @@ def _separated(weights: Weights, config: dict[str, Any]) -> Weights:
     )
     if (positions := separate.get("pos_embed")) is not None and "cls_token" in separate:
         first = positions[:, :1] if positions.shape[1] > patches else torch.zeros_like(positions[:, :1])
-        separate["pos_embed"] = torch.cat([first, positions[:, -patches:]], dim=1)  # registers have none
+        if "reg_token" in separate and positions.shape[1] > patches:  # transformers' have no positions
+            separate["reg_token"] = separate["reg_token"] + positions[:, 1:-patches]
+        separate["pos_embed"] = torch.cat([first, positions[:, -patches:]], dim=1)
     if kind.startswith("dinov"):
         shape = (1, 1, config["hidden_size"]) if kind == "dinov3_vit" else (1, config["hidden_size"])
         separate["mask_token"] = torch.zeros(shape)

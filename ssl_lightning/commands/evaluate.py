@@ -108,13 +108,8 @@ class Evaluation:
         trainer: dict[str, Any] | None = None,
     ) -> None:
         self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
-        self.branch, self.data, self.max_samples, self.seed, self.trainer = (
-            branch,
-            data,
-            max_samples,
-            seed,
-            trainer or {},
-        )
+        self.branch, self.data, self.max_samples, self.seed = branch, data, max_samples, seed
+        self.trainer = trainer or {}
         if output is not None and os.path.exists(output) and not os.path.isdir(output):
             raise UserError(f"--output {output} is a file; give a folder.")
         self.output = output

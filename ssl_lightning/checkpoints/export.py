@@ -32,10 +32,10 @@ def export(
     checkpoint: str | Path,
     format: Format = "safetensors",  # noqa: A002 # the word of the command line
     output: str | Path | None = None,
-    push: str | None = None,
     backbone: str | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     branch: str | None = None,
+    push: str | None = None,
 ) -> Path | str:
     """Write the backbone of a checkpoint for other programs, with a model card.
 
@@ -49,11 +49,11 @@ def export(
             size; ``transformers`` writes a folder for that library.
         output: File or, for transformers, folder to write; the model card gets the same name with the suffix ``.md``,
             or README.md in the folder. Not needed with ``push``.
-        push: Repository of the Hugging Face hub, e.g. ``me/simclr``, which is created if needed. It gets the weights
-            with a configuration that timm and ``load_backbone`` read, or that transformers reads, and the model card.
         backbone: Name of the timm or torchvision model; only for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
         branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
+        push: Repository of the Hugging Face hub, e.g. ``me/simclr``, which is created if needed. It gets the weights
+            with a configuration that timm and ``load_backbone`` read, or that transformers reads, and the model card.
 
     Returns:
         The file or folder, or the address of the repository.

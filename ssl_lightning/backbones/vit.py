@@ -22,6 +22,7 @@ class AnySizeViT(VisionTransformer, ViT):
 
     pos_embed: nn.Parameter
     rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learned
+    antialiased: bool = False  # whether positions are interpolated as in DINOv2's released code with registers
 
     @property
     def patch_side(self) -> int:  # type: ignore[override] # read only
@@ -78,6 +79,9 @@ class AnySizeViT(VisionTransformer, ViT):
             return positions.to(self.pos_embed.dtype)
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         grid = self.pos_embed[:, prefix:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        if self.antialiased:
+            grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
+            return torch.cat([self.pos_embed[:, :prefix], grid.flatten(2).mT], dim=1)
         # The released code adds 0.1 so that rounding never loses a row, and samples by this scale.
         scale = ((height + 0.1) / rows, (width + 0.1) / columns)
         exact = torch.are_deterministic_algorithms_enabled() and not grid.is_cpu

@@ -10,14 +10,9 @@ from ssl_lightning.checkpoints.files import (
     replacing,
     settle_progress,
 )
-from ssl_lightning.checkpoints.load import (
-    Pretrained,
-    load_backbone,
-    open_backbone,
-    read_checkpoint,
-    weights_for,
-    weights_in,
-)
+from ssl_lightning.checkpoints.load import load_backbone, open_backbone, read_checkpoint, weights_for
+from ssl_lightning.checkpoints.pretrained import Pretrained
+from ssl_lightning.checkpoints.sources import weights_in
 
 __all__ = [
     "AtomicCheckpointIO",

@@ -1,19 +1,26 @@
 """Export of backbones to other programs: timm, torchvision, safetensors and ONNX files, with a model card."""
 
 import json
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ssl_lightning.checkpoints.card import card_of
 from ssl_lightning.checkpoints.files import replacing
-from ssl_lightning.checkpoints.load import TEXT, Pretrained, mismatch, open_backbone
+from ssl_lightning.checkpoints.hub import timm_config, upload
+from ssl_lightning.checkpoints.layouts.vit import PARTS_OF_TORCHVISION
+from ssl_lightning.checkpoints.load import mismatch, open_backbone
+from ssl_lightning.checkpoints.pretrained import Pretrained
+from ssl_lightning.checkpoints.sources import TEXT
 from ssl_lightning.errors import UserError
 
-Format = Literal["timm", "torchvision", "safetensors", "onnx"]
+Format = Literal["timm", "torchvision", "safetensors", "onnx", "transformers"]
 
 Weights = dict[str, Tensor]
 
@@ -23,55 +30,113 @@ Write = Callable[[IO[bytes]], Any]
 
 def export(
     checkpoint: str | Path,
-    format: Format,  # noqa: A002 # the word of the command line
-    output: str | Path,
+    format: Format = "safetensors",  # noqa: A002 # the word of the command line
+    output: str | Path | None = None,
     backbone: str | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
-) -> Path:
+    branch: str | None = None,
+    push: str | None = None,
+) -> Path | str:
     """Write the backbone of a checkpoint for other programs, with a model card.
 
     Each file appears only when it is complete.
 
     Args:
-        checkpoint: A checkpoint file, of this package or a paper's official one; or the name of a timm or torchvision
+        checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
             model, to export its pretrained weights.
         format: ``timm`` and ``torchvision`` write weights under the names of that library; ``safetensors`` writes
             weights and the name of their backbone, for ``load_backbone``; ``onnx`` writes a graph for batches of any
-            size.
-        output: File to write; the model card gets the same name with the suffix ``.md``.
+            size; ``transformers`` writes a folder for that library.
+        output: File or, for transformers, folder to write; the model card gets the same name with the suffix ``.md``,
+            or README.md in the folder. Not needed with ``push``.
         backbone: Name of the timm or torchvision model; only for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
+        push: Repository of the Hugging Face hub, e.g. ``me/simclr``, which is created if needed. It gets the weights
+            with a configuration that timm and ``load_backbone`` read, or that transformers reads, and the model card.
 
     Returns:
-        The file.
+        The file or folder, or the address of the repository.
 
     Raises:
         UserError: The backbone cannot have that format, or the file cannot be written.
     """
     if format not in get_args(Format):
         raise UserError(f"there is no format {format!r}; choose from {', '.join(get_args(Format))}.")
-    output = Path(output)
-    _check_suffix(format, output)
-    pretrained = open_backbone(str(checkpoint), backbone, backbone_kwargs)
+    if (output is None) == (push is None):
+        raise UserError("give either --output, where to write, or --push, the name of a repository of the hub.")
+    if push is not None and format not in ("safetensors", "transformers"):
+        raise UserError(f"--push {push}: the hub gets the format safetensors, which timm reads, or transformers.")
+    target = None if output is None else Path(output)
+    if target is not None:
+        _check_suffix(format, target)
+    pretrained = open_backbone(str(checkpoint), backbone, backbone_kwargs, branch)
     if not pretrained.backbone.state_dict():
         raise UserError(f"{pretrained.name} has no weights to export.")
-    exporters = {"timm": _timm, "torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
-    write, loading = exporters[format](pretrained, output)
     prepared = bool(pretrained.facts) or not Path(checkpoint).exists()  # else the image transform is a guess
+    if target is None:
+        assert push is not None
+        return _pushed(pretrained, format, push, prepared)
     try:
-        with replacing(output) as file:
+        if format == "transformers":
+            _write_folder(pretrained, target, prepared)
+            return target
+        exporters = {"timm": _timm, "torchvision": _torchvision, "safetensors": _safetensors, "onnx": _onnx}
+        write, loading = exporters[format](pretrained, target)
+        with replacing(target) as file:
             write(file)
-        with replacing(output.with_suffix(".md")) as file:
-            file.write(_card(pretrained, loading, prepared).encode())
+        with replacing(target.with_suffix(".md")) as file:
+            file.write(card_of(pretrained, loading, prepared).encode())
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"cannot write {output} ({cause}); choose another --output, or free space.") from error
-    return output
+        raise UserError(f"cannot write {target} ({cause}); choose another --output, or free space.") from error
+    return target
+
+
+def _write_folder(pretrained: Pretrained, folder: Path, prepared: bool, front: str = "") -> None:
+    """A folder of transformers, complete or not at all."""
+    from ssl_lightning.checkpoints.to_transformers import write_folder
+
+    part = folder.with_name(f"{folder.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        loading = write_folder(pretrained, part, folder.name, _metadata(pretrained))
+        (part / "README.md").write_text(front + card_of(pretrained, loading, prepared))
+        folder.mkdir(exist_ok=True)
+        for file in part.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _pushed(pretrained: Pretrained, format: str, repository: str, prepared: bool) -> str:  # noqa: A002
+    """The address of the repository that got the backbone."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repository.rpartition("/")[2]
+        if format == "transformers":
+            _write_folder(pretrained, folder, prepared, "---\nlibrary_name: transformers\n---\n\n")
+        else:
+            name, kwargs, weights = _named_as_in("timm", pretrained)
+            twin = replace(pretrained, name=name, backbone_kwargs=kwargs)
+            folder.mkdir()
+            write, _ = _safetensors(twin, folder / "model.safetensors", weights)
+            with replacing(folder / "model.safetensors") as file:
+                write(file)
+            (folder / "config.json").write_text(json.dumps(timm_config(twin), indent=2))
+            loading = f'import timm\n\nbackbone = timm.create_model("hf-hub:{repository}", pretrained=True).eval()\n'
+            card = card_of(twin, f"{loading}features = backbone(images)", prepared)
+            front = "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n- timm\n---\n\n"
+            (folder / "README.md").write_text(front + card)
+        return upload(folder, repository)
 
 
 def _check_suffix(format: str, output: Path) -> None:  # noqa: A002
     """Check the suffix, by which readers recognize the format."""
     wanted = {"safetensors": ".safetensors", "onnx": ".onnx"}.get(format)
+    if format == "transformers":
+        if output.is_file() or output.suffix in (".pth", ".safetensors", ".onnx"):
+            raise UserError(f"--output {output}: the format transformers is a folder.")
+        return
     if wanted is not None and output.suffix != wanted:
         raise UserError(f"--output {output}: a file of the format {format} ends in {wanted}.")
     if wanted is None and output.suffix in (".md", ".npz", ".npy", ".onnx"):
@@ -116,7 +181,14 @@ def _torchvision(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     )
 
 
-def _safetensors(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
+def _safetensors(pretrained: Pretrained, output: Path, weights: Weights | None = None) -> tuple[Write, str]:
+    return _weights(weights or pretrained.backbone.state_dict(), output, _metadata(pretrained)), (
+        f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
+    )
+
+
+def _metadata(pretrained: Pretrained) -> dict[str, str]:
+    """All that is known of a backbone, for ``load_backbone``."""
     facts = {
         **pretrained.facts,
         "backbone": pretrained.name,
@@ -125,14 +197,13 @@ def _safetensors(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     }
     if getattr(pretrained.backbone, "rows_first", None) is not None:
         facts["fixed_positions"] = True
-    metadata = {
+    if getattr(pretrained.backbone, "antialiased", False):
+        facts["antialiased"] = True
+    return {
         key: value if key in TEXT else json.dumps(value, default=str)
         for key, value in facts.items()
         if value is not None
     }
-    return _weights(pretrained.backbone.state_dict(), output, metadata), (
-        f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
-    )
 
 
 def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
@@ -202,20 +273,6 @@ _VITS = {
 }
 """Names in timm and in torchvision; for ResNets the names and weight names are the same."""
 
-_PARTS_OF_VITS = {
-    "cls_token": "class_token",
-    "pos_embed": "encoder.pos_embedding",
-    "patch_embed.proj.": "conv_proj.",
-    "blocks.": "encoder.layers.encoder_layer_",
-    ".norm1.": ".ln_1.",
-    ".attn.qkv.": ".self_attention.in_proj_",
-    ".attn.proj.": ".self_attention.out_proj.",
-    ".norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.0.",
-    ".mlp.fc2.": ".mlp.3.",
-    "norm.": "encoder.ln.",
-}
-
 
 def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, Any], Weights]:
     """Name, arguments and weights of the same network in a library.
@@ -232,7 +289,7 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     if library == home:
         return name, pretrained.backbone_kwargs, weights
     name = name.partition(".")[0]  # timm names the weights after the dot
-    sizes, names, parts = {"img_size": "image_size"}, _VITS, list(_PARTS_OF_VITS.items())
+    sizes, names, parts = {"img_size": "image_size"}, _VITS, list(PARTS_OF_TORCHVISION.items())
     if home == "torchvision":
         sizes, names = ({new: old for old, new in words.items()} for words in (sizes, names))
         parts = [(new, old) for old, new in parts]
@@ -250,87 +307,3 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
             f"choose the format {home}, safetensors or onnx."
         )
     return name, kwargs, weights
-
-
-# The model card
-
-
-def _card(pretrained: Pretrained, loading: str, prepared: bool) -> str:
-    """What is known of a backbone, in Markdown.
-
-    Args:
-        pretrained: The backbone.
-        loading: Lines that load it, and give ``features`` of ``images``.
-        prepared: Whether it is known how its images are prepared.
-    """
-    facts, kwargs = pretrained.facts, pretrained.backbone_kwargs
-    parameters = sum(parameter.numel() for parameter in pretrained.backbone.parameters())
-    metrics = {
-        name: value for name, value in facts.get("metrics", {}).items() if name.startswith(("val/", "train/loss"))
-    }
-    versions = [f"{name} {version(name)}" for name in ("ssl_lightning", "torch", "timm", "torchvision")]
-    if trained := facts.get("ssl_lightning_version"):
-        versions.append(f"trained with ssl_lightning {trained}")
-    rows = {
-        "backbone": f"`{pretrained.name}`" + (f" with `{kwargs}`" if kwargs else ""),
-        "features": f"{pretrained.embed_dim:,} numbers per image, of {parameters:,} parameters",
-        "method": facts.get("method"),
-        "data": _listed(facts.get("data"), _counted(facts, "images"), _counted(facts, "classes")),
-        "training": _listed(_counted(facts, "epochs"), _counted(facts, "steps")),
-        "metrics": _listed(*(f"{name} {value:.4g}" for name, value in metrics.items())),
-        "weights": f"`{pretrained.hash}`",
-        "versions": _listed(*versions),
-    }
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
-    sections = [f"# {_listed(pretrained.name, facts.get('method'))}", "\n".join(table)]
-    lines = f"{_images(pretrained, prepared)}\n{loading}".splitlines()
-    imports = [line for line in lines if line.startswith(("import ", "from "))]
-    code = "\n".join([*imports, "", *(line for line in lines if line and line not in imports)])
-    if prepared:
-        transform = pretrained.image_transform
-        sections.append(
-            f"## Images\n\nThe shorter side resized to {_short_side(transform)} px ({transform['interpolation']}, "
-            f"antialiased), the central {transform['size']} x {transform['size']} px of it, divided by 255, minus the "
-            f"mean {_rounded(transform['mean'])}, divided by {_rounded(transform['std'])}."
-        )
-    sections.append(f"## Use\n\n```python\n{code}\n```")
-    if recipe := facts.get("recipe"):
-        sections.append(f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2, default=str)}\n```")
-    return "\n\n".join(sections) + "\n"
-
-
-def _images(pretrained: Pretrained, prepared: bool) -> str:
-    """Lines that give ``images``: from a photo if the transform is known, otherwise random ones of the right shape."""
-    transform, channels = pretrained.image_transform, pretrained.backbone_kwargs.get("in_chans", 3)
-    if not prepared or channels != 3:
-        return f"import torch\n\nimages = torch.rand(1, {channels}, {transform['size']}, {transform['size']})"
-    return f"""import torch
-from PIL import Image
-from torchvision.transforms import v2
-
-prepare = v2.Compose(
-    [
-        v2.ToImage(),
-        v2.Resize({_short_side(transform)}, v2.InterpolationMode.{transform["interpolation"].upper()}, antialias=True),
-        v2.CenterCrop({transform["size"]}),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize({_rounded(transform["mean"])}, {_rounded(transform["std"])}),
-    ]
-)
-images = prepare(Image.open("photo.jpg").convert("RGB"))[None]"""
-
-
-def _short_side(transform: dict[str, Any]) -> int:
-    return round(transform["size"] / transform["crop_fraction"])
-
-
-def _rounded(numbers: Iterable[float]) -> list[float]:
-    return [round(float(number), 6) for number in numbers]
-
-
-def _listed(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part)
-
-
-def _counted(facts: dict[str, Any], what: str) -> str | None:
-    return f"{facts[what]:,} {what}" if facts.get(what) else None

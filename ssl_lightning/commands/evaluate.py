@@ -83,11 +83,12 @@ class Evaluation:
     get None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
 
     Args:
-        checkpoint: A checkpoint file, of this package or a paper's official one; or the name of a timm or torchvision
+        checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
             model, to use its pretrained weights; or the baseline ``untrained`` (random weights) or ``pixels``.
         data: Labeled training and validation images. The command line defaults to the data of the checkpoint's run.
         backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
         max_samples: Number of training images to use, evenly spread over the training set; None uses all.
         seed: Seed for initial weights, the order of images and other random choices.
         output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
@@ -100,22 +101,22 @@ class Evaluation:
         data: SSLDataModule,
         backbone: str | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
+        branch: str | None = None,
         max_samples: int | None = None,
         seed: int = 0,
         output: str | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
         self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
-        self.data, self.max_samples, self.seed, self.trainer = data, max_samples, seed, trainer or {}
+        self.branch, self.data, self.max_samples, self.seed = branch, data, max_samples, seed
+        self.trainer = trainer or {}
         if output is not None and os.path.exists(output) and not os.path.isdir(output):
             raise UserError(f"--output {output} is a file; give a folder.")
         self.output = output
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+            self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
         self._start = time.perf_counter()
-
-    # The protocols
 
     def knn(self, k: int | list[int] | None = None, temperature: float | list[float] | None = None) -> Results | None:
         """Weighted k-nearest-neighbor accuracy for each k and temperature; reports k = 20 if it is tried.
@@ -322,7 +323,7 @@ class Evaluation:
     ) -> Results | None:
         """Train on labeled images; the curves are written next to the results."""
         L.seed_everything(self.seed, verbose=False)
-        module = classifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen)
+        module = classifier(self.checkpoint, self.backbone, self.backbone_kwargs, chosen, self.branch)
         data, epochs = labelled_share(self.data, fraction, self.seed), chosen.epochs
         folder = new_evaluation(self.checkpoint, protocol, self.output)
         trainer = self._trainer(

@@ -1,6 +1,7 @@
 """The command ``export``: the backbone of a checkpoint in a format of other programs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
 from ssl_lightning.checkpoints import export
@@ -15,4 +16,5 @@ def run(words: Sequence[str]) -> None:
     parser = SSLArgumentParser(prog="ssl-lightning export", description=title_of(export))
     parser.add_function_arguments(export, as_positional=False)
     output = export(**parser.parse_args(underscored(words)))
-    print(f"{output}\n{output.with_suffix('.md')}")
+    card = output / "README.md" if isinstance(output, Path) and output.is_dir() else None
+    print(output if isinstance(output, str) else f"{output}\n{card or output.with_suffix('.md')}")

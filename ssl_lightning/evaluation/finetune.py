@@ -102,6 +102,7 @@ class FineTune(SupervisedModule):
         backbone: Name of the timm or torchvision model, if the checkpoint does not name it.
         backbone_kwargs: Arguments for building the backbone.
         protocol: A key of ``FINETUNE_PROTOCOLS``, or a protocol.
+        branch: Which network of the checkpoint to read, by a part of its name; None reads the one that is evaluated.
     """
 
     def __init__(
@@ -110,12 +111,13 @@ class FineTune(SupervisedModule):
         backbone: str | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         protocol: str | FineTuneProtocol = "swav_10percent",
+        branch: str | None = None,
     ) -> None:
         super().__init__()
         self.protocol = named_protocol(FINETUNE_PROTOCOLS, protocol) if isinstance(protocol, str) else protocol
         self.optim = self.protocol.optim
         self.views = "finetune" if self.protocol.rand_augment else "linear"
-        pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+        pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
         self.image_transform = pretrained.image_transform
         self.backbone = _trainable(pretrained, self.protocol)
         self.embed_dim = pretrained.embed_dim

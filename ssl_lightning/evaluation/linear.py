@@ -246,6 +246,7 @@ class LinearClassifier(SupervisedModule):
         backbone: Name of the timm or torchvision model, if the checkpoint does not name it.
         backbone_kwargs: Arguments for building the backbone.
         protocol: A key of ``LINEAR_PROTOCOLS``, or a protocol.
+        branch: Which network of the checkpoint to read, by a part of its name; None reads the one that is evaluated.
     """
 
     views = "linear"
@@ -256,10 +257,11 @@ class LinearClassifier(SupervisedModule):
         backbone: str | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         protocol: str | LinearProtocol = "sweep",
+        branch: str | None = None,
     ) -> None:
         super().__init__()
         self.protocol = named_protocol(LINEAR_PROTOCOLS, protocol) if isinstance(protocol, str) else protocol
-        pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+        pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
         self.image_transform, self.embed_dim = pretrained.image_transform, pretrained.embed_dim
         self.tokens = Tokens(pretrained.backbone, self.protocol.last_blocks, self.protocol.patch_mean)
         self.tokens.requires_grad_(False)

@@ -8,30 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_lightning.masks import taken
+
 
 class ViT(nn.Module):
-    """What methods use of a ViT. Its implementation is ``vit.AnySizeViT``, which needs timm.
+    """What methods on tokens use of a ViT. timm's are in ``vit``; one's own needs these attributes and methods, too.
 
     Attributes:
-        patch_embed: Maps images to patches ``(B, rows, columns, D)``.
-        blocks: The blocks, of tokens ``(B, N, D)``.
-        norm: After the last block.
-        cls_token: ``(1, 1, D)``, or None.
-        pos_embed: Positions ``(1, N, D)``.
+        patch_embed: Maps images to patches ``(B, rows, columns, D)`` or ``(B, N, D)``.
+        blocks: The blocks, in a sequence or a list.
         num_prefix_tokens: Tokens before the patches: class token and registers.
         patch_side: Number of pixels that the sides of images must be divisible by.
     """
 
     patch_embed: Any
     cls_token: Any
-    blocks: nn.Sequential
-    norm: nn.Module
-    pos_embed: nn.Parameter
+    blocks: Any
     num_prefix_tokens: int
     patch_side: int
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """Positions ``(1, prefix + height * width, D)`` of a grid of patches."""
+    def fix_positions(self, rows_first: bool) -> None:
+        """Replace learned positions by fixed sine-cosine ones."""
         raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -41,6 +38,14 @@ class ViT(nn.Module):
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Features ``(B, D)`` of tokens ``(B, prefix + N, D)``."""
         raise NotImplementedError
+
+    def encode(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Tokens ``(B, prefix + M, D)`` after the last norm of the patches ``kept``, ``(B, M)``; no other is seen."""
+        raise NotImplementedError
+
+
+OF_OWN_VITS = "patch_embed", "patch_side", "num_prefix_tokens", "blocks", "forward_features", "forward_head", "encode"
+"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE and I-JEPA only."""
 
 
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -78,6 +83,18 @@ def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token:
         return vit.forward_features(images)
 
 
+def kept_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
+    """The first tokens and those of some patches, ``(B, prefix + M, D)``.
+
+    Args:
+        tokens: ``(B, prefix + N, D)``.
+        kept: ``(B, M)`` indices of the patches.
+        prefix: Number of tokens before the patches.
+    """
+    patches = taken(tokens[:, prefix:], kept)
+    return torch.cat([tokens[:, :prefix], patches], dim=1) if prefix else patches
+
+
 def patch_tokens(backbone: nn.Module, tokens: Tensor) -> Tensor:
     """The tokens ``(B, N, D)`` of the patches, without class token and registers.
 
@@ -99,9 +116,22 @@ def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
     """
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    return patch_tokens(backbone, features).mT.unflatten(2, grid_of(backbone, images))
+
+
+def grid_of(backbone: nn.Module, images: Tensor | None = None) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Args:
+        backbone: A ViT or BEiT of timm, or a ViT of one's own.
+        images: ``(B, 3, S, S)``; None is of the size that it was built for, 14 x 14 patches if it does not say.
+    """
     vit: Any = backbone
-    rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True))
-    return patch_tokens(backbone, features).mT.unflatten(2, (rows, columns))
+    if images is None:
+        return getattr(vit.patch_embed, "grid_size", (14, 14))
+    sides = getattr(vit.patch_embed, "patch_size", None)
+    rows, columns = sides if isinstance(sides, tuple) else (vit.patch_side, vit.patch_side)
+    return images.shape[2] // rows, images.shape[3] // columns
 
 
 def called_blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from typing import IO, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ssl_lightning.backbones.own import is_own, without_wrapper
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.checkpoints.load import TEXT, Pretrained, mismatch, open_backbone
 from ssl_lightning.errors import UserError
@@ -130,7 +131,7 @@ def _safetensors(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
         for key, value in facts.items()
         if value is not None
     }
-    return _weights(pretrained.backbone.state_dict(), output, metadata), (
+    return _weights(without_wrapper(pretrained.backbone).state_dict(), output, metadata), (
         f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
     )
 
@@ -226,6 +227,8 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     import timm
     import torchvision
 
+    if is_own(pretrained.name):
+        raise UserError(f"{pretrained.name} is a network of your own; choose the format safetensors or onnx.")
     weights = dict(pretrained.backbone.state_dict())
     home = "torchvision" if type(pretrained.backbone).__module__.startswith("torchvision.") else "timm"
     name = pretrained.name.removeprefix("torchvision/")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.names import create_backbone, is_vit
+from ssl_lightning.backbones.own import Backbone, is_own, name_of, without_wrapper
 from ssl_lightning.checkpoints.files import reading
 from ssl_lightning.errors import UserError
 
@@ -77,7 +78,7 @@ class Pretrained:
 
 
 def load_backbone(
-    path: str | Path, backbone: str | None = None, backbone_kwargs: dict[str, Any] | None = None
+    path: str | Path, backbone: Backbone | None = None, backbone_kwargs: dict[str, Any] | None = None
 ) -> nn.Module:
     """The backbone of a checkpoint, in eval mode: called with images it gives features ``(B, embed_dim)``.
 
@@ -87,8 +88,8 @@ def load_backbone(
 
     Args:
         path: The file.
-        backbone: Name of the timm or torchvision model; None for a checkpoint or an exported ``.safetensors`` file of
-            this package, which name it.
+        backbone: Name of the timm or torchvision model, or a network of your own: a module, or the path of its class.
+            None for a checkpoint or an exported ``.safetensors`` file of this package, which name it.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
 
     Raises:
@@ -99,7 +100,7 @@ def load_backbone(
 
 
 def read_checkpoint(
-    path: str | Path, backbone: str | None = None, backbone_kwargs: dict[str, Any] | None = None
+    path: str | Path, backbone: Backbone | None = None, backbone_kwargs: dict[str, Any] | None = None
 ) -> Pretrained:
     """The backbone of a checkpoint with the metadata of the file; see ``load_backbone``.
 
@@ -123,21 +124,22 @@ def read_checkpoint(
         backbone = str(hyper_parameters["backbone"])
     kwargs = {**(hyper_parameters.get("backbone_kwargs") or {}), **(backbone_kwargs or {})}
     kwargs.pop("pretrained", None)
-    if is_moco_v3 and backbone.startswith("vit_small"):
+    if is_moco_v3 and is_vit(backbone) and backbone.startswith("vit_small"):
         kwargs.setdefault("num_heads", 12)  # the paper's number, which no weight reveals
     model = create_backbone(backbone, **kwargs).eval()
     model.to(memory_format=torch.channels_last)  # as in training
+    backbone, network = name_of(backbone), without_wrapper(model)
     own = checkpoint.get("evaluated_backbone")
-    candidates = _PREFIXES if own is None else [f"{own}."]
+    candidates = _PREFIXES if own is None else [f"{own}." if network is model else f"{own}.network."]
     prefixes = [prefix for prefix in candidates if any(name.startswith(prefix) for name in weights)]
     misfits = []
     for prefix in prefixes:
         renamed = _as_timm_names(
             {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, model
         )
-        misfit = _misfit(renamed, model.state_dict())
+        misfit = _misfit(renamed, network.state_dict())
         if not misfit:
-            model.load_state_dict(renamed, strict=False)
+            network.load_state_dict(renamed, strict=False)
             is_mae_or_ijepa = any(name.startswith(_OF_MAE_AND_IJEPA) for name in weights)
             if isinstance(model, AnySizeViT) and (is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions")):
                 model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
@@ -145,11 +147,14 @@ def read_checkpoint(
             return Pretrained(model, backbone, kwargs, transform, _facts(checkpoint))
         misfits.append(f"{prefix or 'no prefix'}: {misfit}")
     looked = "; ".join(misfits) or f"no name in it starts with {' or '.join(filter(None, candidates))}"
-    raise UserError(f"{path} does not hold a {backbone}. Looked for its weights by prefix: {looked}.")
+    given = " Give the arguments of its class as backbone_kwargs, or, in Python, the network itself as backbone."
+    raise UserError(
+        f"{path} does not hold a {backbone}. Looked for its weights by prefix: {looked}.{given * is_own(backbone)}"
+    )
 
 
 def open_backbone(
-    source: str, backbone: str | None = None, backbone_kwargs: dict[str, Any] | None = None
+    source: str, backbone: Backbone | None = None, backbone_kwargs: dict[str, Any] | None = None
 ) -> Pretrained:
     """A backbone to evaluate: from a checkpoint, with pretrained weights of a library, or a baseline.
 
@@ -171,10 +176,10 @@ def open_backbone(
     name = backbone if source == "untrained" and backbone else source
     model = create_backbone(name, **kwargs, **pretrained).eval()
     model.to(memory_format=torch.channels_last)
-    return Pretrained(model, name, kwargs, _image_transform(model, own=bool(pretrained)))
+    return Pretrained(model, name_of(name), kwargs, _image_transform(model, own=bool(pretrained)))
 
 
-def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def weights_for(source: str, backbone: Backbone, backbone_kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a source, checked to give the same features in a backbone.
 
     Args:
@@ -186,6 +191,9 @@ def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> 
         UserError: There is no such source, or it has another backbone; the message says what differs.
     """
     kwargs = {key: value for key, value in backbone_kwargs.items() if key != "pretrained"}
+    if not isinstance(backbone, str):  # a network of one's own, of which nothing but its weights can differ
+        own = open_backbone(source, backbone, kwargs).backbone
+        return own.state_dict()
     with torch.random.fork_rng(devices=[]):
         try:  # checkpoints of this package hold these arguments
             pretrained = open_backbone(source, None, None if _is_file(source) else kwargs)

@@ -106,11 +106,11 @@ class Pooled(nn.Module):
 
     def forward_features(self, images: Tensor) -> Any:
         """What the network gives."""
-        return self.network(images.contiguous() if self.contiguous else images)
+        return self.network(_usual(images) if self.contiguous else images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``(B, num_features)`` of images ``(B, C, S, S)``."""
-        features = pooled(self.network, self.forward_features(images), len(images))
+        features = pooled(self.network, self.forward_features(images), images.shape[0])
         if features.shape[1] != self.num_features:
             raise UserError(
                 f"backbone {name_of(self.network)!r} gives {features.shape[1]:,} numbers for images of "
@@ -121,8 +121,8 @@ class Pooled(nn.Module):
     def to(self, *args: Any, memory_format: Any = None, **kwargs: Any) -> "Pooled":
         """As for any module, but weights keep their layout if the network needs it."""
         if memory_format is not None and not self.contiguous:
-            kwargs["memory_format"] = memory_format
-        return super().to(*args, **kwargs)
+            super().to(memory_format=memory_format)
+        return super().to(*args, **kwargs) if args or kwargs else self
 
 
 def pooled(network: nn.Module, output: Any, images: int) -> Tensor:
@@ -139,7 +139,7 @@ def pooled(network: nn.Module, output: Any, images: int) -> Tensor:
     if isinstance(output, Mapping):
         named = [output.get(key) for key in ("pooler_output", "last_hidden_state")]
         output = next((value for value in named if value is not None), output)
-    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != images:
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or output.shape[0] != images:
         shape = getattr(output, "shape", None)
         what = f"a {type(output).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
         raise UserError(
@@ -259,7 +259,11 @@ def _with_features(network: nn.Module, name: str, size: int | None) -> nn.Module
     failure: Exception | None = None
     contiguous, plain = False, True
     for contiguous in (False, True):
-        network.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+        if contiguous:
+            for weight in network.parameters():
+                weight.data = _usual(weight.data)
+        else:
+            network.to(memory_format=torch.channels_last)
         for side in (size,) if size else _SIZES:
             if len(widths) == 2:
                 break
@@ -288,10 +292,18 @@ def _with_features(network: nn.Module, name: str, size: int | None) -> nn.Module
             "side of your views in pixels, or num_features."
         ) from failure
     width: Any = next(iter(widths.values()), stated)
-    if widths and plain and not contiguous and getattr(network, "num_features", width) == width:
-        network.num_features = width  # type: ignore[assignment]
-        return network
-    return Pooled(network, width, contiguous)
+    backbone: Any = network
+    if not (widths and plain and not contiguous and getattr(network, "num_features", width) == width):
+        backbone = Pooled(network, width, contiguous)
+    backbone.num_features = width
+    if len(widths) == 1:
+        (backbone.img_size,) = widths
+    return backbone
+
+
+def _usual(tensor: Tensor) -> Tensor:
+    """In the usual layout, also where there is one channel, for which ``contiguous`` takes any layout."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _said(error: BaseException | None) -> str:

@@ -26,6 +26,8 @@ class ViT(nn.Module):
     blocks: Any
     num_prefix_tokens: int
     patch_side: int
+    any_grid: bool = False
+    """Whether timm's compute positions by operations that an exported graph repeats for any grid, without a table."""
 
     def fix_positions(self, rows_first: bool) -> None:
         """Replace learned positions by fixed sine-cosine ones."""
@@ -196,3 +198,29 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
         first, second = (rows, columns) if rows_first else (columns, rows)
         patches = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
         return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
+
+
+def cubic_weights(length: int, table: int) -> Tensor:
+    """Weights ``(length, table)`` of the bicubic interpolation of a table of positions to a grid, along one side.
+
+    The same as ``F.interpolate`` with DINO's scale, or as no interpolation where the lengths are the same; the length
+    may be unknown while a graph is exported.
+
+    Args:
+        length: Rows or columns of the grid.
+        table: Rows or columns of the table.
+    """
+    places = torch.arange(length, dtype=torch.float32)
+    count = torch.ones_like(places).sum()
+    scale = (count + 0.1 * (count != table)) / table
+    sources = (places + 0.5) / scale - 0.5  # (length,)
+    first = sources.floor()
+    weights = torch.zeros(1)
+    for offset in (-1, 0, 1, 2):
+        distance = (sources - first - offset).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        index = (first + offset).clamp(0, table - 1)
+        here = (index[:, None] == torch.arange(table, dtype=torch.float32)).float()  # (length, table)
+        weights = weights + torch.where(distance <= 1, near, far)[:, None] * here
+    return weights

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ssl_lightning.backbones.drop_path import DropPath
-from ssl_lightning.backbones.tokens import ViT, kept_tokens, sincos_positions
+from ssl_lightning.backbones.tokens import ViT, cubic_weights, kept_tokens, sincos_positions
 
 
 def adapted(model: Any) -> nn.Module:
@@ -128,6 +128,8 @@ class AnySizeViT(VisionTransformer, TimmViT):
             width: Columns of patches.
         """
         rows, columns = self.patch_embed.grid_size
+        if self.any_grid:
+            return self._positions_in_graph(height, width)
         if (height, width) == (rows, columns):
             return self.pos_embed
         if self.rows_first is not None:
@@ -140,6 +142,18 @@ class AnySizeViT(VisionTransformer, TimmViT):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([self.pos_embed[:, :prefix], grid], dim=1)
 
+    def _positions_in_graph(self, height: int, width: int) -> Tensor:
+        """As ``positions``, on the CPU, by operations that a graph repeats for any grid."""
+        if self.rows_first is not None:
+            positions = sincos_positions.__wrapped__(self.embed_dim, (height, width), self.rows_first)
+            return positions if self.cls_token is not None else positions[:, 1:]
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        rows, columns = self.patch_embed.grid_size
+        table = self.pos_embed[0, prefix:].unflatten(0, (rows, columns))  # (rows, columns, D)
+        table = torch.einsum("hr,rcd->hcd", cubic_weights(height, rows), table)
+        table = torch.einsum("wc,hcd->hwd", cubic_weights(width, columns), table)
+        return torch.cat([self.pos_embed[:, :prefix], table.flatten(0, 1)[None]], dim=1)
+
     def encode(self, images: Tensor, kept: Tensor) -> Tensor:
         """Tokens of the prefix and some patches ``(B, prefix + M, D)`` after the last norm."""
         tokens = kept_tokens(self._pos_embed(self.patch_embed(images)), kept, self.num_prefix_tokens)
@@ -150,7 +164,7 @@ class AnySizeViT(VisionTransformer, TimmViT):
         tokens = x.flatten(1, 2)  # (B, height * width, D)
         if self.no_embed_class:
             tokens = tokens + positions
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
 
@@ -177,14 +191,14 @@ class RotaryViT(Eva, TimmViT):
         return self.norm(tokens)
 
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens), self._rotations(*x.shape[1:3])
 
     def _rotations(self, rows: int, columns: int) -> Tensor:
         """Sines and cosines ``(rows * columns, 2 * D / heads)`` of a grid of patches."""
         rope: Any = self.rope
-        if torch.compiler.is_exporting() or (self.training and rope.aug_active):
+        if self.any_grid or (self.training and rope.aug_active):
             return rope.get_embed(shape=(rows, columns))
         known: dict[Any, Tensor] = self.__dict__.setdefault("_known_rotations", {})
         grid = (rows, columns, rope.periods.device)

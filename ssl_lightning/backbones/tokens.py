@@ -200,19 +200,28 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
         return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
 
 
-def cubic_weights(length: int, table: int) -> Tensor:
-    """Weights ``(length, table)`` of the bicubic interpolation of a table of positions to a grid, along one side.
+def interpolated(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A table ``(rows, columns, D)`` of positions, interpolated to a grid, ``(height, width, D)``.
 
-    The same as ``F.interpolate`` with DINO's scale, or as no interpolation where the lengths are the same; the length
-    may be unknown while a graph is exported.
+    The same as ``F.interpolate`` with DINO's scale, or as the table itself for its own grid; by operations that a graph
+    repeats for any grid.
 
     Args:
-        length: Rows or columns of the grid.
-        table: Rows or columns of the table.
+        table: Positions.
+        grid: Rows and columns; unknown while a graph is exported.
     """
-    places = torch.arange(length, dtype=torch.float32)
-    count = torch.ones_like(places).sum()
-    scale = (count + 0.1 * (count != table)) / table
+    sides = [torch.arange(side, dtype=torch.float32) for side in grid]
+    counts = [torch.ones_like(places).sum() for places in sides]
+    other = (counts[0] != table.shape[0]) | (counts[1] != table.shape[1])
+    down, across = (
+        _cubic_weights(places, (count + 0.1 * other) / length, length)
+        for places, count, length in zip(sides, counts, table.shape[:2], strict=True)
+    )
+    return torch.einsum("wc,hcd->hwd", across, torch.einsum("hr,rcd->hcd", down, table))
+
+
+def _cubic_weights(places: Tensor, scale: Tensor, table: int) -> Tensor:
+    """Weights ``(length, table)`` of the bicubic interpolation along one side, as torch's."""
     sources = (places + 0.5) / scale - 0.5  # (length,)
     first = sources.floor()
     weights = torch.zeros(1)

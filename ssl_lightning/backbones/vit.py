@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ssl_lightning.backbones.drop_path import DropPath
-from ssl_lightning.backbones.tokens import ViT, cubic_weights, kept_tokens, sincos_positions
+from ssl_lightning.backbones.tokens import ViT, interpolated, kept_tokens, sincos_positions
 
 
 def adapted(model: Any) -> nn.Module:
@@ -150,9 +150,8 @@ class AnySizeViT(VisionTransformer, TimmViT):
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         rows, columns = self.patch_embed.grid_size
         table = self.pos_embed[0, prefix:].unflatten(0, (rows, columns))  # (rows, columns, D)
-        table = torch.einsum("hr,rcd->hcd", cubic_weights(height, rows), table)
-        table = torch.einsum("wc,hcd->hwd", cubic_weights(width, columns), table)
-        return torch.cat([self.pos_embed[:, :prefix], table.flatten(0, 1)[None]], dim=1)
+        grid = interpolated(table, (height, width)).flatten(0, 1)
+        return torch.cat([self.pos_embed[:, :prefix], grid[None]], dim=1)
 
     def encode(self, images: Tensor, kept: Tensor) -> Tensor:
         """Tokens of the prefix and some patches ``(B, prefix + M, D)`` after the last norm."""

@@ -179,7 +179,8 @@ def _graph(pretrained: Pretrained, any_size: bool) -> bytes:
     any_length = torch.export.Dim.DYNAMIC
     dynamic: dict[int, Any] = {0: any_length}
     if any_size and patch > 1:
-        dynamic |= {2: patch * torch.export.Dim("rows"), 3: patch * torch.export.Dim("columns")}
+        batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
+        dynamic = {0: batch, 2: patch * rows, 3: patch * columns}
     elif any_size:
         dynamic |= {2: any_length, 3: any_length}
     if isinstance(model, ViT):

@@ -80,11 +80,17 @@ class SyncedBatchNorm(TorchSyncBatchNorm):
         device = next(model.parameters()).device if trainer is None else trainer.strategy.root_device
         on_cpu = device.type == "cpu"
         plain, activated = (SyncBatchNorm, SyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, TorchSyncBatchNormAct)
-        kinds: dict[type, type] = {nn.BatchNorm1d: plain, nn.BatchNorm2d: plain, BatchNormAct2d: activated}
-        layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
-        for layer in layers:
+        usual = nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward  # a subclass that computes something else stays
+        for module in model.modules():
+            layer: Any = module
+            if type(layer) is BatchNormAct2d:
+                kind = activated
+            elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward in usual:
+                kind = plain
+            else:
+                continue
             self._plain.append((layer, type(layer)))
-            layer.__class__ = kinds[type(layer)]
+            layer.__class__ = kind
             layer.process_group = None
         return model
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning.distributed import reduced, shards, world_size
+from ssl_lightning.errors import UserError
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -18,11 +19,15 @@ def teacher_of(student: Part) -> Part:
     Args:
         student: Backbone or head to copy.
     """
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    try:
+        teacher = copy.deepcopy(student).requires_grad_(False)
+    except RuntimeError as error:  # a network of one's own may hold what torch does not copy
+        raise UserError(f"the teacher is a copy of the backbone, but torch cannot copy it: {error}") from error
     for module in teacher.modules():
-        for rate in ("drop_prob", "p"):  # stochastic depth of timm; of torchvision, and dropout
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
+        rate = "p" if drops else "drop_prob"  # the latter of timm's stochastic depth
+        if isinstance(getattr(module, rate, None), float):
+            setattr(module, rate, 0.0)
     return teacher
 
 

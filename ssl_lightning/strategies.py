@@ -155,9 +155,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of ViTs: of the children ``*blocks`` that are sequences."""
+    """The blocks of ViTs: of the children ``*blocks`` that are sequences or lists."""
     sequences = [part for name, part in module.named_modules() if name.endswith("blocks")]
-    return [block for part in sequences if isinstance(part, nn.Sequential) for block in part]
+    return [block for part in sequences if isinstance(part, nn.Sequential | nn.ModuleList) for block in part]
 
 
 def _like(shard: Any, whole: Any) -> Any:

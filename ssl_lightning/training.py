@@ -4,6 +4,7 @@ They do what must not depend on hooks of the method: a subclass may override any
 and still trains to the same weights. They keep no state of a method between two trainings.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ssl_lightning.backbones import own
 from ssl_lightning.backbones.drop_path import DropPath
 from ssl_lightning.backbones.tokens import only_size
 from ssl_lightning.batch_norm import SyncBatchNorm
@@ -224,7 +227,7 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
     if global_batch < 2:
         raise UserError("a batch of 1 image has no BatchNorm and no negatives; set --data.batch_size to 2 or more.")
     patch = getattr(method.backbone, "patch_side", 1)
-    for size in sizes:
+    for size in dict.fromkeys(sizes):
         if size % patch:
             raise UserError(
                 f"the backbone's patches of {patch} px do not divide views of {size} px; set --data.image_size, "
@@ -235,6 +238,8 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
                 f"the backbone takes images of {only} px only, not views of {size} px; set "
                 "--model.backbone_kwargs.img_size, --data.image_size or the sizes in --data.views."
             )
+        if method.own_backbone and not any(isinstance(weight, DTensor) for weight in method.parameters()):
+            own.check_size(method.backbone, size)
 
 
 def begin_with(method: Any, source: str) -> None:
@@ -249,8 +254,9 @@ def begin_with(method: Any, source: str) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    own_network = copy.deepcopy(method.backbone) if method.own_backbone else None
     try:
-        weights: Any = weights_for(source, method.hparams["backbone"], method.hparams["backbone_kwargs"])
+        weights: Any = weights_for(source, own_network or method.hparams["backbone"], method.hparams["backbone_kwargs"])
     except UserError as error:
         raise UserError(f"--model.init_from {source} does not fit the model: {error}") from error
     for part in (method.backbone, getattr(method, "teacher_backbone", None)):

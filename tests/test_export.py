@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_lightning import DINO, MAE, ImageFolderData, MoCoV3, SimCLR, SSLModule, UserError, ViewSpec
+from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.own import without_wrapper
 from ssl_lightning.checkpoints import Pretrained, export, load_backbone, open_backbone
 from ssl_lightning.cli import main
 from tests.processes import FORKSERVER
-from tests.small import BACKBONE, VIT, data, slow_unless, small, trainer
+from tests.small import BACKBONE, DINOV3, SWIN, VIT, Viewed, data, slow_unless, small, trainer
 
 RESNET18: dict[str, Any] = {"backbone": "resnet18", "backbone_kwargs": {}}
 SOURCES: dict[str, tuple[type[SSLModule], dict[str, Any]]] = {
@@ -132,6 +134,34 @@ def test_fixed_positions_stay_fixed_at_other_sizes(method: type[SSLModule], tmp_
     session = onnxruntime.InferenceSession(export(checkpoint, "onnx", tmp_path / "x.onnx"))
     (found,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("net", "sizes", "said"),
+    [
+        (VIT, [(32, 32), (48, 48), (24, 40)], "images of sides that 8 divides"),
+        pytest.param(DINOV3, [(32, 32), (48, 48), (24, 40)], "sides that 8 divides", marks=pytest.mark.slow),
+        pytest.param(BACKBONE, [(32, 32), (37, 37), (24, 41)], "images of any sides", marks=pytest.mark.slow),
+        pytest.param(SWIN, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),
+        pytest.param({"backbone": Viewed}, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),
+    ],
+)
+def test_an_onnx_file_takes_any_size_or_says_which(
+    net: dict[str, Any], sizes: list[tuple[int, int]], said: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    backbone: Any = create_backbone(net["backbone"], **net.get("backbone_kwargs", {})).eval()
+    if getattr(backbone, "pos_embed", None) is not None:
+        nn.init.normal_(backbone.pos_embed)
+    torch.save(without_wrapper(backbone).state_dict(), tmp_path / "x.pth")
+    output = export(tmp_path / "x.pth", "onnx", tmp_path / "x.onnx", net["backbone"], net.get("backbone_kwargs"))
+    assert said in output.with_suffix(".md").read_text()
+    session = onnxruntime.InferenceSession(output)
+    channels = session.get_inputs()[0].shape[1]
+    for count, size in zip((1, 2, 4), sizes, strict=False):
+        images = torch.rand(count, channels, *size)
+        (features,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(features), backbone(images), atol=1e-5, rtol=1e-5)
 
 
 def random_weights(model: nn.Module, path: Path) -> Path:

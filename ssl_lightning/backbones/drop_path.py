@@ -46,4 +46,6 @@ def even_drop_path(vit: Any, rate: float) -> None:
         rate: Rate of each block.
     """
     for block in vit.blocks if rate > 0 else ():
+        if not hasattr(block, "drop_path1"):  # one's own blocks have their own
+            continue
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

@@ -1,28 +1,30 @@
-"""Backbones by name: everything timm and torchvision know.
+"""Backbones by name: everything timm and torchvision know, and networks of one's own.
 
 timm is imported where it is needed: help texts do not wait for it.
 """
 
 import difflib
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from ssl_lightning.backbones.drop_path import DropPath
-from ssl_lightning.backbones.tokens import ViT
+from ssl_lightning.backbones.own import Backbone, is_own, name_of, own_backbone
+from ssl_lightning.backbones.tokens import OF_OWN_VITS, ViT
 from ssl_lightning.errors import UserError
 
 
-def create_backbone(name: str, **kwargs: Any) -> nn.Module:
+def create_backbone(name: Backbone, **kwargs: Any) -> nn.Module:
     """Build a backbone without its classifier, randomly initialized unless ``pretrained=True`` is given.
 
-    ViTs of timm take images of any size that their patch divides.
+    ViTs of timm take images of any size that their patch divides. DINOv3's give their class token unless
+    ``global_pool`` says otherwise.
 
     Args:
         name: A timm model name, else a torchvision one; ``torchvision/NAME`` asks for torchvision's. ``pixels`` is
-            the flattened image, a baseline.
+            the flattened image, a baseline. ``my_module.MyNet`` is a class of one's own; a module, a class or a
+            function that builds one may also be given itself.
         kwargs: Passed to the builder, e.g. ``img_size`` and ``patch_size`` of a ViT.
 
     Returns:
@@ -32,11 +34,13 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         UserError: The name is unknown, or the builder refuses an argument.
     """
     import timm
-    from timm.models.vision_transformer import VisionTransformer
 
     from ssl_lightning.backbones import resnet  # noqa: F401 # makes its names known to timm
-    from ssl_lightning.backbones.vit import AnySizeViT
+    from ssl_lightning.backbones.vit import adapted
 
+    if is_own(name):
+        return own_backbone(name, **kwargs)
+    assert isinstance(name, str)
     wanted = name.removeprefix("torchvision/")
     try:
         if name == "pixels":
@@ -44,14 +48,9 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         if wanted == name and timm.is_model(name):
             if is_vit(name):
                 kwargs = {"dynamic_img_size": True, **kwargs}
-            model = timm.create_model(name, num_classes=0, **kwargs)
-            if type(model) is VisionTransformer and model.dynamic_img_size and model.pos_embed is not None:
-                model.__class__ = AnySizeViT
-            for module in model.modules():
-                if type(module) is timm.layers.DropPath:
-                    module.__class__ = DropPath  # type: ignore[assignment] # of the same attributes
-            model.num_features = getattr(model, "head_hidden_size", None) or model.num_features  # what it gives
-            return model
+            elif is_dinov3(name):
+                kwargs = {"global_pool": "token", **kwargs}
+            return adapted(timm.create_model(name, num_classes=0, **kwargs))
         if wanted in torchvision.models.list_models(module=torchvision.models):
             return _torchvision_backbone(wanted, **kwargs)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
@@ -77,12 +76,17 @@ def _torchvision_backbone(name: str, pretrained: bool = False, **kwargs: Any) ->
     return model.train(was_training)
 
 
-def is_vit(name: str) -> bool:
+def is_vit(name: Any) -> TypeGuard[str]:
     """Whether a name is a plain ViT of timm, e.g. vit_small_patch16_224."""
     return _is_in(name, ["vision_transformer"])
 
 
-def is_beit(name: str) -> bool:
+def is_dinov3(name: Any) -> bool:
+    """Whether a name is DINOv3's ViT of timm, with rotary positions, e.g. vit_small_patch16_dinov3."""
+    return _is_in(name, ["eva"]) and "dinov3" in name
+
+
+def is_beit(name: Any) -> bool:
     """Whether a name is timm's BEiT, a ViT with relative positions, e.g. beit_base_patch16_224."""
     return _is_in(name, ["beit"])
 
@@ -91,74 +95,79 @@ BEIT_IN_PRETRAINING = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_sha
 """Arguments of timm's BEiT: all blocks share their positions, and tokens are normalized before they are pooled."""
 
 
-def is_swin(name: str) -> bool:
+def is_swin(name: Any) -> bool:
     """Whether a name is a Swin of timm, e.g. swin_base_patch4_window7_224."""
     return _is_in(name, ["swin_transformer", "swin_transformer_v2"])
 
 
-def _is_in(name: str, modules: list[str]) -> bool:
+def _is_in(name: Any, modules: list[str]) -> bool:
     from timm.models import is_model, is_model_in_modules
 
-    return is_model(name) and is_model_in_modules(name, modules)
+    return isinstance(name, str) and is_model(name) and is_model_in_modules(name, modules)
 
 
-def vit_defaults(name: str, backbone_kwargs: dict[str, Any] | None, **defaults: Any) -> dict[str, Any]:
-    """Arguments of the builder of a backbone, with defaults if it is a plain ViT.
+def vit_defaults(name: Backbone, backbone_kwargs: dict[str, Any] | None, **defaults: Any) -> dict[str, Any]:
+    """Arguments of the builder of a backbone, with defaults if it is a ViT of timm.
 
     Args:
-        name: Name of the backbone.
+        name: The backbone.
         backbone_kwargs: What was chosen; has precedence.
-        defaults: A method's defaults for ViTs.
+        defaults: A method's defaults for plain ViTs. DINOv3's take those about depth; its tokens and pooling stay.
     """
-    return {**(defaults if is_vit(name) else {}), **(backbone_kwargs or {})}
+    if is_dinov3(name):
+        defaults = {key: value for key, value in defaults.items() if key in ("drop_path_rate", "init_values")}
+    elif not is_vit(name):
+        defaults = {}
+    return {**defaults, **(backbone_kwargs or {})}
 
 
-def plain_vit(method: str, name: str, backbone: nn.Module) -> ViT:
-    """The backbone, if it is the papers' ViT: a class token and no other, learned positions, no norm before the blocks.
+def token_vit(
+    method: str,
+    name: Backbone,
+    backbone: nn.Module,
+    tokens: Literal["class", "patches", "plain", "any"] = "any",
+) -> ViT:
+    """The backbone, if it is a ViT whose tokens a method can read.
 
     Args:
         method: Name of the method, for the message.
-        name: Name of the backbone, for the message.
+        name: The backbone as it was given, for the message.
         backbone: What ``create_backbone`` built.
+        tokens: Of plain ViTs, whether the features are the class token, or the mean of patches without any other
+            token; ``plain`` for a class token, no other and any pooling. DINOv3's ViTs have a class token, and one's
+            own may do as they like.
 
     Raises:
         UserError: It is another kind of backbone.
     """
-    from ssl_lightning.backbones.vit import AnySizeViT
+    from ssl_lightning.backbones.vit import AnySizeViT, RotaryViT
 
-    if isinstance(backbone, AnySizeViT) and backbone.is_plain:
-        return backbone
+    needed = [attribute for attribute in OF_OWN_VITS if attribute != "encode" or method in ("MAE", "IJEPA")]
+    has_class_token = getattr(backbone, "cls_token", None) is not None
+    if isinstance(backbone, AnySizeViT):
+        pooling = (backbone.global_pool, type(backbone.fc_norm))
+        suits = {
+            "class": has_class_token and pooling == ("token", nn.Identity),
+            "patches": not has_class_token and pooling == ("avg", nn.Identity),
+            "plain": backbone.is_plain,
+            "any": True,
+        }[tokens]
+    elif isinstance(backbone, RotaryViT):
+        suits = has_class_token
+    else:
+        suits = is_own(name) and all(hasattr(backbone, attribute) for attribute in needed)
+    if suits:
+        return backbone  # type: ignore[return-value] # or like it
+    wanted = {
+        "class": "a class token that is its features",
+        "patches": "no class token and the mean of patches",
+        "plain": "a class token and no other",
+        "any": "patches to mask",
+    }
     raise UserError(
-        f"{method} needs a ViT of timm with a class token and no other tokens, which backbone={name!r} is not; set "
-        "--model.backbone to a ViT, e.g. vit_base_patch16_224."
-    )
-
-
-def token_vit(method: str, name: str, backbone: nn.Module, class_token: bool) -> ViT:
-    """The backbone, if it is a ViT whose patch tokens a method can read.
-
-    Args:
-        method: Name of the method, for the message.
-        name: Name of the backbone, for the message.
-        backbone: What ``create_backbone`` built.
-        class_token: Whether its features are the class token, or the mean of its patches without any other token.
-
-    Raises:
-        UserError: It is another kind of backbone.
-    """
-    from ssl_lightning.backbones.vit import AnySizeViT
-
-    pooling = "token" if class_token else "avg"
-    if (
-        isinstance(backbone, AnySizeViT)
-        and (backbone.cls_token is not None) == class_token
-        and (backbone.global_pool, type(backbone.fc_norm)) == (pooling, nn.Identity)
-    ):
-        return backbone
-    tokens = "a class token that is its features" if class_token else "no class token and the mean of patches"
-    raise UserError(
-        f"{method} reads the patch tokens of a ViT with {tokens}, which backbone={name!r} is not; set --model.backbone "
-        "to a ViT of timm, e.g. vit_base_patch16_224."
+        f"{method} reads the patch tokens of a ViT with {wanted[tokens]}, which "
+        f"backbone={name_of(name)!r} is not; set --model.backbone to a ViT of timm, e.g. vit_base_patch16_224, or to "
+        f"one of your own that gives features (B, D) and has {', '.join(needed)} (see backbones.tokens.ViT)."
     )
 
 

@@ -8,30 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_lightning.masks import taken
+
 
 class ViT(nn.Module):
-    """What methods use of a ViT. Its implementation is ``vit.AnySizeViT``, which needs timm.
+    """What methods on tokens use of a ViT. timm's are in ``vit``; one's own needs these attributes and methods, too.
 
     Attributes:
-        patch_embed: Maps images to patches ``(B, rows, columns, D)``.
-        blocks: The blocks, of tokens ``(B, N, D)``.
-        norm: After the last block.
-        cls_token: ``(1, 1, D)``, or None.
-        pos_embed: Positions ``(1, N, D)``.
+        patch_embed: Maps images to patches ``(B, rows, columns, D)`` or ``(B, N, D)``.
+        blocks: The blocks, in a sequence or a list.
         num_prefix_tokens: Tokens before the patches: class token and registers.
         patch_side: Number of pixels that the sides of images must be divisible by.
     """
 
     patch_embed: Any
     cls_token: Any
-    blocks: nn.Sequential
-    norm: nn.Module
-    pos_embed: nn.Parameter
+    blocks: Any
     num_prefix_tokens: int
     patch_side: int
+    any_grid: bool = False
+    """Whether timm's compute positions by operations that an exported graph repeats for any grid, without a table."""
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """Positions ``(1, prefix + height * width, D)`` of a grid of patches."""
+    def fix_positions(self, rows_first: bool) -> None:
+        """Replace learned positions by fixed sine-cosine ones."""
         raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -41,6 +40,14 @@ class ViT(nn.Module):
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Features ``(B, D)`` of tokens ``(B, prefix + N, D)``."""
         raise NotImplementedError
+
+    def encode(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Tokens ``(B, prefix + M, D)`` after the last norm of the patches ``kept``, ``(B, M)``; no other is seen."""
+        raise NotImplementedError
+
+
+OF_OWN_VITS = "patch_embed", "patch_side", "num_prefix_tokens", "blocks", "forward_features", "forward_head", "encode"
+"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE and I-JEPA only."""
 
 
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -78,6 +85,18 @@ def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token:
         return vit.forward_features(images)
 
 
+def kept_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
+    """The first tokens and those of some patches, ``(B, prefix + M, D)``.
+
+    Args:
+        tokens: ``(B, prefix + N, D)``.
+        kept: ``(B, M)`` indices of the patches.
+        prefix: Number of tokens before the patches.
+    """
+    patches = taken(tokens[:, prefix:], kept)
+    return torch.cat([tokens[:, :prefix], patches], dim=1) if prefix else patches
+
+
 def patch_tokens(backbone: nn.Module, tokens: Tensor) -> Tensor:
     """The tokens ``(B, N, D)`` of the patches, without class token and registers.
 
@@ -99,9 +118,22 @@ def as_map(backbone: nn.Module, features: Tensor, images: Tensor) -> Tensor:
     """
     if features.ndim == 4:
         return features.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else features
+    return patch_tokens(backbone, features).mT.unflatten(2, grid_of(backbone, images))
+
+
+def grid_of(backbone: nn.Module, images: Tensor | None = None) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Args:
+        backbone: A ViT or BEiT of timm, or a ViT of one's own.
+        images: ``(B, 3, S, S)``; None is of the size that it was built for, 14 x 14 patches if it does not say.
+    """
     vit: Any = backbone
-    rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True))
-    return patch_tokens(backbone, features).mT.unflatten(2, (rows, columns))
+    if images is None:
+        return getattr(vit.patch_embed, "grid_size", (14, 14))
+    sides = getattr(vit.patch_embed, "patch_size", None)
+    rows, columns = sides if isinstance(sides, tuple) else (vit.patch_side, vit.patch_side)
+    return images.shape[2] // rows, images.shape[3] // columns
 
 
 def called_blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -166,3 +198,38 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
         first, second = (rows, columns) if rows_first else (columns, rows)
         patches = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
         return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
+
+
+def interpolated(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A table ``(rows, columns, D)`` of positions, interpolated to a grid, ``(height, width, D)``.
+
+    The same as ``F.interpolate`` with DINO's scale, or as the table itself for its own grid; by operations that a graph
+    repeats for any grid.
+
+    Args:
+        table: Positions.
+        grid: Rows and columns; unknown while a graph is exported.
+    """
+    sides = [torch.arange(side, dtype=torch.float32) for side in grid]
+    counts = [torch.ones_like(places).sum() for places in sides]
+    other = (counts[0] != table.shape[0]) | (counts[1] != table.shape[1])
+    down, across = (
+        _cubic_weights(places, (count + 0.1 * other) / length, length)
+        for places, count, length in zip(sides, counts, table.shape[:2], strict=True)
+    )
+    return torch.einsum("wc,hcd->hwd", across, torch.einsum("hr,rcd->hcd", down, table))
+
+
+def _cubic_weights(places: Tensor, scale: Tensor, table: int) -> Tensor:
+    """Weights ``(length, table)`` of the bicubic interpolation along one side, as torch's."""
+    sources = (places + 0.5) / scale - 0.5  # (length,)
+    first = sources.floor()
+    weights = torch.zeros(1)
+    for offset in (-1, 0, 1, 2):
+        distance = (sources - first - offset).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        index = (first + offset).clamp(0, table - 1)
+        here = (index[:, None] == torch.arange(table, dtype=torch.float32)).float()  # (length, table)
+        weights = weights + torch.where(distance <= 1, near, far)[:, None] * here
+    return weights

@@ -1,19 +1,82 @@
-"""The ViT of timm for images of any size."""
+"""The ViTs of timm for images of any size."""
 
 import functools
 import math
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from ssl_lightning.backbones.tokens import ViT, sincos_positions
+from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.tokens import ViT, interpolated, kept_tokens, sincos_positions
 
 
-class AnySizeViT(VisionTransformer, ViT):
+def adapted(model: Any) -> nn.Module:
+    """A model of timm whose ViT takes images of any size and whose stochastic depth is drawn for the global batch.
+
+    Args:
+        model: Changed in place; its ``num_features`` becomes the width of what it gives.
+    """
+    if type(model) is VisionTransformer and model.dynamic_img_size and model.pos_embed is not None:
+        model.__class__ = AnySizeViT
+    if type(model) is Eva and hasattr(model.rope, "periods") and (model.pos_embed, model.patch_drop) == (None, None):
+        model.__class__ = RotaryViT
+    for module in model.modules():
+        if type(module) is timm.layers.DropPath:
+            module.__class__ = DropPath  # type: ignore[assignment] # of the same attributes
+    model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
+    return model
+
+
+def any_size(model: Any) -> None:
+    """Let a ViT of timm keep the grid of its patches until positions are added, as ``dynamic_img_size`` does.
+
+    Args:
+        model: Changed in place; other models stay as they are.
+    """
+    if type(model) is VisionTransformer and type(model.patch_embed) is timm.layers.PatchEmbed:
+        model.dynamic_img_size = True
+        model.patch_embed.strict_img_size, model.patch_embed.flatten = False, False
+        model.patch_embed.output_fmt = timm.layers.Format.NHWC
+
+
+class TimmViT(ViT):
+    """What the ViTs of timm share."""
+
+    patch_embed: Any
+    blocks: Any
+
+    @property
+    def patch_side(self) -> int:  # type: ignore[override] # read only
+        """Number that the sides of images must be divisible by."""
+        return math.lcm(*self.patch_embed.patch_size)
+
+    def class_attention(self, images: Tensor) -> Tensor:
+        """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+        """
+        attention: Any = self.blocks[-1].attn
+        seen: list[Tensor] = []
+        hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        fused, attention.fused_attn = attention.fused_attn, False  # which would not hold the weights
+        try:
+            self.forward_features(images)
+        finally:
+            attention.fused_attn = fused
+            hook.remove()
+        rows = images.shape[2] // self.patch_embed.patch_size[0]
+        return seen[0][:, :, 0, self.num_prefix_tokens :].unflatten(2, (rows, -1))
+
+
+class AnySizeViT(VisionTransformer, TimmViT):
     """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.
 
     Own code because timm interpolates with antialiasing and to the exact grid, which gives small crops other
@@ -23,11 +86,6 @@ class AnySizeViT(VisionTransformer, ViT):
     pos_embed: nn.Parameter
     rows_first: bool | None = None  # of fixed sine-cosine positions; None where they are learned
     antialiased: bool = False  # whether positions are interpolated as in DINOv2's released code with registers
-
-    @property
-    def patch_side(self) -> int:  # type: ignore[override] # read only
-        """Number that the sides of images must be divisible by."""
-        return math.lcm(*self.patch_embed.patch_size)
 
     @property
     def is_plain(self) -> bool:
@@ -72,6 +130,8 @@ class AnySizeViT(VisionTransformer, ViT):
             width: Columns of patches.
         """
         rows, columns = self.patch_embed.grid_size
+        if self.any_grid:
+            return self._positions_in_graph(height, width)
         if (height, width) == (rows, columns):
             return self.pos_embed
         if self.rows_first is not None:
@@ -88,32 +148,69 @@ class AnySizeViT(VisionTransformer, ViT):
         resized = _resized(grid, scale) if exact else F.interpolate(grid, scale_factor=scale, mode="bicubic")
         return torch.cat([self.pos_embed[:, :prefix], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
-    def class_attention(self, images: Tensor) -> Tensor:
-        """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
+    def _positions_in_graph(self, height: int, width: int) -> Tensor:
+        """As ``positions``, on the CPU, by operations that a graph repeats for any grid."""
+        if self.rows_first is not None:
+            positions = sincos_positions.__wrapped__(self.embed_dim, (height, width), self.rows_first)
+            return positions if self.cls_token is not None else positions[:, 1:]
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        rows, columns = self.patch_embed.grid_size
+        table = self.pos_embed[0, prefix:].unflatten(0, (rows, columns))  # (rows, columns, D)
+        grid = interpolated(table, (height, width)).flatten(0, 1)
+        return torch.cat([self.pos_embed[:, :prefix], grid[None]], dim=1)
 
-        Args:
-            images: ``(B, 3, S, S)``.
-        """
-        attention: Any = self.blocks[-1].attn
-        seen: list[Tensor] = []
-        hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        fused, attention.fused_attn = attention.fused_attn, False  # which would not hold the weights
-        try:
-            self.forward_features(images)
-        finally:
-            attention.fused_attn = fused
-            hook.remove()
-        rows = images.shape[2] // self.patch_embed.patch_size[0]
-        return seen[0][:, :, 0, self.num_prefix_tokens :].unflatten(2, (rows, -1))
+    def encode(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Tokens of the prefix and some patches ``(B, prefix + M, D)`` after the last norm."""
+        tokens = kept_tokens(self._pos_embed(self.patch_embed(images)), kept, self.num_prefix_tokens)
+        return self.norm(self.blocks(self.norm_pre(tokens)))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         positions = self.positions(*x.shape[1:3])
         tokens = x.flatten(1, 2)  # (B, height * width, D)
         if self.no_embed_class:
             tokens = tokens + positions
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
+
+
+class RotaryViT(Eva, TimmViT):
+    """DINOv3's ViT of timm: positions rotate queries and keys; registers follow the class token.
+
+    Own code because timm computes the rotations on the CPU again at every step, and drops patches only at random.
+    """
+
+    def fix_positions(self, rows_first: bool) -> None:
+        """Rotations are fixed already."""
+
+    def encode(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Tokens of the prefix and some patches ``(B, prefix + M, D)`` after the last norm, each with its rotation."""
+        tokens, rotations = self._pos_embed(self.patch_embed(images))
+        tokens = self.norm_pre(kept_tokens(tokens, kept, self.num_prefix_tokens))
+        rotations = rotations[kept][:, None]  # (B, 1, M, 2 * D / heads)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, rope=rotations, use_reentrant=False)
+            else:
+                tokens = block(tokens, rope=rotations)
+        return self.norm(tokens)
+
+    def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = torch.cat([*prefix, x.flatten(1, 2)], dim=1)
+        return self.pos_drop(tokens), self._rotations(*x.shape[1:3])
+
+    def _rotations(self, rows: int, columns: int) -> Tensor:
+        """Sines and cosines ``(rows * columns, 2 * D / heads)`` of a grid of patches."""
+        rope: Any = self.rope
+        if self.any_grid or (self.training and rope.aug_active):
+            return rope.get_embed(shape=(rows, columns))
+        known: dict[Any, Tensor] = self.__dict__.setdefault("_known_rotations", {})
+        grid = (rows, columns, rope.periods.device)
+        if grid not in known:
+            with torch.inference_mode(False):  # what validation asks for first is used in training, too
+                known[grid] = rope.get_embed(shape=(rows, columns))
+        return known[grid]
 
 
 def _resized(grid: Tensor, scale: tuple[float, float]) -> Tensor:

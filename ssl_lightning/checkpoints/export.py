@@ -1,9 +1,10 @@
 """Export of backbones to other programs: timm, torchvision, safetensors and ONNX files, with a model card."""
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -11,6 +12,8 @@ from typing import IO, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ssl_lightning.backbones.own import example_images, is_own, without_wrapper
+from ssl_lightning.backbones.tokens import ViT, only_size
 from ssl_lightning.checkpoints.card import card_of
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.checkpoints.hub import timm_config, upload
@@ -46,9 +49,12 @@ def export(
             model, to export its pretrained weights.
         format: ``timm`` and ``torchvision`` write weights under the names of that library; ``safetensors`` writes
             weights and the name of their backbone, for ``load_backbone``; ``onnx`` writes a graph for batches of any
-            size; ``transformers`` writes a folder for that library.
+            length and images of any size that the backbone takes, or the model card says which; ``transformers``
+            writes a folder for that library.
         output: File or, for transformers, folder to write; the model card gets the same name with the suffix ``.md``,
             or README.md in the folder. Not needed with ``push``.
+        push: Repository of the Hugging Face hub, e.g. ``me/simclr``, which is created if needed. It gets the weights
+            with a configuration that timm and ``load_backbone`` read, or that transformers reads, and the model card.
         backbone: Name of the timm or torchvision model; only for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
         branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
@@ -182,7 +188,7 @@ def _torchvision(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
 
 
 def _safetensors(pretrained: Pretrained, output: Path, weights: Weights | None = None) -> tuple[Write, str]:
-    return _weights(weights or pretrained.backbone.state_dict(), output, _metadata(pretrained)), (
+    return _weights(weights or without_wrapper(pretrained.backbone).state_dict(), output, _metadata(pretrained)), (
         f'from ssl_lightning.checkpoints import load_backbone\n\nfeatures = load_backbone("{output.name}")(images)'
     )
 
@@ -212,45 +218,91 @@ def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
         import onnxscript  # noqa: F401 # torch's exporter needs it
     except ImportError as error:
         raise UserError("the format onnx needs more packages: pip install 'ssl_lightning[onnx]'.") from error
-    size, channels = pretrained.image_transform["size"], pretrained.backbone_kwargs.get("in_chans", 3)
-    model, images = pretrained.backbone, torch.rand(3, channels, size, size)
-    with torch.no_grad():
-        expected = model(images)
-    if sum(value.nbytes for value in model.state_dict().values()) > 2**31 - 2**20:
+    if sum(value.nbytes for value in pretrained.backbone.state_dict().values()) > 2**31 - 2**20:
         raise UserError(
             f"an ONNX file holds at most 2 GB, and the weights of {pretrained.name} are larger; choose another format."
         )
+    failures = []
+    for any_size in (True, False) if only_size(pretrained.backbone) is None else (False,):
+        try:
+            content = _graph(pretrained, any_size)
+            _compare(pretrained, onnxruntime.InferenceSession(content), any_size)
+        except (torch.onnx.OnnxExporterError, _DifferentError) as error:  # e.g. a network that takes only one size
+            failures.append(error)
+            continue
+        side, patch = pretrained.image_transform["size"], getattr(pretrained.backbone, "patch_side", 1)
+        sides = f"sides that {patch} divides" if patch > 1 else "any sides"
+        takes = f"images of {sides}" if any_size else f"images of {side} x {side} px only"
+        return lambda file, content=content: file.write(content), (  # type: ignore[misc]
+            "import onnxruntime\n\n"
+            f'session = onnxruntime.InferenceSession("{output.name}")  # takes {takes}\n'
+            'features = session.run(None, {"images": images.numpy()})[0]'
+        )
+    reason = str(failures[-1]).rpartition("## Exception summary")[2].strip().partition("\n")[0]
+    raise UserError(f"torch cannot write {pretrained.name} as ONNX; choose another format. {reason}")
+
+
+class _DifferentError(Exception):
+    """An ONNX graph that does not give the features of its network."""
+
+
+def _graph(pretrained: Pretrained, any_size: bool) -> bytes:
+    """The backbone as an ONNX graph for batches of any length, and for images of any size if that is wanted."""
+    model, patch = pretrained.backbone, getattr(pretrained.backbone, "patch_side", 1)
+    (images,) = _examples(pretrained, [(5, 0, 0)])  # not as many as channels, which torch would take for the same
+    any_length = torch.export.Dim.DYNAMIC
+    dynamic: dict[int, Any] = {0: any_length}
+    if any_size and patch > 1:
+        batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
+        dynamic = {0: batch, 2: patch * rows, 3: patch * columns}
+    elif any_size:
+        dynamic |= {2: any_length, 3: any_length}
+    if isinstance(model, ViT):
+        model.any_grid = any_size
+    logging.disable(logging.ERROR)  # of torch, about sizes that are not possible
     try:
         # Torch's older exporter fixes the batch of timm's ViTs.
         program = torch.onnx.export(
             model,
             (images,),
             dynamo=True,
-            dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}],
+            dynamic_shapes=[dynamic],
             input_names=["images"],
             output_names=["features"],
             external_data=False,
             verbose=False,
         )
-    except torch.onnx.OnnxExporterError as error:
-        raise UserError(f"torch cannot write {pretrained.name} as ONNX; choose another format. {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+        if isinstance(model, ViT):
+            model.any_grid = False
     assert program is not None
-    content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content)
-    if isinstance(session.get_inputs()[0].shape[0], int):
-        raise UserError(f"torch can write {pretrained.name} as ONNX for one batch size only; choose another format.")
-    for count in (1, 3):
-        (features,) = session.run(None, {"images": images[:count].numpy()})
-        difference = float((torch.from_numpy(features) - expected[:count]).abs().max())
+    return program.model_proto.SerializeToString()
+
+
+def _examples(pretrained: Pretrained, shapes: Iterable[tuple[int, int, int]]) -> list[Tensor]:
+    """Random images: their number, and the further rows and columns of patches (or 32 px) than their usual size."""
+    size, step = pretrained.image_transform["size"], getattr(pretrained.backbone, "patch_side", 32)
+    channels = example_images(pretrained.backbone, 1).shape[1]
+    return [torch.rand(count, channels, size + rows * step, size + columns * step) for count, rows, columns in shapes]
+
+
+def _compare(pretrained: Pretrained, session: Any, any_size: bool) -> None:
+    """Compare the features of a graph with its network's, for batches of several lengths and images of several sizes.
+
+    Raises:
+        _DifferentError: They differ.
+    """
+    for images in _examples(pretrained, [(1, 0, 0), (3, 0, 0), *([(2, 1, 1), (2, 0, 2)] if any_size else [])]):
+        try:
+            with torch.no_grad():
+                expected = pretrained.backbone(images)
+            (features,) = session.run(None, {"images": images.numpy()})
+        except Exception as error:  # of a network for another size, or of onnxruntime
+            raise _DifferentError(str(error)) from error
+        difference = float((torch.from_numpy(features) - expected).abs().max())
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
-            raise UserError(
-                f"the features of {pretrained.name} as ONNX differ by {difference:.1e}; choose another format."
-            )
-    return lambda file: file.write(content), (
-        "import onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{output.name}")\n'
-        'features = session.run(None, {"images": images.numpy()})[0]'
-    )
+            raise _DifferentError(f"Its features differ by {difference:.1e}.")
 
 
 def _weights(weights: Weights, output: Path, metadata: dict[str, str] | None = None) -> Write:
@@ -283,6 +335,8 @@ def _named_as_in(library: str, pretrained: Pretrained) -> tuple[str, dict[str, A
     import timm
     import torchvision
 
+    if is_own(pretrained.name):
+        raise UserError(f"{pretrained.name} is a network of your own; choose the format safetensors or onnx.")
     weights = dict(pretrained.backbone.state_dict())
     home = "torchvision" if type(pretrained.backbone).__module__.startswith("torchvision.") else "timm"
     name = pretrained.name.removeprefix("torchvision/")

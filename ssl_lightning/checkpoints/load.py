@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.names import create_backbone, is_vit
+from ssl_lightning.backbones.own import Backbone, is_own, name_of, without_wrapper
 from ssl_lightning.checkpoints.encoders import choose, shown, tensors_in, under
 from ssl_lightning.checkpoints.fitting import check_hidden, explained, fits_of, misfit
 from ssl_lightning.checkpoints.guess import from_config, from_weights
@@ -30,7 +31,7 @@ class UnnamedBackboneError(UserError):
 
 def load_backbone(
     path: str | Path,
-    backbone: str | None = None,
+    backbone: Backbone | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     branch: str | None = None,
 ) -> nn.Module:
@@ -42,7 +43,8 @@ def load_backbone(
 
     Args:
         path: A file; a folder of timm or transformers, also with ``local-dir:`` before it; or ``hf-hub:NAME``.
-        backbone: Name of the timm or torchvision model; None if the file names it, or its shapes leave no doubt.
+        backbone: Name of the timm or torchvision model, or a network of your own: a module, or the path of its class.
+            None if the file names it, or its shapes leave no doubt.
         backbone_kwargs: Arguments of its builder, e.g. ``{img_size: 96}``.
         branch: Which of several networks in the file to read, by a part of its name, e.g. ``student``; None reads the
             network that the project evaluates.
@@ -56,7 +58,7 @@ def load_backbone(
 
 def read_checkpoint(
     path: str | Path,
-    backbone: str | None = None,
+    backbone: Backbone | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     branch: str | None = None,
 ) -> Pretrained:
@@ -77,7 +79,7 @@ def read_checkpoint(
 def _read(
     path: str | Path,
     checkpoint: dict[str, Any],
-    backbone: str | None,
+    backbone: Backbone | None,
     backbone_kwargs: dict[str, Any] | None,
     branch: str | None,
 ) -> Pretrained:
@@ -94,14 +96,19 @@ def _read(
         backbone, kwargs = _guessed(path, checkpoint, tensors, branch)
     kwargs = {**kwargs, **(backbone_kwargs or {})}
     kwargs.pop("pretrained", None)
-    if is_moco_v3 and backbone.startswith("vit_small"):
+    if is_moco_v3 and is_vit(backbone) and backbone.startswith("vit_small"):
         kwargs.setdefault("num_heads", 12)  # the paper's number, which no weight reveals
     model = create_backbone(backbone, **kwargs).eval()
     model.to(memory_format=torch.channels_last)  # as in training
+    backbone, network = name_of(backbone), without_wrapper(model)
     own = checkpoint.get("evaluated_backbone") if branch is None else None
-    fits, misfits = fits_of(model, tensors, None if own is None else f"state_dict.{own}.")
+    wrapper = "" if network is model else "network."
+    fits, misfits = fits_of(network, tensors, None if own is None else f"state_dict.{own}.{wrapper}")
     if not fits:
-        raise UserError(f"{path} does not hold a {backbone}. {explained(path, checkpoint, tensors, misfits, model)}")
+        why = explained(path, checkpoint, tensors, misfits, network)
+        if is_own(backbone):
+            why += " Give the arguments of its class as backbone_kwargs, or, in Python, the network itself as backbone."
+        raise UserError(f"{path} does not hold a {backbone}. {why}")
     prefix = choose(fits, tensors, branch, path)
     check_hidden(path, checkpoint, tensors, prefix)
     weights, changes = fits[prefix]
@@ -109,7 +116,7 @@ def _read(
         rank_zero_info(f"{path}: read {shown(prefix)}, not {', '.join(others)}; --branch chooses another")
     if changes:
         rank_zero_info(f"{path}: resampled {'; '.join(changes)}")
-    model.load_state_dict(weights, strict=False)
+    network.load_state_dict(weights, strict=False)
     if isinstance(model, AnySizeViT):
         is_mae_or_ijepa = any(_OF_MAE_AND_IJEPA.match(name) for name in tensors)
         if is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions"):
@@ -151,7 +158,7 @@ def _guessed(
 
 def open_backbone(
     source: str,
-    backbone: str | None = None,
+    backbone: Backbone | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     branch: str | None = None,
 ) -> Pretrained:
@@ -176,14 +183,14 @@ def open_backbone(
     name = backbone if source == "untrained" and backbone else source
     model = create_backbone(name, **kwargs, **pretrained).eval()
     model.to(memory_format=torch.channels_last)
-    return Pretrained(model, name, kwargs, image_transform_of(model, own=bool(pretrained)))
+    return Pretrained(model, name_of(name), kwargs, image_transform_of(model, own=bool(pretrained)))
 
 
 _SIZES = ("img_size", "patch_size", "in_chans", "window_size")
 """Arguments of a builder between which weights are resampled."""
 
 
-def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> Weights:
+def weights_for(source: str, backbone: Backbone, backbone_kwargs: dict[str, Any]) -> Weights:
     """The weights of a source, checked to give the same features in a backbone, or resampled to its size.
 
     Args:
@@ -195,6 +202,9 @@ def weights_for(source: str, backbone: str, backbone_kwargs: dict[str, Any]) -> 
         UserError: There is no such source, or it has another backbone; the message says what differs.
     """
     kwargs = {key: value for key, value in backbone_kwargs.items() if key != "pretrained"}
+    if not isinstance(backbone, str):  # a network of one's own, of which nothing but its weights can differ
+        own = open_backbone(source, backbone, kwargs).backbone
+        return own.state_dict()
     with torch.random.fork_rng(devices=[]):
         checkpoint = weights_in(source) if is_source(source) else None
         if checkpoint is not None and named_in(checkpoint)[0] is None:

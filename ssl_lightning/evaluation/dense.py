@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from ssl_lightning.backbones.tokens import as_map
+from ssl_lightning.backbones.tokens import ViT, as_map
 from ssl_lightning.checkpoints import open_backbone, settle_progress
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
@@ -163,9 +163,7 @@ def stages(backbone: nn.Module, name: str, first: int) -> nn.Module:
     import torchvision.models.resnet
     from torchvision.models._utils import IntermediateLayerGetter
 
-    from ssl_lightning.backbones.vit import AnySizeViT
-
-    if isinstance(backbone, AnySizeViT):
+    if isinstance(backbone, ViT):
         return PatchMap(backbone)
     if isinstance(backbone, timm.models.resnet.ResNet | torchvision.models.resnet.ResNet):
         return IntermediateLayerGetter(backbone, {f"layer{first + i}": str(i) for i in range(5 - first)})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_lightning.backbones.names import create_backbone, is_vit
+from ssl_lightning.backbones.names import create_backbone, is_dinov3, is_vit
 from ssl_lightning.checkpoints import Pretrained, open_backbone
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.supervised import SupervisedModule, named_protocol
@@ -210,7 +210,7 @@ def layer_groups(backbone: nn.Module, weight_decay: float, layer_decay: float) -
 def _trainable(pretrained: Pretrained, protocol: FineTuneProtocol) -> nn.Module:
     """The backbone with the protocol's stochastic depth, reading the tokens of a ViT that the protocol reads."""
     kwargs = dict(pretrained.backbone_kwargs)
-    if not is_vit(pretrained.name):
+    if not (is_vit(pretrained.name) or is_dinov3(pretrained.name)):
         if protocol.patch_mean:
             raise UserError("this protocol reads the patch tokens of a ViT; choose another protocol for this backbone.")
         return pretrained.backbone.train()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_lightning.backbones import checkpointing, initialization
 from ssl_lightning.backbones.names import create_backbone
+from ssl_lightning.backbones.own import Backbone, is_own, name_of
 from ssl_lightning.checkpoints import check_fit, describe, rename
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
@@ -26,8 +27,10 @@ class SSLModule(StepTools):
     probes. ``SimCLR`` is the example to read.
 
     Args:
-        backbone: Name of a timm or torchvision model, e.g. resnet50, resnet18_cifar, vit_small_patch16_224.
-        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        backbone: Name of a timm or torchvision model, e.g. resnet50, resnet18_cifar, vit_small_patch16_224; or the
+            path of a class of your own, ``my_module.MyNet``, in Python also a module itself.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``. A checkpoint keeps them, so state
+            them for a module of your own, too.
         optim: Optimizer and learning-rate schedule.
         compile: Whether to speed up the backbones with ``torch.compile``; the first steps wait for the compiler. It
             changes the random numbers of stochastic depth.
@@ -87,7 +90,7 @@ class SSLModule(StepTools):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: Backbone = "resnet50",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim(),
         compile: bool = False,  # noqa: A002 # the word that people look for
@@ -96,15 +99,18 @@ class SSLModule(StepTools):
     ) -> None:
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
-        self.save_hyperparameters(ignore=["optim", *self.unsaved_arguments])
+        self.save_hyperparameters(ignore=["optim", "backbone", *self.unsaved_arguments])
         backbone_kwargs = backbone_kwargs or {}
-        self.save_hyperparameters({"optim": asdict(self.optim), "backbone_kwargs": backbone_kwargs})  # a method's, too
+        self.save_hyperparameters(  # a method's, too
+            {"backbone": name_of(backbone), "backbone_kwargs": backbone_kwargs, "optim": asdict(self.optim)}
+        )
         self.backbone = create_backbone(backbone, **backbone_kwargs)
-        if not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
+        self.own_backbone = is_own(backbone)
+        if not self.own_backbone and not backbone_kwargs.keys() & {"pretrained", "zero_init_last"}:
             initialization.residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type] # set by create_backbone
-        self.pretrained = bool(backbone_kwargs.get("pretrained"))
+        self.pretrained = self.own_backbone or bool(backbone_kwargs.get("pretrained"))  # its weights are to stay
         self._compile, self.checkpoint_blocks, self.init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:
             checkpointing.checkpoint_blocks(self.backbone)

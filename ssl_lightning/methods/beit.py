@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ssl_lightning import losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_vit
-from ssl_lightning.backbones.tokens import called_blocks, masked_tokens, patch_tokens
+from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, Backbone, is_beit, token_vit, vit_defaults
+from ssl_lightning.backbones.own import is_own
+from ssl_lightning.backbones.tokens import called_blocks, grid_of, masked_tokens, patch_tokens
 from ssl_lightning.errors import UserError
 from ssl_lightning.masks import block_masks, checked_ratio, masked_patches
 from ssl_lightning.methods.base import SSLModule
@@ -51,18 +52,17 @@ class BEiT(SSLModule):
         self,
         tokenizer: str | nn.Module = "", num_tokens: int = 8192, mask_ratio: float = 75 / 196,
         smallest_block: int = 16, probe_every: int = 32,
-        backbone: str = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 1.5e-3, lr_scaling="none", weight_decay=0.05, end_lr_factor=1 / 150,
                              warmup_epochs=10),
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        if is_vit(backbone):
-            defaults: dict[str, Any] = {"global_pool": "avg", "fc_norm": False, "init_values": 0.1}
-        elif is_beit(backbone):
-            defaults = BEIT_IN_PRETRAINING
-        else:
-            raise UserError(f"backbone={backbone!r} has no patches to mask; set --model.backbone to a ViT or BEiT.")
-        super().__init__(backbone, {**defaults, "drop_path_rate": 0.1, **(backbone_kwargs or {})}, optim, **kwargs)
+        averaged = vit_defaults(backbone, None, global_pool="avg", fc_norm=False, init_values=0.1)
+        defaults = {**(BEIT_IN_PRETRAINING if is_beit(backbone) else averaged), "drop_path_rate": 0.1}
+        defaults = {} if is_own(backbone) else defaults
+        super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
+        if not is_beit(backbone):
+            token_vit("BEiT", backbone, self.backbone)
         self.save_hyperparameters({"tokenizer": tokenizer if isinstance(tokenizer, str) else ""})
         self.num_tokens, self.mask_ratio = num_tokens, checked_ratio(mask_ratio)
         self.smallest_block, self.probe_every = smallest_block, probe_every
@@ -93,19 +93,10 @@ class BEiT(SSLModule):
         Args:
             images: ``(B, 3, S, S)``.
         """
-        rows, columns = self._grid(images)
+        rows, columns = grid_of(self.backbone, images)
         count = round(self.mask_ratio * rows * columns)
         counts, seeds = [count] * len(images), self.seeds_of_images(len(images))
         return block_masks((rows, columns), counts, self.smallest_block, count, seeds)
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        patch = self._patch_side
-        return images.shape[2] // patch, images.shape[3] // patch
-
-    @property
-    def _patch_side(self) -> int:
-        encoder: Any = self.backbone
-        return encoder.patch_embed.patch_size[0]
 
     @torch.no_grad()
     def words(self, images: Tensor) -> Tensor:
@@ -114,8 +105,8 @@ class BEiT(SSLModule):
         Args:
             images: ``(B, 3, S, S)``.
         """
-        rows, columns = self._grid(images)
-        stride: Any = getattr(self.tokenizer, "stride", self._patch_side)
+        rows, columns = grid_of(self.backbone, images)
+        stride: Any = getattr(self.tokenizer, "stride", images.shape[2] // rows)
         size = rows * stride, columns * stride
         if images.shape[2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)

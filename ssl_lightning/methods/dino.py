@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import vit_defaults
+from ssl_lightning.backbones.names import Backbone, vit_defaults
 from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.methods.base import SSLModule
@@ -59,7 +59,7 @@ class DINO(SSLModule):
         momentum: float = 0.996, center_momentum: float = 0.9,
         hidden_dim: int = 2048, bottleneck_dim: int = 256, norm_last_layer: bool = True,
         freeze_last_layer: int = 1, clip_gradient: float = 3.0, drop_path: float = 0.1,
-        backbone: str = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True,
                              end_lr_factor=0.001),
         **kwargs: Any,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
-from ssl_lightning.backbones.names import token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, layer_scale, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
+from ssl_lightning.backbones.tokens import ViT, called_blocks, layer_scale, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import gather, own_part, reduced, world_size
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.masks import block_masks, masked_patches
@@ -66,12 +66,12 @@ class DINOv2(SSLModule):
         warmup_teacher_temperature_epochs: float = 30, momentum: float = 0.992, center_momentum: float = 0.9,
         hidden_dim: int = 2048, bottleneck_dim: int = 256, freeze_last_layer: int = 1, clip_gradient: float = 3.0,
         drop_path: float = 0.3, layer_decay: float = 0.9, patch_embed_lr: float = 0.2,
-        backbone: str = "vit_large_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "vit_large_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 0.004 / 32, lr_scaling="sqrt", weight_decay=0.04, end_weight_decay=0.4,
                              warmup_inclusive=True, end_lr_factor=1.8e-4), **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, init_values=1e-5), optim, **kwargs)
-        even_drop_path(token_vit("DINOv2", backbone, self.backbone, class_token=True), drop_path)
+        even_drop_path(token_vit("DINOv2", backbone, self.backbone, tokens="class"), drop_path)
         self.centering, self.koleo_weight = centering, koleo_weight
         self.mask_ratio, self.masked_share, self.student_temperature = mask_ratio, masked_share, student_temperature
         self.temperatures = Warmup(warmup_teacher_temperature, teacher_temperature, warmup_teacher_temperature_epochs)
@@ -206,7 +206,7 @@ class DINOv2(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of student and teacher."""
-        return [self.backbone.blocks, self.teacher_backbone.blocks]
+        return [*called_blocks(self.backbone), *called_blocks(self.teacher_backbone)]
 
     def train(self, mode: bool = True) -> "DINOv2":
         """Set the mode of all but the teacher, which stays in eval mode."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
-from ssl_lightning.backbones.tokens import as_map
+from ssl_lightning.backbones.tokens import as_map, called_blocks
 from ssl_lightning.checkpoints import weights_in
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.dinov2 import DINOv2
@@ -78,7 +78,7 @@ class GramAnchoring(DINOv2):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of student, teacher and anchor."""
-        return [*super().compiled_parts, self.gram_backbone.blocks]
+        return [*super().compiled_parts, *called_blocks(self.gram_backbone)]
 
     @torch.no_grad()
     def _anchors(self, crops: Tensor, side: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
+from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.heads import DINOHead, IBOTHead
 from ssl_lightning.masks import block_masks, masked_patches, random_masks
 from ssl_lightning.methods.base import SSLModule
@@ -62,13 +62,13 @@ class IBOT(SSLModule):
         warmup_teacher_temperature: float = 0.04, warmup_teacher_temperature_epochs: int = 30,
         momentum: float = 0.996, center_momentum: float = 0.9, hidden_dim: int = 2048, bottleneck_dim: int = 256,
         norm_last_layer: bool = False, freeze_last_layer: int = 1, clip_gradient: float = 3.0, drop_path: float = 0.1,
-        backbone: str = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True,
                              end_lr_factor=5e-4),
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, drop_path_rate=drop_path), optim, **kwargs)
-        vit = token_vit("IBOT", backbone, self.backbone, class_token=True)
+        vit = token_vit("IBOT", backbone, self.backbone, tokens="class")
         if not self.pretrained:
             initialization.dino(vit)
         self.mask_ratio, self.masked_share, self.mask_shape = mask_ratio, masked_share, mask_shape
@@ -166,7 +166,7 @@ class IBOT(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of student and teacher."""
-        return [self.backbone.blocks, self.teacher_backbone.blocks]
+        return [*called_blocks(self.backbone), *called_blocks(self.teacher_backbone)]
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Entropies of the teacher's assignments, of views and of patches, and the share of prototypes in use."""

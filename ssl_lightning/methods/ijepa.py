@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import token_vit, vit_defaults
+from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.predictor import TokenPredictor
-from ssl_lightning.backbones.tokens import ViT
+from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, patch_tokens
 from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.masks import multi_block, taken
 from ssl_lightning.methods.base import SSLModule
@@ -55,7 +55,7 @@ class IJEPA(SSLModule):
         targets: int = 4, target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5), context_scale: tuple[float, float] = (0.85, 1.0),
         min_context: int = 10, predictor_dim: int = 384, predictor_depth: int = 6, momentum: float = 0.996,
-        backbone: str = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 1.25e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_epochs=40,
                              warmup_start_factor=0.2, end_lr_factor=0.001),
         **kwargs: Any,
@@ -63,16 +63,17 @@ class IJEPA(SSLModule):
         # fc_norm: tokens are normalized before they are pooled
         pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, **pooled), optim, **kwargs)
-        vit = token_vit("IJEPA", backbone, self.backbone, class_token=False)
+        vit = token_vit("IJEPA", backbone, self.backbone, tokens="patches")
         self.targets, self.target_scale, self.target_aspect = targets, target_scale, target_aspect
         self.context_scale, self.min_context, self.momentum = context_scale, min_context, momentum
         if not self.pretrained:
             initialization.ijepa(vit, linear="weight_init" not in (backbone_kwargs or {}))
         self.teacher_backbone = ema.teacher_of(vit)
-        heads: Any = vit.blocks.get_submodule("0.attn").num_heads
+        attention: Any = getattr(vit.blocks[0], "attn", None)
+        heads = getattr(attention, "num_heads", None) or math.gcd(predictor_dim, 12)
         self.predictor = TokenPredictor(
             *(self.embed_dim, predictor_dim, self.embed_dim, predictor_depth, heads),
-            grid=vit.patch_embed.grid_size,
+            grid=grid_of(vit),
             class_token=False,
             checkpoint_blocks=self.checkpoint_blocks,
         ).apply(initialization.normal_linear)
@@ -95,13 +96,11 @@ class IJEPA(SSLModule):
             context: Indices ``(B, C)`` of the patches that the student sees.
             targets: Indices ``(B, T, P)`` of the patches of each target block.
         """
-        vit, (blocks, patches_per_block) = self.backbone, targets.shape[1:]
-        patches = vit.patch_embed(images)  # (B, rows, columns, embed_dim)
-        rows, columns = patches.shape[1:3]
-        patches = taken(patches.flatten(1, 2) + vit.positions(rows, columns), context)  # (B, C, embed_dim)
-        tokens = self.predictor.embed(vit.norm(vit.blocks(patches)))  # (B, C, predictor_dim)
+        blocks, patches_per_block = targets.shape[1:]
+        patches = patch_tokens(self.backbone, self.backbone.encode(images, context))  # (B, C, embed_dim)
+        tokens = self.predictor.embed(patches)  # (B, C, predictor_dim)
 
-        positions = self.predictor.positions_of((rows, columns)).to(tokens.dtype)
+        positions = self.predictor.positions_of(grid_of(self.backbone, images)).to(tokens.dtype)
         positions = positions.expand(len(images), -1, -1)  # (B, N, predictor_dim)
         tokens = tokens + taken(positions, context)
         queries = self.mask_token.to(tokens.dtype) + taken(positions, targets.flatten(1))  # (B, T * P, predictor_dim)
@@ -118,7 +117,7 @@ class IJEPA(SSLModule):
         """Features ``(B, N, embed_dim)`` of all patches, each of mean 0 and variance 1."""
         tokens = self.teacher_backbone.forward_features(images)
         self.record(self.teacher_backbone.forward_head(tokens))
-        return F.layer_norm(tokens, tokens.shape[-1:])
+        return F.layer_norm(patch_tokens(self.backbone, tokens), tokens.shape[-1:])
 
     def draw_blocks(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Indices ``(B, C)`` of context and ``(B, T, P)`` of targets: this process's of the global batch's.
@@ -126,10 +125,11 @@ class IJEPA(SSLModule):
         Args:
             images: ``(B, 3, S, S)``.
         """
-        rows, columns = (side // self.backbone.patch_side for side in images.shape[2:])
         (seed,) = torch.randint(2**62, (1,), generator=self.generator).tolist()
         scales = self.target_scale, self.target_aspect, self.context_scale
-        blocks = multi_block(len(images) * world_size(), (rows, columns), self.targets, *scales, self.min_context, seed)
+        blocks = multi_block(
+            len(images) * world_size(), grid_of(self.backbone, images), self.targets, *scales, self.min_context, seed
+        )
         context, targets = (self.random_to_device(own_part(part)) for part in blocks)
         return context, targets
 
@@ -141,7 +141,7 @@ class IJEPA(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of student, teacher and predictor."""
-        return [self.backbone.blocks, self.teacher_backbone.blocks, self.predictor.blocks]
+        return [*called_blocks(self.backbone), *called_blocks(self.teacher_backbone), self.predictor.blocks]
 
     def teacher_momentum(self, progress: float) -> float:
         """Rises to 1 along a line."""

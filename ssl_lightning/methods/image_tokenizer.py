@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones.own import Backbone, name_of
 from ssl_lightning.backbones.tokens import as_map, only_size
 from ssl_lightning.distributed import rank, reduced, world_size
 from ssl_lightning.errors import UserError
@@ -51,13 +52,16 @@ class ImageTokenizer(SSLModule):
         commitment: float = 0.25,
         restart_below: float = 0.1,
         probe_every: int = 32,
-        backbone: str = "resnet18_cifar",
+        backbone: Backbone = "resnet18_cifar",
         optim: Optim = Optim("adamw", base_lr=5e-4, weight_decay=0.05, warmup_epochs=1),
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, optim=optim, **kwargs)
         if not hasattr(self.backbone, "forward_features"):
-            raise UserError(f"backbone={backbone!r} gives no feature map; set --model.backbone to a model of timm.")
+            raise UserError(
+                f"backbone={name_of(backbone)!r} gives no feature map; set --model.backbone to a model of timm, or to "
+                "one of your own that gives a map (B, D, h, w)."
+            )
         self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
         self.restart_below = restart_below
         side = only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import losses
-from ssl_lightning.backbones.names import vit_defaults
+from ssl_lightning.backbones.names import Backbone, vit_defaults
 from ssl_lightning.backbones.tokens import multi_crop
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -47,7 +47,7 @@ class LeJEPA(SSLModule):
         hidden_dim: int = 2048,
         projection_dim: int = 128,
         drop_path: float = 0.1,
-        backbone: str = "vit_small_patch16_224",
+        backbone: Backbone = "vit_small_patch16_224",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim(
             "adamw",

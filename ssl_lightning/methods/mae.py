@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ssl_lightning import losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import plain_vit, vit_defaults
+from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.predictor import TokenPredictor
-from ssl_lightning.backbones.tokens import ViT
+from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, patch_tokens
 from ssl_lightning.heads import patchify, unpatchify
 from ssl_lightning.masks import checked_ratio, random_masking, taken
 from ssl_lightning.methods.base import SSLModule
@@ -58,21 +58,21 @@ class MAE(SSLModule):
         decoder_heads: int = 16,
         normalize_pixels: bool = True,
         probe_every: int = 32,
-        backbone: str = "vit_base_patch16_224",
+        backbone: Backbone = "vit_base_patch16_224",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 1.5e-4, weight_decay=0.05, warmup_epochs=40, extra={"betas": (0.9, 0.95)}),
         **kwargs: Any,
     ) -> None:
         # fc_norm: tokens are normalized before they are pooled, also by global_pool=avg
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, fc_norm=False), optim, **kwargs)
-        vit = plain_vit("MAE", backbone, self.backbone)
+        vit = token_vit("MAE", backbone, self.backbone, tokens="plain")
         self.mask_ratio, self.normalize_pixels = checked_ratio(mask_ratio), normalize_pixels
         self.patch_size, self.probe_every = vit.patch_side, probe_every
         if not self.pretrained:
             initialization.mae(vit)
         self.decoder = TokenPredictor(
             *(self.embed_dim, decoder_dim, self.patch_size**2 * 3, decoder_depth, decoder_heads),
-            grid=vit.patch_embed.grid_size,
+            grid=grid_of(vit),
             class_token=True,
             checkpoint_blocks=self.checkpoint_blocks,
         ).apply(initialization.xavier_linear)
@@ -95,33 +95,18 @@ class MAE(SSLModule):
         """
         visible, restore, mask = random_masking(noise, self.mask_ratio)
         grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        return self.decode(self.encode(images, visible), restore, grid), mask
-
-    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Tokens of the class token and the visible patches.
-
-        Args:
-            images: ``(B, 3, S, S)``.
-            visible: ``(B, M)`` indices of the patches.
-
-        Returns:
-            ``(B, 1 + M, embed_dim)``.
-        """
-        vit = self.backbone
-        patches = vit.patch_embed(images)  # (B, rows, columns, embed_dim)
-        positions = vit.positions(*patches.shape[1:3])
-        patches = taken(patches.flatten(1, 2) + positions[:, 1:], visible)  # (B, M, embed_dim)
-        class_token = (vit.cls_token + positions[:, :1]).expand(len(images), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([class_token, patches], dim=1)))
+        return self.decode(self.backbone.encode(images, visible), restore, grid), mask
 
     def decode(self, tokens: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pixels ``(B, N, P*P*3)`` of all patches, a mask token in the place of those that the encoder did not see.
 
         Args:
-            tokens: ``(B, 1 + M, embed_dim)``.
+            tokens: ``(B, prefix + M, embed_dim)``; of the prefix only the class token is decoded.
             restore: ``(B, N)`` indices that bring visible, then masked patches into their order.
             grid: Rows and columns of patches.
         """
+        if self.backbone.num_prefix_tokens > 1:
+            tokens = torch.cat([tokens[:, :1], patch_tokens(self.backbone, tokens)], dim=1)
         tokens = self.decoder.embed(tokens)  # (B, 1 + M, decoder_dim)
         masked = self.mask_token.to(tokens.dtype).expand(len(tokens), restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = taken(torch.cat([tokens[:, 1:], masked], dim=1), restore)  # (B, N, decoder_dim)
@@ -139,7 +124,7 @@ class MAE(SSLModule):
     @property
     def compiled_parts(self) -> list[nn.Module]:
         """The blocks of encoder and decoder."""
-        return [self.backbone.blocks, self.decoder.blocks]
+        return [*called_blocks(self.backbone), self.decoder.blocks]
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
         """The visible patches, and next to them the predictions of the others.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
-from ssl_lightning.backbones.names import is_vit, plain_vit
+from ssl_lightning.backbones.names import Backbone, is_vit, token_vit
+from ssl_lightning.backbones.tokens import ViT
 from ssl_lightning.grad_cache import checked_chunk_size, encode_in_chunks
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
@@ -50,24 +51,24 @@ class MoCoV3(SSLModule):
         momentum: float = 0.99,
         hidden_dim: int = 4096,
         projector_dim: int = 256,
-        backbone: str = "resnet50",
+        backbone: Backbone = "resnet50",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("lars", base_lr=0.6, weight_decay=1e-6),
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
 
-        vit, pretrained = is_vit(backbone), (backbone_kwargs or {}).get("pretrained", False)
-        if vit and not pretrained:
+        if is_vit(backbone) and not (backbone_kwargs or {}).get("pretrained", False):
             paper = {"weight_init": "moco", **({"num_heads": 12} if backbone.startswith("vit_small") else {})}
             backbone_kwargs = {**paper, **(backbone_kwargs or {})}
         super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         self.temperature, self.momentum = temperature, momentum
         self.chunk_size = checked_chunk_size(chunk_size)
+        vit = isinstance(self.backbone, ViT)
         if vit:
             self.views = "moco_v3_vit"
-            if not pretrained:
-                initialization.moco_v3(plain_vit("MoCoV3", backbone, self.backbone))
+            if not self.pretrained:
+                initialization.moco_v3(token_vit("MoCoV3", backbone, self.backbone, tokens="plain"))
         layers = 3 if vit else 2
         last_norms = [nn.BatchNorm1d(projector_dim, affine=False) for _ in range(2)]
         self.projector = mlp([self.embed_dim] + [hidden_dim] * (layers - 1) + [projector_dim], last_norm=last_norms[0])

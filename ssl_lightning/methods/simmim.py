@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
-from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, is_beit, is_swin, is_vit
+from ssl_lightning.backbones.names import (
+    BEIT_IN_PRETRAINING,
+    Backbone,
+    is_beit,
+    is_dinov3,
+    is_own,
+    is_swin,
+    is_vit,
+    token_vit,
+)
 from ssl_lightning.backbones.tokens import as_map, called_blocks, masked_tokens
 from ssl_lightning.errors import UserError
 from ssl_lightning.masks import checked_ratio
@@ -48,7 +57,7 @@ class SimMIM(SSLModule):
         mask_ratio: float = 0.6,
         mask_unit: int = 32,
         probe_every: int = 32,
-        backbone: str = "beit_base_patch16_224",
+        backbone: Backbone = "beit_base_patch16_224",
         backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim(
             "adamw",
@@ -67,6 +76,8 @@ class SimMIM(SSLModule):
             defaults = BEIT_IN_PRETRAINING
         elif is_swin(backbone):
             defaults = {"drop_path_rate": 0.0}
+        elif is_dinov3(backbone) or is_own(backbone):
+            defaults = {}
         else:
             raise UserError(
                 f"SimMIM masks single patches, which backbone={backbone!r} cannot; set --model.backbone to a ViT, BEiT "
@@ -74,13 +85,18 @@ class SimMIM(SSLModule):
             )
         super().__init__(backbone, {**defaults, **(backbone_kwargs or {})}, optim, **kwargs)
         encoder: Any = self.backbone
-        self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
+        if is_own(backbone):
+            self.patch_side = self.stride = token_vit("SimMIM", backbone, encoder).patch_side
+            width = self.embed_dim
+        else:
+            self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
+            width = encoder.patch_embed.proj.out_channels
         if mask_unit % self.patch_side:
             raise UserError(
                 f"--model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."
             )
         self.mask_ratio, self.mask_unit, self.probe_every = checked_ratio(mask_ratio), mask_unit, probe_every
-        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.patch_embed.proj.out_channels))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Sequential(nn.Conv2d(self.embed_dim, self.stride**2 * 3, 1), nn.PixelShuffle(self.stride))
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ssl_lightning import RunRecord, UserError
 from ssl_lightning.cli import main
-from ssl_lightning.commands.report import report, watch
+from ssl_lightning.commands.report import report
 from ssl_lightning.loggers import AppendingCSVLogger
 from tests.small import digits, simclr, trainer
 

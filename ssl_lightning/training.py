@@ -218,8 +218,8 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
     ):
         others = "smaller ones may follow" if method.local_views else "and no others"
         raise UserError(
-            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; --data.views gives "
-            f"{', '.join(f'{size} px' for size in sizes)}."
+            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; --data.views or "
+            f"--data.transform gives {', '.join(f'{size} px' for size in sizes)}."
         )
     if global_batch < 2:
         raise UserError("a batch of 1 image has no BatchNorm and no negatives; set --data.batch_size to 2 or more.")

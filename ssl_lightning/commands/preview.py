@@ -23,7 +23,7 @@ def run(
         num_rows: Number of images in the picture, one per row.
         num_images: Number of images to measure.
     """
-    datamodule.views = model.views if datamodule.views is None else datamodule.views
+    datamodule.method = model
     preview = datamodule.preview(num_rows, num_images)
     preview.sheet.save(output)
     print(f"{output}\n{preview}")

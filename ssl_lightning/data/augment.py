@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,6 +58,9 @@ def _steps(
     ]
     drawn: list[_Drawn] = [
         (flip, numbers.flip, []),
+        (vertical_flip, numbers.vertical_flip, []),
+        *((functools.partial(quarter_turn, turns=turns), numbers.quarter_turns == turns, []) for turns in (1, 2, 3)),
+        (rotate, numbers.degrees != 0, [numbers.degrees]),
         *(gray + jitter if spec.grayscale_first else jitter + gray),
         (blurring, numbers.sigmas > 0, [numbers.sigmas]),
         (solarizing, numbers.solarize, []),
@@ -79,6 +83,33 @@ def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
 def flip(images: Tensor) -> Tensor:
     """Flip ``(N, C, H, W)`` images horizontally."""
     return images.flip(-1)
+
+
+def vertical_flip(images: Tensor) -> Tensor:
+    """Flip ``(N, C, H, W)`` images vertically."""
+    return images.flip(-2)
+
+
+def quarter_turn(images: Tensor, turns: int) -> Tensor:
+    """Turn square ``(N, C, S, S)`` images counterclockwise by 90 degrees, ``turns`` times."""
+    return images.rot90(turns, (-2, -1))
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotate ``(N, C, H, W)`` images counterclockwise around their centers, bilinear, with black outside.
+
+    Args:
+        images: The images.
+        degrees: ``(N,)`` angles.
+    """
+    height, width = images.shape[-2:]
+    y, x = (torch.arange(side, device=images.device) + (0.5 - side / 2) for side in (height, width))
+    y, x = y[:, None], x[None]
+    radians = torch.deg2rad(degrees).view(-1, 1, 1)
+    cosines, sines = radians.cos(), radians.sin()
+    columns, rows = cosines * x - sines * y, sines * x + cosines * y  # (N, H, W) where to read, in pixels
+    grid = torch.stack([columns / (width / 2), rows / (height / 2)], -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """SSLDataModule: views for training and plain images for evaluation, from any source of images."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,53 +15,16 @@ from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
 from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable, fit_in_memory
 from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.module import DataModule
+from ssl_lightning.data.pairs import Pairs, check_positives, view_sources
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
+from ssl_lightning.data.transforms import OwnViews, first_image
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
 
 _TRANSFORM_KEYS = ("interpolation", "mean", "std")
-
-
-class DataModule(L.LightningDataModule):
-    """Base of every data module: gives loaders the seed, the process, and the position in the training.
-
-    Args:
-        num_workers: Processes that load images. None means one per CPU core, at most 8.
-        seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
-    """
-
-    def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
-        super().__init__()
-        self.num_workers, self.seed = num_workers, seed
-
-    @property
-    def _loading_processes(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores)
-
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    def _position(self) -> tuple[int, int] | None:
-        """During training: the epoch and how many of its batches are done, also after a resume."""
-        trainer: Any = self.trainer  # its class does not declare overfit_batches
-        if trainer is None or not trainer.training:
-            return None
-        epoch = 0 if trainer.overfit_batches else trainer.current_epoch  # overfitting repeats the same batches
-        return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 class SSLDataModule(DataModule):
@@ -75,6 +36,17 @@ class SSLDataModule(DataModule):
         batch_size: Images per batch and process, not counting views.
         views: The training views: the name of a preset (simclr, byol, dino, ...) or a list of views. None means the
             views of the method.
+        transform: Your own augmentation in place of ``views``: a class such as my_module.MyTransform or
+            lightly.transforms.DINOTransform with its arguments, or in Python any callable. It takes a Pillow image (a
+            tensor ``(C, H, W)`` unless there are 1 or 3 channels; albumentations get an array) and returns a list of
+            views; one that returns a single view is called once per view. It runs in the workers and is slower: where
+            we measured, lightly's transforms took 2.5 to 9 times as long as ``views`` of the same method. The random
+            numbers of Python, numpy, torch and albumentations are seeded for each image.
+        positives: Which images form positive pairs: ``folder``, another image of the same subfolder; ``next``, the next
+            file of the same folder; or a regular expression, images whose names below the root share what its first
+            group matches. The views of full size then show the image and its partner alternately, and so do local
+            crops. None means both views of a pair show the same image.
+        pair_distance: With ``next``, how many files ahead a partner may be; it is drawn from all of these.
         image_size: Side in pixels of evaluation images and of a preset's largest views. None means the image size of
             the evaluated checkpoint, else the default of the data class (224 unless it says otherwise).
         crop_fraction: Fraction of the shorter side that the central crop of evaluation keeps. None means the fraction
@@ -95,6 +67,9 @@ class SSLDataModule(DataModule):
         self,
         batch_size: int = 64,
         views: str | list[ViewSpec] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        positives: str | None = None,
+        pair_distance: int = 1,
         image_size: int | None = None,
         crop_fraction: float | None = None,
         train_samples: int | None = None,
@@ -107,7 +82,11 @@ class SSLDataModule(DataModule):
         super().__init__(num_workers, seed)
         if batch_size < 2:
             raise UserError(f"--data.batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
-        self.batch_size, self.views = batch_size, views
+        if views is not None and transform is not None:
+            raise UserError("--data.transform makes the views itself; leave out --data.views, or set it to null.")
+        check_positives(positives, pair_distance)
+        self.batch_size, self.views, self.transform = batch_size, views, transform
+        self.positives, self.pair_distance = positives, pair_distance
         self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
         self.max_unreadable = max_unreadable
@@ -118,7 +97,11 @@ class SSLDataModule(DataModule):
         """Name of each unreadable image so far, and the reason."""
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
         """Returns the indices of the ``train`` and ``val`` images that ``predict`` leaves out."""
+        self.method: Any = None
+        """The method to make views for, if there is no trainer that knows it."""
         self._run_folder = Path()
+        self._pairs = ""
+        self._own: OwnViews | None = None
 
     def load(self) -> None:
         """Set ``train_images``, and ``val_images`` if there are any: the only method a subclass must write.
@@ -137,7 +120,7 @@ class SSLDataModule(DataModule):
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         self.load()
         train, val = (
-            self._prepared(self.train_images, self.train_samples),
+            self._prepared(self.train_images, self.train_samples, self.positives),
             self._prepared(self.val_images, self.val_samples),
         )
         self.train_images, self.val_images = train, val
@@ -147,11 +130,15 @@ class SSLDataModule(DataModule):
         counts = f"{self._train_size:,} images to train on, {len(val or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
-    def _prepared(self, images: Images | None, samples: int | None) -> Images | None:
+    def _prepared(self, images: Images | None, samples: int | None, positives: str | None = None) -> Images | None:
         if images is None:
             return None
         if samples is not None and samples < len(images):
             images = images.subset(spread(np.arange(len(images)), samples))
+        if positives is not None:
+            images.pairs = Pairs(images, positives, self.pair_distance)
+            self._pairs = str(images.pairs)
+            rank_zero_info(f"--data.positives {self._pairs}")
         if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
             return images
         rank_zero_info(f"Decoding {len(images):,} images into memory ...")
@@ -188,9 +175,12 @@ class SSLDataModule(DataModule):
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
         """The training views: the ones given, else the method's, else SimCLR's."""
+        if self.transform is not None:
+            return self._own_views(self.transform).specs
+        patch = getattr(getattr(self._module, "backbone", None), "patch_side", 1)
         if self.views is not None:
-            return resolve(self.views, self.image_size)
-        specs = resolve(getattr(self._module, "views", "simclr"), self.image_size)
+            return resolve(self.views, self.image_size, patch)
+        specs = resolve(getattr(self._module, "views", "simclr"), self.image_size, patch)
         checkpoint = self._checkpoint_transform
         transform = {key: checkpoint[key] for key in _TRANSFORM_KEYS if key in checkpoint}
         return tuple(replace(spec, **transform) for spec in specs)
@@ -206,7 +196,10 @@ class SSLDataModule(DataModule):
     @property
     def facts(self) -> dict[str, Any]:
         """What checkpoints record about the data."""
-        return {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
+        facts = {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
+        if self.positives is not None:
+            facts["pairs"] = self._pairs
+        return facts if self._own is None else {**facts, "transform": self._own.name}
 
     # Loaders
 
@@ -227,12 +220,17 @@ class SSLDataModule(DataModule):
         images = self.train_stream or self._training_images
         for spec in self.view_specs:
             spec.check_channels(images.channels)
+        if self.positives is not None and not view_sources(self.view_specs).any():
+            raise UserError(
+                f"--data.positives {self.positives} needs two views of each image, but here is one; leave it out, or "
+                "choose a --model of several views."
+            )
         workers = self._workers(images)
         if isinstance(images, ImageStream):
-            stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size)
+            stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size, self._own)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
-        dataset = ViewDataset(images, self.view_specs, self._seed)
+        dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 
     def train_labelled_dataloader(self, max_samples: int | None = None) -> Loader | list[Any]:
@@ -302,7 +300,8 @@ class SSLDataModule(DataModule):
         return Loader(dataset, order, self._workers(images))
 
     def _workers(self, images: Images | ImageStream) -> int:
-        return 0 if self.num_workers is None and isinstance(images, ImageArray) else self._loading_processes
+        quick = isinstance(images, ImageArray) and self.transform is None
+        return 0 if self.num_workers is None and quick else self._loading_processes
 
     def preview(self, num_rows: int = 8, num_images: int = 256) -> Preview:
         """Make the first training views exactly as training does, and return a picture and a few numbers.
@@ -362,7 +361,15 @@ class SSLDataModule(DataModule):
 
     @property
     def _module(self) -> Any:
-        return getattr(self.trainer, "lightning_module", None)
+        return getattr(self.trainer, "lightning_module", None) or self.method
+
+    def _own_views(self, transform: Callable[[Any], Any]) -> OwnViews:
+        """What is known of the views of a transform after a first call, on the first image that can be read."""
+        if self._own is None:
+            wanted = getattr(self._module, "global_views", None) or 2
+            self._own = OwnViews(transform, first_image(self.train_stream or self._training_images), wanted)
+            rank_zero_info(str(self._own))
+        return self._own
 
     @property
     def _checkpoint_transform(self) -> dict[str, Any]:

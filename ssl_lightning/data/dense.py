@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ssl_lightning.data.base import DataModule
 from ssl_lightning.data.images import ImageFiles
 from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.module import DataModule
 from ssl_lightning.data.randomness import uniforms
 from ssl_lightning.data.sampler import BatchKey, OrderedBatches, ShuffledBatches
 from ssl_lightning.errors import UserError

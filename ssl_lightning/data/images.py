@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,10 +38,12 @@ class Images(ABC):
     Attributes:
         labels: ``(N,)`` class of each image; -1 is unknown. None if there are no labels.
         channels: Number of channels of each image.
+        pairs: Knows the partner of each image; None if images have no partners, or ``partner`` is overridden.
     """
 
     labels: Labels | None = None
     channels: int = 3
+    pairs: "Partners | None" = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Images(ABC):
         return image.decode(image.height)
 
     def subset(self, indices: NDArray[np.int64]) -> "Images":
-        """Some of the images."""
+        """Some of the images, in ascending order."""
         return _Subset(self, indices)
 
     def fingerprint(self) -> str | None:
@@ -76,6 +78,33 @@ class Images(ABC):
     def order(self, random: np.random.Generator) -> NDArray[np.int64]:
         """The order of an epoch: a random permutation."""
         return random.permutation(len(self))
+
+    def path(self, index: int) -> str | None:
+        """The name by which ``--data.positives`` groups an image, without the root; None if images have no names."""
+        return self.name(index)
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        """An image that shows the same as another: the views of a positive pair come from both.
+
+        Override it in a source of your own. Without a partner, return the index itself.
+
+        Args:
+            index: The image.
+            random: The only source of random numbers to use. They depend on the seed, the epoch and the image.
+        """
+        return index if self.pairs is None else self.pairs.partner(index, random)
+
+    @property
+    def paired(self) -> bool:
+        """Whether images have partners."""
+        return self.pairs is not None or type(self).partner is not Images.partner
+
+
+class Partners(Protocol):
+    """Something that knows the partner of an image."""
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        """See ``Images.partner``."""
 
 
 class _Subset(Images):
@@ -92,6 +121,23 @@ class _Subset(Images):
 
     def open(self, index: int) -> OpenedImage:
         return self.images.open(int(self.indices[index]))
+
+    def path(self, index: int) -> str | None:
+        return self.images.path(int(self.indices[index]))
+
+    @property
+    def paired(self) -> bool:
+        return self.pairs is not None or self.images.paired
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        if self.pairs is not None:
+            return self.pairs.partner(index, random)
+        for _ in range(10):  # a partner may lie outside of the subset
+            partner = self.images.partner(int(self.indices[index]), random)
+            position = int(np.searchsorted(self.indices, partner))
+            if position < len(self) and self.indices[position] == partner:
+                return position
+        return index
 
     def fingerprint(self) -> str | None:
         fingerprint = self.images.fingerprint()
@@ -126,6 +172,10 @@ class ImageFiles(Images):
         with open(self.name(index), "rb") as file:
             return open_image(file.read())
 
+    def path(self, index: int) -> str:
+        """The path below the root."""
+        return os.fsdecode(self.paths[index])
+
     def fingerprint(self) -> str:
         """A hash of the paths, sizes and modification times of the files."""
         return _digest(self.paths, np.array([_size_and_time(self.name(index)) for index in range(len(self))]))
@@ -150,6 +200,9 @@ class DatasetImages(Images):
     def name(self, index: int) -> str:
         """The number of the example."""
         return f"example {index}"
+
+    def path(self, index: int) -> None:
+        """Examples have no names."""
 
     def open(self, index: int) -> OpenedImage:
         """Open the image of the example."""
@@ -190,6 +243,10 @@ class ImageArray(Images):
     def name(self, index: int) -> str:
         """Its name, or its index."""
         return f"image {index}" if self.names is None else str(self.names[index])
+
+    def path(self, index: int) -> str | None:
+        """Its name, if it has one."""
+        return None if self.names is None else str(self.names[index])
 
     def open(self, index: int) -> OpenedImage:
         """The image, which is already decoded."""
@@ -233,7 +290,9 @@ class ImageArray(Images):
         if not images:
             raise UserError(f"none of {len(files)} files could be read as an image, e.g. {': '.join(unreadable[0])}")
         names = np.array([files.name(index) for index in read])
-        return cls(torch.stack(images), None if files.labels is None else files.labels[read], names), unreadable
+        array = cls(torch.stack(images), None if files.labels is None else files.labels[read], names)
+        array.pairs = _Subset(files, np.array(read)) if files.paired else None
+        return array, unreadable
 
 
 class MixedSizesError(UserError):

@@ -302,6 +302,10 @@ class ShardImages(Images):
         """The tar file, and the name in the tar file."""
         return f"{self.urls[self._shard_index(index)]}/{os.fsdecode(self.names[index])}"
 
+    def path(self, index: int) -> str:
+        """The name in the tar file."""
+        return os.fsdecode(self.names[index])
+
     def open(self, index: int) -> OpenedImage:
         """Read the image from its tar file."""
         shard, size = self._shard_index(index), int(self.sizes[index])

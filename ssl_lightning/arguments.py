@@ -56,6 +56,8 @@ def _shortened(message: str) -> str:
         names = sorted(_public_subclasses(SSLModule if key == "model" else SSLDataModule))
         hint = did_you_mean(name, names)
         return f"--{key} {name}: no such class; {hint}Choose from {', '.join(names)}, or give my_module.MyClass."
+    transform = r'Parser key "transform":\s+- (Type \S+ \S+ expects .*?: )?'
+    message = re.sub(transform, "--data.transform takes a callable such as my_module.MyTransform. ", message)
     noise = ("Subtypes: ", "Errors:", "Given value", "Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if "is not accepted" in message:

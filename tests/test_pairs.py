@@ -145,7 +145,7 @@ def test_the_run_says_how_many_have_partners(videos: Path, tmp_path: Path) -> No
     Image.new("RGB", (8, 8)).save(videos / "v3" / "single.png")
     data = ImageFolderData(str(videos), views=TWO, positives="folder", val_fraction=0.0, batch_size=8, num_workers=0)
     trainer(tmp_path, max_steps=1).fit(simclr(), data)
-    assert data.facts["pairs"] == "folder: 30 of 31 images have a partner, 1 are paired with themselves"
+    assert data.facts["pairs"] == "folder: 30 of 31 images have a partner; the rest are paired with themselves"
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,8 @@ class Pairs:
     def __str__(self) -> str:
         rule = self.positives if self.distance is None else f"{self.positives}, up to {self.distance} further"
         count = len(self.order)
-        return f"{rule}: {count - self.single:,} of {count:,} images have a partner" + (
-            f", {self.single:,} are paired with themselves" if self.single else ""
-        )
+        rest = "; the rest are paired with themselves" if self.single else ""
+        return f"{rule}: {count - self.single:,} of {count:,} images have a partner{rest}"
 
     def partner(self, index: int, random: np.random.Generator) -> int:
         """A random partner of an image; the image itself if it has none.

@@ -130,5 +130,6 @@ def _encoded(pixels: NDArray[Any], quality: int) -> tuple[bytes, str]:
     else:
         import tifffile  # it has read them
 
-        tifffile.imwrite(file, pixels, compression="zlib", photometric="minisblack")
+        layout = {} if bands == 1 else {"planarconfig": "contig"}
+        tifffile.imwrite(file, pixels, compression="zlib", photometric="minisblack", **layout)
     return file.getvalue(), ".tif"

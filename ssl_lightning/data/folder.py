@@ -14,10 +14,10 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.formats import is_image, suffixes
 from ssl_lightning.data.images import ImageFiles, Images, Labels
 from ssl_lightning.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 
 
@@ -132,7 +132,7 @@ def find_images(root: Path) -> FolderListing:
                 times=times,
             )
     if len(listing.paths) == 0:
-        raise UserError(f"no images below {root}; looked for files ending in {', '.join(IMAGE_SUFFIXES)}.")
+        raise UserError(f"no images below {root}; looked for files ending in {', '.join(sorted(suffixes()))}.")
     return listing
 
 
@@ -173,7 +173,7 @@ def _scan(root: Path) -> tuple[FolderListing, list[str]]:
             folder = os.path.relpath(path, root)
             folder = "" if folder == "." else folder
             all_folders.append(folder)
-            names = sorted(name for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES))
+            names = sorted(name for name in files if not name.startswith(".") and is_image(name))
             if names:
                 paths += [os.fsencode(os.path.join(folder, name)) for name in names]
                 folders.append(folder)

@@ -27,9 +27,9 @@ class RawViews(NamedTuple):
     """A training batch of B images as the workers send it, before augmentation."""
 
     images: Tensor | None
-    """``(B, C, H, W)`` uint8 if the device crops, else None."""
+    """``(B, C, H, W)`` if the device crops, else None: uint8, or float32 from 0 to 255."""
     crops: list[Tensor]
-    """For each ViewSpec ``(count * B, C, S, S)`` uint8 crops, or ``(count * B, 4)`` boxes if the device crops."""
+    """For each ViewSpec ``(count * B, C, S, S)`` crops of that dtype, or ``(count * B, 4)`` boxes if the device crops."""
     augmentations: list[Augmentation]
     """For each ViewSpec the random numbers of its ``count * B`` crops."""
     labels: Tensor
@@ -79,7 +79,7 @@ _CPU_CHUNK = 2**20
 
 
 class PlainImages(NamedTuple):
-    """An evaluation batch: uint8 as the workers send it, float and normalized on the device."""
+    """An evaluation batch: values from 0 to 255 as the workers send it, float and normalized on the device."""
 
     images: Tensor
     """``(B, C, S, S)``."""

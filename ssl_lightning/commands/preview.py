@@ -3,6 +3,7 @@
 import lightning as L
 
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.look import input_channels
 from ssl_lightning.methods.base import SSLModule
 
 
@@ -23,6 +24,7 @@ def run(
         num_rows: Number of images in the picture, one per row.
         num_images: Number of images to measure.
     """
+    datamodule.backbone_channels = input_channels(model)
     datamodule.method = model
     preview = datamodule.preview(num_rows, num_images)
     preview.sheet.save(output)

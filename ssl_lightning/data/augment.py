@@ -113,14 +113,20 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend ``(N, 3, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
+    """Blend ``(N, C, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
     return images.mul_(_per_image(factors)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend ``(N, 3, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``."""
-    red, green, blue = images.mean((-2, -1)).unbind(1)
-    mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a matrix product would depend on N
+    """Blend ``(N, C, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``.
+
+    The gray of three channels is their luma, of any other number their mean.
+    """
+    if images.shape[1] == 3:
+        red, green, blue = images.mean((-2, -1)).unbind(1)
+        mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a matrix product would depend on N
+    else:
+        mean = images.mean((-3, -2, -1))
     return images.mul_(_per_image(factors)).add_(_per_image(mean * (1 - factors))).clamp_(0, 1)
 
 
@@ -241,22 +247,23 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
     Equals torchvision's crop and antialiased resize of uint8 images, up to the rounding of its fixed-point weights.
 
     Args:
-        images: ``(N, C, H, W)``, uint8.
+        images: ``(N, C, H, W)``, uint8, or float32 from 0 to 255.
         boxes: ``(N, 4)``: top, left, height, width in pixels.
         size: Side of the result in pixels.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        ``(N, C, size, size)``, float32, integers from 0 to 255.
+        ``(N, C, size, size)``, float32 from 0 to 255; integers if the images are uint8.
     """
     top, left, height, width = boxes.float().unbind(1)
     rows = _resize_weights(top, height, images.shape[-2], size, interpolation)  # (N, S, H)
     columns = _resize_weights(left, width, images.shape[-1], size, interpolation)  # (N, S, W)
     # One product for all channels of an image, because small products are slow. Columns first, and rounded twice, as in
     # Pillow.
-    x = (images.float().flatten(1, 2) @ columns.mT).round_().clamp_(0, 255)  # (N, C * H, S)
+    rounded = Tensor.round_ if images.dtype == torch.uint8 else torch.positive
+    x = rounded(images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (N, C * H, S)
     x = x.unflatten(1, images.shape[1:3]).transpose(1, 2).flatten(2)  # (N, H, C * S)
-    x = (rows @ x).round_().clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
+    x = rounded(rows @ x).clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
     return x.transpose(1, 2)
 
 

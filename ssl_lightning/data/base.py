@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,14 +13,24 @@ from numpy.typing import NDArray
 
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
-from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable, fit_in_memory
+from ssl_lightning.data.images import (
+    ImageArray,
+    Images,
+    ImageStream,
+    MixedSizesError,
+    PreparedImages,
+    Unreadable,
+    fit_in_memory,
+)
 from ssl_lightning.data.loader import Loader
-from ssl_lightning.data.module import DataModule
+from ssl_lightning.data.look import input_channels, look_at, number_of_channels, statistics
 from ssl_lightning.data.pairs import Pairs, check_positives, view_sources
+from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.preview import Preview, preview
+from ssl_lightning.data.process import DataModule
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
 from ssl_lightning.data.transforms import OwnViews, first_image
-from ssl_lightning.data.views import ViewSpec, resolve
+from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, adapted, color_operations, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
 
@@ -59,6 +69,10 @@ class SSLDataModule(DataModule):
         seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
         max_unreadable: Fraction of the images that may be unreadable. Such images are skipped and listed; a larger
             fraction stops the run.
+        channels: Convert the images to gray (1) or to color (3). None keeps the channels of the files, but converts
+            gray and color images to what the backbone takes.
+        value_range: The values that become black and white in images of more than 8 bits, for all images alike.
+            ``auto`` finds them in up to 256 images, or takes those of the evaluated checkpoint.
     """
 
     default_image_size: int = 224
@@ -78,6 +92,8 @@ class SSLDataModule(DataModule):
         num_workers: int | None = None,
         seed: int | None = None,
         max_unreadable: float = 0.01,
+        channels: Literal[1, 3] | None = None,
+        value_range: Literal["auto"] | tuple[float, float] = "auto",
     ) -> None:
         super().__init__(num_workers, seed)
         if batch_size < 2:
@@ -89,7 +105,14 @@ class SSLDataModule(DataModule):
         self.positives, self.pair_distance = positives, pair_distance
         self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
-        self.max_unreadable = max_unreadable
+        if value_range != "auto" and not float(value_range[0]) < float(value_range[1]):
+            raise UserError(f"--data.value_range={value_range} must be two numbers, the smaller one first, or auto.")
+        self.max_unreadable, self.channels, self.value_range = max_unreadable, channels, value_range
+        self.backbone_channels: int | None = None
+        """Number of channels that the backbone takes. None means the backbone of the trainer's method, if any."""
+        self._preparation: Preparation | None = None
+        self._statistics: Statistics | None = None
+        self._example: tuple[str, int | None] | None = None
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
@@ -112,34 +135,76 @@ class SSLDataModule(DataModule):
         raise NotImplementedError(f"{type(self).__name__} must define load() and set self.train_images there")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images, once, and check them."""
-        if self.train_images is not None or self.train_stream is not None:
+        """Load the images, once for backbones of the same number of channels, and check them."""
+        wanted = self._wanted_channels
+        is_loaded = self.train_images is not None or self.train_stream is not None
+        if is_loaded and (wanted is None or self._preparation is None or self._preparation.channels == wanted):
             return
         if self.trainer is not None:
             folder = run_folder(self.trainer) or self.trainer.default_root_dir
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         self.load()
-        train, val = (
-            self._prepared(self.train_images, self.train_samples, self.positives),
-            self._prepared(self.val_images, self.val_samples),
-        )
-        self.train_images, self.val_images = train, val
+        self.train_images = self._some(self.train_images, self.train_samples)
+        self.val_images = self._some(self.val_images, self.val_samples)
+        if self.positives is not None and self.train_stream is None and self.train_images is not None:
+            self.train_images.pairs = Pairs(self.train_images, self.positives, self.pair_distance)
+            self._pairs = str(self.train_images.pairs)
+            rank_zero_info(f"--data.positives {self._pairs}")
+        try:
+            self._look()
+        except UserError:
+            self.train_images = self.train_stream = self.val_images = None  # so that nothing goes on unprepared
+            raise
+        self.train_images, self.val_images = self._prepared(self.train_images), self._prepared(self.val_images)
         if self._train_size < 2:
             raise UserError(f"{type(self).__name__} has fewer than 2 images to train on; point it at more images.")
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
-        counts = f"{self._train_size:,} images to train on, {len(val or []):,} to validate on"
+        counts = f"{self._train_size:,} images to train on, {len(self.val_images or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
-    def _prepared(self, images: Images | None, samples: int | None, positives: str | None = None) -> Images | None:
-        if images is None:
-            return None
-        if samples is not None and samples < len(images):
-            images = images.subset(spread(np.arange(len(images)), samples))
-        if positives is not None:
-            images.pairs = Pairs(images, positives, self.pair_distance)
-            self._pairs = str(images.pairs)
-            rank_zero_info(f"--data.positives {self._pairs}")
-        if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
+    def _some(self, images: Images | None, samples: int | None) -> Images | None:
+        if images is None or samples is None or samples >= len(images):
+            return images
+        return images.subset(spread(np.arange(len(images)), samples))
+
+    def _look(self) -> None:
+        """Look at the images, and decide how the pixels of all of them are made alike."""
+        images = self.train_images or (self.train_stream and self.train_stream.first(32)) or self.val_images
+        if images is None or len(images) == 0:
+            return
+        known = self._checkpoint_transform
+        given = self.channels or known.get("channels")
+        look = look_at(images, may_differ=self.channels is not None)
+        channels = number_of_channels(look, given, self._wanted_channels, trains=not known)
+        chosen = known.get("value_range", "auto") if self.value_range == "auto" else self.value_range
+        is_deep = look.value_range is not None
+        value_range = look.value_range if chosen == "auto" else (float(chosen[0]), float(chosen[1]))
+        self._example = None if self.channels else (look.example, look.channels)
+        self._preparation = Preparation(channels, value_range if is_deep else None, is_deep)
+        own = self._own_specs[0]
+        has_own_views = not isinstance(self.views, str | None) and own.mean != IMAGENET_MEAN
+        is_given = len(own.mean) == channels if known else has_own_views
+        if is_deep and value_range is not None:
+            low, high = value_range
+            rank_zero_info(f"values from {low:g} to {high:g} become black to white; choose with --data.value_range")
+        if channels != (look.channels or 3) or channels != 3:
+            origin = "" if look.channels in (None, channels) else f", made from {look.channels}"
+            rank_zero_info(f"images of {channels} channel{'s' * (channels > 1)}{origin}, e.g. {look.example}")
+        if self.transform is not None:
+            return  # it makes the views itself
+        if channels != 3 and (left_out := color_operations(self._own_specs)):
+            rank_zero_info(f"the views leave out {', '.join(left_out)}: they are for images of 3 channels")
+        if (is_deep or channels != 3) and not is_given:
+            self._statistics = statistics(images, self._preparation)
+            rank_zero_info(f"mean {[*self._statistics[0]]}, standard deviation {[*self._statistics[1]]}")
+
+    def _prepared(self, images: Images | None) -> Images | None:
+        if images is None or self._preparation is None:
+            return images
+        if isinstance(images, ImageArray):
+            return images.prepared(self._preparation)
+        images = PreparedImages(images, self._preparation, self._example)
+        if not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
             return images
         rank_zero_info(f"Decoding {len(images):,} images into memory ...")
         try:
@@ -174,9 +239,15 @@ class SSLDataModule(DataModule):
 
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
-        """The training views: the ones given, else the method's, else SimCLR's."""
+        """The training views: the ones given, else the method's, else SimCLR's, for the channels of the images."""
         if self.transform is not None:
             return self._own_views(self.transform).specs
+        if self._preparation is None:
+            return self._own_specs
+        return adapted(self._own_specs, self._preparation.channels, self._statistics)
+
+    @property
+    def _own_specs(self) -> tuple[ViewSpec, ...]:
         patch = getattr(getattr(self._module, "backbone", None), "patch_side", 1)
         if self.views is not None:
             return resolve(self.views, self.image_size, patch)
@@ -189,9 +260,14 @@ class SSLDataModule(DataModule):
     def image_transform(self) -> dict[str, Any]:
         """How plain images are prepared. Checkpoints keep it, so that evaluation prepares its images the same way."""
         spec = self._eval_spec
-        return {"size": spec.size, "crop_fraction": self.crop_fraction} | {
+        transform = {"size": spec.size, "crop_fraction": self.crop_fraction} | {
             key: getattr(spec, key) for key in _TRANSFORM_KEYS
         }
+        if self._preparation is not None and self._preparation.channels != 3:
+            transform["channels"] = self._preparation.channels
+        if self._preparation is not None and self._preparation.value_range is not None:
+            transform["value_range"] = self._preparation.value_range
+        return transform
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -218,16 +294,16 @@ class SSLDataModule(DataModule):
             )
             self.batch_size = batch_size
         images = self.train_stream or self._training_images
-        for spec in self.view_specs:
-            spec.check_channels(images.channels)
         if self.positives is not None and not view_sources(self.view_specs).any():
             raise UserError(
                 f"--data.positives {self.positives} needs two views of each image, but here is one; leave it out, or "
                 "choose a --model of several views."
             )
-        workers = self._workers(images)
+        workers, specs = self._workers(images), self.view_specs
         if isinstance(images, ImageStream):
-            stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size, self._own)
+            preparation = self._preparation or Preparation()
+            process = self._seed, self._rank, world_size
+            stream = StreamedViews(images, specs, batch_size, *process, preparation, self._own)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
@@ -367,7 +443,9 @@ class SSLDataModule(DataModule):
         """What is known of the views of a transform after a first call, on the first image that can be read."""
         if self._own is None:
             wanted = getattr(self._module, "global_views", None) or 2
-            self._own = OwnViews(transform, first_image(self.train_stream or self._training_images), wanted)
+            self.setup()
+            first = None if self.train_stream is None else self._prepared(self.train_stream.first(10))
+            self._own = OwnViews(transform, first_image(first or self._training_images), wanted)
             rank_zero_info(str(self._own))
         return self._own
 
@@ -375,6 +453,10 @@ class SSLDataModule(DataModule):
     def _checkpoint_transform(self) -> dict[str, Any]:
         """The ``image_transform`` of the checkpoint that is evaluated; empty in training."""
         return getattr(self._module, "image_transform", None) or {}
+
+    @property
+    def _wanted_channels(self) -> int | None:
+        return self.backbone_channels or input_channels(self._module)
 
     @property
     def _train_size(self) -> int:

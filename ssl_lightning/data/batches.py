@@ -27,10 +27,10 @@ class RawViews(NamedTuple):
     """A training batch of B images as the workers send it, before augmentation."""
 
     images: Tensor | None
-    """``(B, C, H, W)`` uint8 if the device crops, else None; with partners ``(2B, C, H, W)``."""
+    """``(B, C, H, W)`` if the device crops, else None: uint8, or float32 from 0 to 255; with partners ``(2B, ...)``."""
     crops: list[Tensor]
-    """For each ViewSpec ``(count * B, C, S, S)`` uint8 crops; if the device crops, ``(count * B, 5)``: which of the
-    images, top, left, height, width."""
+    """For each ViewSpec ``(count * B, C, S, S)`` crops of that dtype; if the device crops, ``(count * B, 5)``: which of
+    the images, top, left, height, width."""
     augmentations: list[Augmentation]
     """For each ViewSpec the random numbers of its ``count * B`` crops; empty if the crops are finished views."""
     labels: Tensor
@@ -85,7 +85,7 @@ _CPU_CHUNK = 2**20
 
 
 class PlainImages(NamedTuple):
-    """An evaluation batch: uint8 as the workers send it, float and normalized on the device."""
+    """An evaluation batch: values from 0 to 255 as the workers send it, float and normalized on the device."""
 
     images: Tensor
     """``(B, C, S, S)``."""

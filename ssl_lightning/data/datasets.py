@@ -1,5 +1,6 @@
 """Data sets that make whole batches: random crops with their random numbers for training, plain images otherwise."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +13,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.crops import ViewMaker, resize
 from ssl_lightning.data.decoding import OpenedImage, open_example, opened_already
-from ssl_lightning.data.images import Example, ImageArray, Images, ImageStream, Unreadable
+from ssl_lightning.data.images import Example, ImageArray, Images, ImageStream, Unreadable, prepared
+from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.transforms import OwnViewMaker, OwnViews
 from ssl_lightning.data.views import ViewSpec
@@ -39,7 +41,7 @@ class ViewDataset(Dataset[RawViews]):
         if isinstance(self.images, ImageArray) and isinstance(self.maker, ViewMaker) and not self.maker.needs_pixels:
             # the device crops
             partners = self.partners(epoch, indices, indices) if self.paired else []
-            batch = self.images.images[torch.tensor([*indices.tolist(), *partners])]
+            batch = self.images.batch(torch.tensor([*indices.tolist(), *partners]))
             heights, widths = (np.full(len(batch), side) for side in batch.shape[-2:])
             boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)
             rows = self.maker.image_rows(len(indices))
@@ -77,7 +79,7 @@ class ViewDataset(Dataset[RawViews]):
             candidate = (index + 2**step - 1) % len(self.images)
             if (image := self.readable(candidate, check_pixels, unreadable)) is not None:
                 return image, candidate
-        black = torch.zeros(self.images.channels, 8, 8, dtype=torch.uint8)
+        black = torch.zeros(self.images.channels, 8, 8, dtype=self.images.dtype)
         return opened_already(black), index  # the limit on unreadable images will stop the run
 
     def readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> OpenedImage | None:
@@ -138,6 +140,7 @@ class StreamedViews(IterableDataset[RawViews]):
         seed: Seed of all random decisions.
         rank: Index of this process.
         world_size: Number of processes.
+        preparation: What is done to the pixels of each image.
         own: A transform of one's own that makes the views. None means crops and augmentation as the specs say.
 
     Attributes:
@@ -153,8 +156,10 @@ class StreamedViews(IterableDataset[RawViews]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        preparation: Preparation = Preparation(),
         own: OwnViews | None = None,
     ) -> None:
+        self.preparation = preparation
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.size, self.rank, self.world_size = len(stream), rank, world_size
         self.maker = _maker(specs, seed, own)
@@ -193,7 +198,10 @@ class StreamedViews(IterableDataset[RawViews]):
         for example in itertools.islice(self._examples(), skip, None):
             try:
                 opened = open_example(example.image)
-                image, label, failed = opened_already(opened.decode(opened.height)), example.label, 0
+                pixels = prepared(opened, self.preparation, opened.height, functools.partial(str, example.name))
+                image, label, failed = opened_already(pixels), example.label, 0
+            except UserError:
+                raise
             except Exception as error:
                 failed += 1
                 if failed > self.size:
@@ -230,7 +238,7 @@ class PlainDataset(Dataset[PlainImages]):
         _, indices = key
         size = self.spec.size
         # starts with no image, so that there is something to concatenate if no image can be read
-        pixels, read, unreadable = [torch.empty(0, self.images.channels, size, size, dtype=torch.uint8)], [], []
+        pixels, read, unreadable = [torch.empty(0, self.images.channels, size, size, dtype=self.images.dtype)], [], []
         for index in map(int, indices):
             try:
                 pixels.append(self._transform(self.images.read(index))[None])

@@ -1,9 +1,11 @@
 """Where images come from: files, data sets, arrays in memory and streams, or a source that a user writes."""
 
+import functools
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
+from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError
 
@@ -39,11 +42,13 @@ class Images(ABC):
         labels: ``(N,)`` class of each image; -1 is unknown. None if there are no labels.
         channels: Number of channels of each image.
         pairs: Knows the partner of each image; None if images have no partners, or ``partner`` is overridden.
+        dtype: Type of the pixels that ``read`` gives, once a data module has prepared the images.
     """
 
     labels: Labels | None = None
     channels: int = 3
     pairs: "Partners | None" = None
+    dtype: torch.dtype = torch.uint8
 
     @abstractmethod
     def __len__(self) -> int:
@@ -63,7 +68,7 @@ class Images(ABC):
         """
 
     def read(self, index: int) -> Tensor:
-        """Decode one image to uint8 ``(C, H, W)``."""
+        """Decode one image to ``(C, H, W)``."""
         image = self.open(index)
         return image.decode(image.height)
 
@@ -144,6 +149,91 @@ class _Subset(Images):
         return fingerprint and _digest(fingerprint.encode(), self.indices)
 
 
+class PreparedImages(Images):
+    """Images whose pixels are made alike.
+
+    Args:
+        images: The images.
+        preparation: What is done to their pixels.
+        example: Name and number of channels of an image that the others must be like; the number is None for ordinary
+            8-bit images, which go together with gray and color. No example takes any images.
+    """
+
+    def __init__(self, images: Images, preparation: Preparation, example: tuple[str, int | None] | None = None) -> None:
+        self.images, self.preparation, self.example = images, preparation, example
+        self.labels, self.channels, self.dtype = images.labels, preparation.channels, preparation.dtype
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def open(self, index: int) -> OpenedImage:
+        image = self.images.open(index)
+        return image._replace(decode=functools.partial(self._decode, image, index))
+
+    def path(self, index: int) -> str | None:
+        return self.images.path(index)
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        return self.images.partner(index, random)
+
+    @property
+    def paired(self) -> bool:
+        return self.images.paired
+
+    def _decode(self, image: OpenedImage, index: int, rows: int) -> Tensor:
+        return prepared(image, self.preparation, rows, lambda: self.name(index), self.example)
+
+    def subset(self, indices: NDArray[np.int64]) -> "PreparedImages":
+        return PreparedImages(self.images.subset(indices), self.preparation, self.example)
+
+    def fingerprint(self) -> str | None:
+        return self.images.fingerprint()
+
+    def order(self, random: np.random.Generator) -> NDArray[np.int64]:
+        return self.images.order(random)
+
+
+def prepared(
+    image: OpenedImage,
+    preparation: Preparation,
+    rows: int,
+    name: Callable[[], str],
+    example: tuple[str, int | None] | None = None,
+) -> Tensor:
+    """Decode an image and prepare its pixels.
+
+    Args:
+        image: The image.
+        preparation: What is done to its pixels.
+        rows: Number of rows that are needed, from the top.
+        name: Returns the name of the image.
+        example: See PreparedImages.
+
+    Raises:
+        UserError: It has another number of channels.
+    """
+    wants_bands = image.is_photo and preparation.channels not in (1, 3)
+    pixels = image.bands() if wants_bands and image.bands is not None else image.decode(rows)
+    own = pixels.shape[0]
+    if own != preparation.channels and (wants_bands or (example is not None and not image.is_photo)):
+        other, channels = example or ("what is wanted", None)
+        if channels != own and (wants_bands or channels is not None or own not in (1, 3)):
+            raise mixed_channels(name(), own, other, preparation.channels if channels is None else channels)
+    return preparation(pixels)
+
+
+def mixed_channels(first: str, first_channels: int, second: str, second_channels: int) -> UserError:
+    """The error about two images of one data set."""
+    return UserError(
+        f"{first} has {first_channels} channels, but {second} has {second_channels}, and all images of a data set must "
+        "have the same number; convert them to color or gray with --data.channels 3 or --data.channels 1, or move one "
+        "kind away."
+    )
+
+
 class ImageFiles(Images):
     """Image files.
 
@@ -217,24 +307,35 @@ class ImageArray(Images):
     """Images of the same size held in memory.
 
     Args:
-        images: ``(N, C, H, W)``, uint8.
+        images: ``(N, C, H, W)`` of any real dtype. What is not uint8 is scaled when a data module prepares it.
         labels: ``(N,)`` class of each image; -1 is unknown.
         names: ``(N,)`` name of each image. None means its index.
+        preparation: What is done to the pixels when they are taken. None takes them as they are.
     """
 
     def __init__(
-        self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None, names: NDArray[np.str_] | None = None
+        self,
+        images: NDArray[Any] | Tensor,
+        labels: Labels | None = None,
+        names: NDArray[np.str_] | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
+        if isinstance(images, np.ndarray) and (images.dtype == np.float16 or not images.dtype.isnative):
+            images = images.astype(np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("="))
         self.images = torch.as_tensor(images)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+        if self.images.ndim != 4 or self.images.is_complex():
             kind = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise UserError(f"images must be uint8 of shape (N, C, H, W), not {kind}; convert them.")
+            raise UserError(f"images must be of shape (N, C, H, W), not {kind}; convert them.")
+        if self.images.dtype == torch.bool:
+            self.images = self.images.to(torch.uint8) * 255
         if self.images.shape[1] > 4 and self.images.shape[3] <= 4:
             raise UserError(
                 f"images of shape {tuple(self.images.shape)} have their channels last; put them first with "
                 "images.transpose(0, 3, 1, 2)."
             )
-        self.channels = self.images.shape[1]
+        self.preparation = preparation
+        self.channels = self.images.shape[1] if preparation is None else preparation.channels
+        self.dtype = self.images.dtype if preparation is None else preparation.dtype
         self.labels, self.names = _checked(labels, len(self)), names
 
     def __len__(self) -> int:
@@ -250,7 +351,20 @@ class ImageArray(Images):
 
     def open(self, index: int) -> OpenedImage:
         """The image, which is already decoded."""
-        return opened_already(self.images[index])
+        return opened_already(self.batch(index))
+
+    def batch(self, indices: Tensor | int) -> Tensor:
+        """The pixels of some images, ``(B, C, H, W)``, or of one image, ``(C, H, W)``."""
+        pixels = self.images[indices]
+        return pixels if self.preparation is None else self.preparation(pixels)
+
+    def prepared(self, preparation: Preparation) -> "ImageArray":
+        """These images with their pixels made alike. Shares the memory."""
+        if self.images.dtype == preparation.dtype == torch.uint8 and self.channels == preparation.channels:
+            return self
+        array = ImageArray(self.images, self.labels, self.names, preparation)
+        array.pairs = self if self.paired else None
+        return array
 
     def fingerprint(self) -> str:
         """A hash of the pixels."""
@@ -259,7 +373,8 @@ class ImageArray(Images):
     def subset(self, indices: NDArray[np.int64]) -> "ImageArray":
         """Some of the images, also in memory."""
         labels = None if self.labels is None else self.labels[indices]
-        return ImageArray(self.images[indices], labels, None if self.names is None else self.names[indices])
+        names = None if self.names is None else self.names[indices]
+        return ImageArray(self.images[indices], labels, names, self.preparation)
 
     @classmethod
     def decoded(cls, files: Images) -> "tuple[ImageArray, list[Unreadable]]":
@@ -328,6 +443,24 @@ class ImageStream(ABC):
     def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
         """The examples of an epoch that this process reads; in a worker, the examples that this worker reads."""
 
+    def first(self, count: int) -> Images:
+        """The first images of the stream, the same on every process."""
+        return _Examples([*itertools.islice(self.examples(0, 0, 1), count)])
+
+
+class _Examples(Images):
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def name(self, index: int) -> str:
+        return self.examples[index].name
+
+    def open(self, index: int) -> OpenedImage:
+        return open_example(self.examples[index].image)
+
 
 def _size_and_time(path: str) -> tuple[int, int]:
     """Size and modification time of a file; -1 if it is gone."""
@@ -372,4 +505,5 @@ def fit_in_memory(images: Images) -> bool:
     if len(sizes) != 1:
         return False
     height, width = sizes.pop()
-    return max(height, width) <= 96 and len(images) * images.channels * height * width <= 2**30
+    size = len(images) * images.channels * height * width * images.dtype.itemsize
+    return max(height, width) <= 96 and size <= 2**30

@@ -23,7 +23,8 @@ from rich.progress import track
 
 from ssl_lightning.cache import cache_file, cache_folder, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import IMAGE_SUFFIXES, split
+from ssl_lightning.data.folder import split
+from ssl_lightning.data.formats import is_image
 from ssl_lightning.data.images import Images, OpenedImage, open_image
 from ssl_lightning.errors import UserError
 
@@ -195,7 +196,7 @@ class Shard:
                         content = archive.extractfile(member)
                         assert content is not None
                         labels.update(_label(key, extension, content.read()))
-                    elif f".{extension}" in IMAGE_SUFFIXES:
+                    elif is_image(f"x.{extension}"):
                         rows.append((member.name, member.offset_data, member.size))
             with path.open("rb") as file:
                 file.seek(archive.offset)

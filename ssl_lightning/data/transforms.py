@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ssl_lightning.data.decoding import OpenedImage, open_example
-from ssl_lightning.data.images import Images, ImageStream
+from ssl_lightning.data.decoding import OpenedImage
+from ssl_lightning.data.images import Images
 from ssl_lightning.data.pairs import view_sources
 from ssl_lightning.data.randomness import Augmentation
 from ssl_lightning.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
@@ -29,9 +29,9 @@ class OwnViews:
     """A callable that makes the views of an image, and what is known of these views from a first call.
 
     Args:
-        transform: Takes a Pillow image, or a tensor ``(C, H, W)`` if the image has neither 1 nor 3 channels;
-            albumentations get an array. Returns a list of views, or a single view.
-        image: The image ``(C, H, W)``, uint8, of the first call.
+        transform: Takes a Pillow image; a tensor ``(C, H, W)`` if the image has neither 1 nor 3 channels, with values
+            in [0, 1] if it has more than 8 bits; albumentations get an array. Returns views: a list, or a single one.
+        image: The image ``(C, H, W)`` of the first call.
         wanted: How often to call a transform that returns a single view.
 
     Attributes:
@@ -117,7 +117,8 @@ class OwnViews:
         """What the transform returns for an image: a flat list, or a single value."""
         try:
             if self.as_array:
-                return _flat(self.transform(image=image.permute(1, 2, 0).numpy()))
+                pixels = image if image.dtype == torch.uint8 else image / 255
+                return _flat(self.transform(image=pixels.permute(1, 2, 0).numpy()))
             return _flat(self.transform(_picture(image)))
         except UserError:
             raise
@@ -163,8 +164,8 @@ class OwnViewMaker:
         return [torch.cat(views[first:end]) for first, end in itertools.pairwise(firsts)], []
 
 
-def first_image(images: Images | ImageStream) -> Tensor:
-    """The first image that can be read, of the first ten; ``(C, H, W)``, uint8.
+def first_image(images: Images) -> Tensor:
+    """The first image that can be read, of the first ten; ``(C, H, W)``.
 
     Args:
         images: The images.
@@ -172,22 +173,20 @@ def first_image(images: Images | ImageStream) -> Tensor:
     Raises:
         UserError: None of them can be read.
     """
-    if isinstance(images, ImageStream):
-        openers = (functools.partial(open_example, example.image) for example in images.examples(0, 0, 1))
-    else:
-        openers = (functools.partial(images.open, index) for index in range(len(images)))
-    for opener in itertools.islice(openers, 10):
-        with suppress(Exception):
-            image = opener()
-            return image.decode(image.height)
+    for index in range(min(10, len(images))):
+        with suppress(OSError, ValueError, SyntaxError):
+            return images.read(index)
     raise UserError("none of the first 10 images can be read, so --data.transform cannot be tried; remove them.")
 
 
 def _picture(image: Tensor) -> Any:
-    """An image ``(C, H, W)`` as most transforms expect it."""
-    if len(image) == 3:
-        return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    return Image.fromarray(np.ascontiguousarray(image[0].numpy())) if len(image) == 1 else image
+    """An image ``(C, H, W)``, uint8 or float32 from 0 to 255, as most transforms expect it."""
+    if image.dtype != torch.uint8:
+        return image / 255
+    if len(image) not in (1, 3):
+        return image
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels if len(image) == 3 else pixels[..., 0])
 
 
 def _flat(made: Any) -> Any:

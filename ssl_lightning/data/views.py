@@ -4,7 +4,7 @@ import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -110,19 +110,14 @@ class ViewSpec:
             raise UserError(f"view: size={self.size} and count={self.count} must be at least 1.")
 
     def check_channels(self, channels: int) -> None:
-        """Reject views that are impossible for images with this number of channels.
+        """Reject a mean or standard deviation for another number of channels than the images have.
 
         Args:
             channels: Number of channels of the images.
 
         Raises:
-            UserError: Color operations need 3 channels, or the mean or standard deviation has another length.
+            UserError: The number differs.
         """
-        if channels != 3 and (self.jitter > 0 or self.grayscale > 0 or self.rand_augment):
-            raise UserError(
-                f"view: jitter={self.jitter}, grayscale={self.grayscale} and rand_augment={self.rand_augment!r} need "
-                f"images with 3 channels, not {channels}; give --data.views without them."
-            )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):
                 raise UserError(
@@ -246,6 +241,37 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "npid": (replace(_NPID, size=32, grayscale_first=False, flip=0.0, mean=CIFAR_MEAN, std=(0.2023, 0.1994, 0.2010)),),
 }
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+
+def color_operations(specs: Sequence[ViewSpec]) -> list[str]:
+    """Names of the operations in these views that only images of three channels have."""
+    return [name for name in _FOR_COLOR if any(getattr(spec, name) for spec in specs)]
+
+
+_FOR_COLOR: dict[str, Any] = {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "rand_augment": ""}
+"""Fields of operations on colors, with the value that leaves them out."""
+
+
+@functools.cache  # called for every batch
+def adapted(specs: tuple[ViewSpec, ...], channels: int, statistics: Statistics | None) -> tuple[ViewSpec, ...]:
+    """Views for images of any number of channels: without color operations, unless there are three channels.
+
+    Args:
+        specs: The views.
+        channels: Number of channels of the images.
+        statistics: Mean and standard deviation of the images, in place of the views' own. None keeps those.
+    """
+    if channels != 3:
+        specs = tuple(replace(spec, **_FOR_COLOR) for spec in specs)
+    if statistics is not None:
+        specs = tuple(replace(spec, mean=statistics[0], std=statistics[1]) for spec in specs)
+    for spec in specs:
+        spec.check_channels(channels)
+    return specs
 
 
 @functools.cache  # called for every batch; and it speaks once

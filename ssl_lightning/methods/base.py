@@ -85,6 +85,9 @@ class SSLModule(StepTools):
     embed_dim: int
     """Width of the features that ``forward`` gives."""
 
+    in_chans: int
+    """Number of channels of the images."""
+
     def __init__(
         self,
         backbone: str = "resnet50",
@@ -104,6 +107,7 @@ class SSLModule(StepTools):
             initialization.residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type] # set by create_backbone
+        self.in_chans = int(backbone_kwargs.get("in_chans", 3))
         self.pretrained = bool(backbone_kwargs.get("pretrained"))
         self._compile, self.checkpoint_blocks, self.init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:

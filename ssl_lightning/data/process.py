@@ -1,4 +1,4 @@
-"""DataModule: what every data module knows of the run."""
+"""What every data module knows about its process: the seed, the rank, and the position in the training."""
 
 import os
 from typing import Any

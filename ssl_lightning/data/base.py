@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
 from ssl_lightning.data.batches import PlainImages, RawViews
-from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
+from ssl_lightning.data.datasets import StreamedViews, ViewDataset
 from ssl_lightning.data.images import (
     ImageArray,
     Images,
@@ -24,12 +24,13 @@ from ssl_lightning.data.images import (
 )
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.look import input_channels, look_at, number_of_channels, statistics
-from ssl_lightning.data.pairs import Pairs, check_positives, view_sources
+from ssl_lightning.data.pairs import Pairs, check_positives
+from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.preview import Preview, preview
-from ssl_lightning.data.process import DataModule
-from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
+from ssl_lightning.data.sampler import ShuffledBatches, spread
 from ssl_lightning.data.transforms import OwnViews, first_image
+from ssl_lightning.data.unreadable import report_unreadable
 from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, adapted, color_operations, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
@@ -37,7 +38,7 @@ from ssl_lightning.runs import run_folder, unreadable_file
 _TRANSFORM_KEYS = ("interpolation", "mean", "std")
 
 
-class SSLDataModule(DataModule):
+class SSLDataModule(PlainLoaders):
     """Base of all image data: a subclass sets ``train_images`` and ``val_images`` in ``load``.
 
     Workers decode and crop the images and draw the random numbers. The device augments each batch after its transfer.
@@ -46,17 +47,6 @@ class SSLDataModule(DataModule):
         batch_size: Images per batch and process, not counting views.
         views: The training views: the name of a preset (simclr, byol, dino, ...) or a list of views. None means the
             views of the method.
-        transform: Your own augmentation in place of ``views``: a class such as my_module.MyTransform or
-            lightly.transforms.DINOTransform with its arguments, or in Python any callable. It takes a Pillow image (a
-            tensor ``(C, H, W)`` unless there are 1 or 3 channels; albumentations get an array) and returns a list of
-            views; one that returns a single view is called once per view. It runs in the workers and is slower: where
-            we measured, lightly's transforms took 2.5 to 9 times as long as ``views`` of the same method. The random
-            numbers of Python, numpy, torch and albumentations are seeded for each image.
-        positives: Which images form positive pairs: ``folder``, another image of the same subfolder; ``next``, the next
-            file of the same folder; or a regular expression, images whose names below the root share what its first
-            group matches. The views of full size then show the image and its partner alternately, and so do local
-            crops. None means both views of a pair show the same image.
-        pair_distance: With ``next``, how many files ahead a partner may be; it is drawn from all of these.
         image_size: Side in pixels of evaluation images and of a preset's largest views. None means the image size of
             the evaluated checkpoint, else the default of the data class (224 unless it says otherwise).
         crop_fraction: Fraction of the shorter side that the central crop of evaluation keeps. None means the fraction
@@ -73,6 +63,17 @@ class SSLDataModule(DataModule):
             gray and color images to what the backbone takes.
         value_range: The values that become black and white in images of more than 8 bits, for all images alike.
             ``auto`` finds them in up to 256 images, or takes those of the evaluated checkpoint.
+        transform: Your own augmentation in place of ``views``: a class such as my_module.MyTransform or
+            lightly.transforms.DINOTransform with its arguments, or in Python any callable. It takes a Pillow image (a
+            tensor ``(C, H, W)`` unless there are 1 or 3 channels; albumentations get an array) and returns a list of
+            views; one that returns a single view is called once per view. It runs in the workers and is slower: where
+            we measured, lightly's transforms took 2.5 to 9 times as long as ``views`` of the same method. The random
+            numbers of Python, numpy, torch and albumentations are seeded for each image.
+        positives: Which images form positive pairs: ``folder``, another image of the same subfolder; ``next``, the next
+            file of the same folder; or a regular expression, images whose names below the root share what its first
+            group matches. The views of full size then show the image and its partner alternately, and so do local
+            crops. None means both views of a pair show the same image.
+        pair_distance: With ``next``, how many files ahead a partner may be; it is drawn from all of these.
     """
 
     default_image_size: int = 224
@@ -81,9 +82,6 @@ class SSLDataModule(DataModule):
         self,
         batch_size: int = 64,
         views: str | list[ViewSpec] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        positives: str | None = None,
-        pair_distance: int = 1,
         image_size: int | None = None,
         crop_fraction: float | None = None,
         train_samples: int | None = None,
@@ -94,6 +92,9 @@ class SSLDataModule(DataModule):
         max_unreadable: float = 0.01,
         channels: Literal[1, 3] | None = None,
         value_range: Literal["auto"] | tuple[float, float] = "auto",
+        transform: Callable[[Any], Any] | None = None,
+        positives: str | None = None,
+        pair_distance: int = 1,
     ) -> None:
         super().__init__(num_workers, seed)
         if batch_size < 2:
@@ -147,9 +148,9 @@ class SSLDataModule(DataModule):
         self.train_images = self._some(self.train_images, self.train_samples)
         self.val_images = self._some(self.val_images, self.val_samples)
         if self.positives is not None and self.train_stream is None and self.train_images is not None:
-            self.train_images.pairs = Pairs(self.train_images, self.positives, self.pair_distance)
-            self._pairs = str(self.train_images.pairs)
-            rank_zero_info(f"--data.positives {self._pairs}")
+            self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
+            self._pairs = str(pairs)
+            rank_zero_info(f"--data.positives {pairs}")
         try:
             self._look()
         except UserError:
@@ -294,11 +295,7 @@ class SSLDataModule(DataModule):
             )
             self.batch_size = batch_size
         images = self.train_stream or self._training_images
-        if self.positives is not None and not view_sources(self.view_specs).any():
-            raise UserError(
-                f"--data.positives {self.positives} needs two views of each image, but here is one; leave it out, or "
-                "choose a --model of several views."
-            )
+        check_positives(self.positives, self.pair_distance, self.view_specs)
         workers, specs = self._workers(images), self.view_specs
         if isinstance(images, ImageStream):
             preparation = self._preparation or Preparation()
@@ -308,72 +305,6 @@ class SSLDataModule(DataModule):
         order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
-
-    def train_labelled_dataloader(self, max_samples: int | None = None) -> Loader | list[Any]:
-        """The labeled training images as plain images, each once over all processes: the bank of a kNN probe.
-
-        Empty for a stream.
-
-        Args:
-            max_samples: Take this many images, evenly spread over the data set. None takes all.
-        """
-        self.setup()
-        if self.train_stream is not None:
-            return []
-        return self._plain_loader(self._training_images, self.labelled(max_samples))
-
-    def labelled(self, max_samples: int | None = None) -> NDArray[np.int64]:
-        """Indices of the labeled training images.
-
-        Args:
-            max_samples: See ``train_labelled_dataloader``.
-        """
-        labels = self._training_images.labels
-        indices = np.arange(0) if labels is None else np.flatnonzero(labels >= 0)
-        return indices if max_samples is None or len(indices) <= max_samples else spread(indices, max_samples)
-
-    def plain_dataloader(self, count: int | None = None) -> Loader | list[Any]:
-        """Some training images as plain images, with or without labels, each once over all processes.
-
-        Empty for a stream.
-
-        Args:
-            count: Number of images, evenly spread over the data set. None means 1/32 of them, at least 64 and at most
-                2,048.
-        """
-        self.setup()
-        if self.train_stream is not None:
-            return []
-        size = len(self._training_images)
-        count = min(size, max(64, min(2048, size // 32)) if count is None else count)
-        return self._plain_loader(self._training_images, spread(np.arange(size), count))
-
-    def val_dataloader(self) -> Loader | list[Any]:
-        """The validation images as plain images, each once over all processes; empty if there are none."""
-        self.setup()
-        return [] if self.val_images is None else self._plain_loader(self.val_images, np.arange(len(self.val_images)))
-
-    def test_dataloader(self) -> Loader | list[Any]:
-        """The same images as ``val_dataloader``: training never sees them."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> list[Loader]:
-        """Plain images in order, each once over all processes: the training images, then any validation images.
-
-        Leaves out the images that ``already_predicted`` returns.
-        """
-        self.setup()
-        sources, done = {"train": self.train_images, "val": self.val_images}, self.already_predicted()
-        return [
-            self._plain_loader(images, np.delete(np.arange(len(images)), done.get(name, [])))
-            for name, images in sources.items()
-            if images is not None
-        ]
-
-    def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> Loader:
-        dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
-        order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
-        return Loader(dataset, order, self._workers(images))
 
     def _workers(self, images: Images | ImageStream) -> int:
         quick = isinstance(images, ImageArray) and self.transform is None
@@ -407,20 +338,8 @@ class SSLDataModule(DataModule):
             unreadable: The unreadable images of a batch.
             total: Number of different images that this process has seen by the end of the epoch.
         """
-        new = {name: reason for name, reason in unreadable if name not in self.unreadable}
-        if not new:
-            return
-        self.unreadable.update(new)
         listing = self._run_folder / unreadable_file(self._rank)
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
-        share = len(self.unreadable) / total
-        rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
-        if share > self.max_unreadable:
-            raise UserError(
-                f"{share:.1%} of the images are unreadable, more than --data.max_unreadable={self.max_unreadable:.1%}; "
-                f"fix or remove the files listed in {listing}, or raise the limit."
-            )
+        report_unreadable(self.unreadable, unreadable, total, listing, self.max_unreadable)
 
     def _images_seen(self) -> int:
         """About how many different images this process has seen by the end of this epoch.

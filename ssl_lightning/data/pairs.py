@@ -83,16 +83,22 @@ class Pairs:
         return int(self.order[chosen + (chosen >= position)])
 
 
-def check_positives(positives: str | None, distance: int) -> None:
-    """Reject options of pairs that cannot work for any images.
+def check_positives(positives: str | None, distance: int, specs: Sequence[ViewSpec] | None = None) -> None:
+    """Reject options of pairs that cannot work for any images, or for these views.
 
     Args:
         positives: See ``Pairs``.
         distance: See ``Pairs``.
+        specs: The views, if they are known.
 
     Raises:
-        UserError: The expression is wrong, or has no group, or the distance is less than 1.
+        UserError: The expression is wrong, or has no group, the distance is less than 1, or there is a single view.
     """
+    if positives is not None and specs is not None and not view_sources(specs).any():
+        raise UserError(
+            f"--data.positives {positives} needs two views of each image, but here is one; leave it out, or choose a "
+            "--model of several views."
+        )
     if distance < 1:
         raise UserError(f"--data.pair_distance {distance} must be at least 1, the next file.")
     if positives in (None, "folder", "next"):

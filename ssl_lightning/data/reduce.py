@@ -130,6 +130,6 @@ def _encoded(pixels: NDArray[Any], quality: int) -> tuple[bytes, str]:
     else:
         import tifffile  # it has read them
 
-        layout = {} if bands == 1 else {"planarconfig": "contig"}
-        tifffile.imwrite(file, pixels, compression="zlib", photometric="minisblack", **layout)
+        layout = None if bands == 1 else "contig"
+        tifffile.imwrite(file, pixels, compression="zlib", photometric="minisblack", planarconfig=layout)
     return file.getvalue(), ".tif"

@@ -29,7 +29,7 @@ class RawViews(NamedTuple):
     images: Tensor | None
     """``(B, C, H, W)`` if the device crops, else None: uint8, or float32 from 0 to 255."""
     crops: list[Tensor]
-    """For each ViewSpec ``(count * B, C, S, S)`` crops of that dtype, or ``(count * B, 4)`` boxes if the device crops."""
+    """For each ViewSpec ``(count * B, C, S, S)`` crops of that dtype, or ``(count * B, 4)`` boxes of the crops."""
     augmentations: list[Augmentation]
     """For each ViewSpec the random numbers of its ``count * B`` crops."""
     labels: Tensor

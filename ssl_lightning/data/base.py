@@ -13,25 +13,19 @@ from numpy.typing import NDArray
 
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.datasets import StreamedViews, ViewDataset
-from ssl_lightning.data.images import (
-    ImageArray,
-    Images,
-    ImageStream,
-    MixedSizesError,
-    PreparedImages,
-    Unreadable,
-    fit_in_memory,
-)
+from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unreadable, fit_in_memory
 from ssl_lightning.data.loader import Loader
-from ssl_lightning.data.look import input_channels, look_at, number_of_channels, statistics
+from ssl_lightning.data.look import Alike, input_channels, make_alike
 from ssl_lightning.data.pairs import Pairs, check_positives
 from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import ShuffledBatches, spread
+from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.transforms import OwnViews, first_image
 from ssl_lightning.data.unreadable import report_unreadable
-from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, adapted, color_operations, resolve
+from ssl_lightning.data.views import ViewSpec, adapted, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
 
@@ -111,9 +105,7 @@ class SSLDataModule(PlainLoaders):
         self.max_unreadable, self.channels, self.value_range = max_unreadable, channels, value_range
         self.backbone_channels: int | None = None
         """Number of channels that the backbone takes. None means the backbone of the trainer's method, if any."""
-        self._preparation: Preparation | None = None
-        self._statistics: Statistics | None = None
-        self._example: tuple[str, int | None] | None = None
+        self._alike: Alike | None = None
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
@@ -139,14 +131,14 @@ class SSLDataModule(PlainLoaders):
         """Load the images, once for backbones of the same number of channels, and check them."""
         wanted = self._wanted_channels
         is_loaded = self.train_images is not None or self.train_stream is not None
-        if is_loaded and (wanted is None or self._preparation is None or self._preparation.channels == wanted):
+        if is_loaded and (self._alike is None or wanted in (None, self._alike.preparation.channels)):
             return
         if self.trainer is not None:
             folder = run_folder(self.trainer) or self.trainer.default_root_dir
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         self.load()
-        self.train_images = self._some(self.train_images, self.train_samples)
-        self.val_images = self._some(self.val_images, self.val_samples)
+        self.train_images = _some(self.train_images, self.train_samples)
+        self.val_images = _some(self.val_images, self.val_samples)
         if self.positives is not None and self.train_stream is None and self.train_images is not None:
             self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
             self._pairs = str(pairs)
@@ -163,48 +155,24 @@ class SSLDataModule(PlainLoaders):
         counts = f"{self._train_size:,} images to train on, {len(self.val_images or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
-    def _some(self, images: Images | None, samples: int | None) -> Images | None:
-        if images is None or samples is None or samples >= len(images):
-            return images
-        return images.subset(spread(np.arange(len(images)), samples))
-
     def _look(self) -> None:
-        """Look at the images, and decide how the pixels of all of them are made alike."""
+        """Decide how the pixels of all images are made alike."""
         images = self.train_images or (self.train_stream and self.train_stream.first(32)) or self.val_images
         if images is None or len(images) == 0:
             return
-        known = self._checkpoint_transform
-        given = self.channels or known.get("channels")
-        look = look_at(images, may_differ=self.channels is not None)
-        channels = number_of_channels(look, given, self._wanted_channels, trains=not known)
-        chosen = known.get("value_range", "auto") if self.value_range == "auto" else self.value_range
-        is_deep = look.value_range is not None
-        value_range = look.value_range if chosen == "auto" else (float(chosen[0]), float(chosen[1]))
-        self._example = None if self.channels else (look.example, look.channels)
-        self._preparation = Preparation(channels, value_range if is_deep else None, is_deep)
-        own = self._own_specs[0]
-        has_own_views = not isinstance(self.views, str | None) and own.mean != IMAGENET_MEAN
-        is_given = len(own.mean) == channels if known else has_own_views
-        if is_deep and value_range is not None:
-            low, high = value_range
-            rank_zero_info(f"values from {low:g} to {high:g} become black to white; choose with --data.value_range")
-        if channels != (look.channels or 3) or channels != 3:
-            origin = "" if look.channels in (None, channels) else f", made from {look.channels}"
-            rank_zero_info(f"images of {channels} channel{'s' * (channels > 1)}{origin}, e.g. {look.example}")
-        if self.transform is not None:
-            return  # it makes the views itself
-        if channels != 3 and (left_out := color_operations(self._own_specs)):
-            rank_zero_info(f"the views leave out {', '.join(left_out)}: they are for images of 3 channels")
-        if (is_deep or channels != 3) and not is_given:
-            self._statistics = statistics(images, self._preparation)
-            rank_zero_info(f"mean {[*self._statistics[0]]}, standard deviation {[*self._statistics[1]]}")
+        own_views = not isinstance(self.views, str | None)
+        specs = self._own_specs
+        if self.transform is not None:  # it normalizes by itself, and knows no color operations of ours
+            own_views, specs = True, (ViewSpec(mean=(0.0,), std=(1.0,)),)
+        wishes = self.channels, self.value_range, self._wanted_channels, self._checkpoint_transform
+        self._alike = make_alike(images, specs, own_views, *wishes)
 
     def _prepared(self, images: Images | None) -> Images | None:
-        if images is None or self._preparation is None:
+        if images is None or self._alike is None:
             return images
         if isinstance(images, ImageArray):
-            return images.prepared(self._preparation)
-        images = PreparedImages(images, self._preparation, self._example)
+            return images.prepared(self._alike.preparation)
+        images = PreparedImages(images, self._alike.preparation, self._alike.example)
         if not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
             return images
         rank_zero_info(f"Decoding {len(images):,} images into memory ...")
@@ -243,9 +211,9 @@ class SSLDataModule(PlainLoaders):
         """The training views: the ones given, else the method's, else SimCLR's, for the channels of the images."""
         if self.transform is not None:
             return self._own_views(self.transform).specs
-        if self._preparation is None:
+        if self._alike is None:
             return self._own_specs
-        return adapted(self._own_specs, self._preparation.channels, self._statistics)
+        return adapted(self._own_specs, self._alike.preparation.channels, self._alike.statistics)
 
     @property
     def _own_specs(self) -> tuple[ViewSpec, ...]:
@@ -264,11 +232,7 @@ class SSLDataModule(PlainLoaders):
         transform = {"size": spec.size, "crop_fraction": self.crop_fraction} | {
             key: getattr(spec, key) for key in _TRANSFORM_KEYS
         }
-        if self._preparation is not None and self._preparation.channels != 3:
-            transform["channels"] = self._preparation.channels
-        if self._preparation is not None and self._preparation.value_range is not None:
-            transform["value_range"] = self._preparation.value_range
-        return transform
+        return transform | self._preparation.facts
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -298,9 +262,8 @@ class SSLDataModule(PlainLoaders):
         check_positives(self.positives, self.pair_distance, self.view_specs)
         workers, specs = self._workers(images), self.view_specs
         if isinstance(images, ImageStream):
-            preparation = self._preparation or Preparation()
-            process = self._seed, self._rank, world_size
-            stream = StreamedViews(images, specs, batch_size, *process, preparation, self._own)
+            parts = batch_size, self._seed, self._rank, world_size
+            stream = StreamedViews(images, specs, *parts, self._preparation, self._own)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         order = ShuffledBatches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
@@ -374,6 +337,10 @@ class SSLDataModule(PlainLoaders):
         return getattr(self._module, "image_transform", None) or {}
 
     @property
+    def _preparation(self) -> Preparation:
+        return Preparation() if self._alike is None else self._alike.preparation
+
+    @property
     def _wanted_channels(self) -> int | None:
         return self.backbone_channels or input_channels(self._module)
 
@@ -397,3 +364,10 @@ class SSLDataModule(PlainLoaders):
         """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
         dtype = getattr(self._module, "dtype", torch.float32)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _some(images: Images | None, samples: int | None) -> Images | None:
+    """Evenly spread images; all if ``samples`` is None."""
+    if images is None or samples is None or samples >= len(images):
+        return images
+    return images.subset(spread(np.arange(len(images)), samples))

@@ -13,9 +13,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.crops import ViewMaker, resize
 from ssl_lightning.data.decoding import OpenedImage, open_example, opened_already
-from ssl_lightning.data.images import Example, ImageArray, Images, ImageStream, Unreadable, prepared
+from ssl_lightning.data.images import ImageArray, Images, Unreadable
 from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import prepared
 from ssl_lightning.data.sampler import BatchKey
+from ssl_lightning.data.stream import Example, ImageStream
 from ssl_lightning.data.transforms import OwnViewMaker, OwnViews
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError

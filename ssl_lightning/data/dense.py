@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ssl_lightning.data.images import ImageFiles, PreparedImages
+from ssl_lightning.data.images import ImageFiles
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.process import DataModule
 from ssl_lightning.data.randomness import uniforms
 from ssl_lightning.data.sampler import BatchKey, OrderedBatches, ShuffledBatches

@@ -1,11 +1,9 @@
 """Where images come from: files, data sets, arrays in memory and streams, or a source that a user writes."""
 
-import functools
 import hashlib
-import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -147,91 +145,6 @@ class _Subset(Images):
     def fingerprint(self) -> str | None:
         fingerprint = self.images.fingerprint()
         return fingerprint and _digest(fingerprint.encode(), self.indices)
-
-
-class PreparedImages(Images):
-    """Images whose pixels are made alike.
-
-    Args:
-        images: The images.
-        preparation: What is done to their pixels.
-        example: Name and number of channels of an image that the others must be like; the number is None for ordinary
-            8-bit images, which go together with gray and color. No example takes any images.
-    """
-
-    def __init__(self, images: Images, preparation: Preparation, example: tuple[str, int | None] | None = None) -> None:
-        self.images, self.preparation, self.example = images, preparation, example
-        self.labels, self.channels, self.dtype = images.labels, preparation.channels, preparation.dtype
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return self.images.name(index)
-
-    def open(self, index: int) -> OpenedImage:
-        image = self.images.open(index)
-        return image._replace(decode=functools.partial(self._decode, image, index))
-
-    def path(self, index: int) -> str | None:
-        return self.images.path(index)
-
-    def partner(self, index: int, random: np.random.Generator) -> int:
-        return self.images.partner(index, random)
-
-    @property
-    def paired(self) -> bool:
-        return self.images.paired
-
-    def _decode(self, image: OpenedImage, index: int, rows: int) -> Tensor:
-        return prepared(image, self.preparation, rows, lambda: self.name(index), self.example)
-
-    def subset(self, indices: NDArray[np.int64]) -> "PreparedImages":
-        return PreparedImages(self.images.subset(indices), self.preparation, self.example)
-
-    def fingerprint(self) -> str | None:
-        return self.images.fingerprint()
-
-    def order(self, random: np.random.Generator) -> NDArray[np.int64]:
-        return self.images.order(random)
-
-
-def prepared(
-    image: OpenedImage,
-    preparation: Preparation,
-    rows: int,
-    name: Callable[[], str],
-    example: tuple[str, int | None] | None = None,
-) -> Tensor:
-    """Decode an image and prepare its pixels.
-
-    Args:
-        image: The image.
-        preparation: What is done to its pixels.
-        rows: Number of rows that are needed, from the top.
-        name: Returns the name of the image.
-        example: See PreparedImages.
-
-    Raises:
-        UserError: It has another number of channels.
-    """
-    wants_bands = image.is_photo and preparation.channels not in (1, 3)
-    pixels = image.bands() if wants_bands and image.bands is not None else image.decode(rows)
-    own = pixels.shape[0]
-    if own != preparation.channels and (wants_bands or (example is not None and not image.is_photo)):
-        other, channels = example or ("what is wanted", None)
-        if channels != own and (wants_bands or channels is not None or own not in (1, 3)):
-            raise mixed_channels(name(), own, other, preparation.channels if channels is None else channels)
-    return preparation(pixels)
-
-
-def mixed_channels(first: str, first_channels: int, second: str, second_channels: int) -> UserError:
-    """The error about two images of one data set."""
-    return UserError(
-        f"{first} has {first_channels} channels, but {second} has {second_channels}, and all images of a data set must "
-        "have the same number; convert them to color or gray with --data.channels 3 or --data.channels 1, or move one "
-        "kind away."
-    )
 
 
 class ImageFiles(Images):
@@ -412,54 +325,6 @@ class ImageArray(Images):
 
 class MixedSizesError(UserError):
     """Images that should form one array differ in size."""
-
-
-class Example(NamedTuple):
-    """An image of a stream."""
-
-    image: Any
-    """The image in any form that ``open_example`` takes."""
-    label: int
-    """Its class; -1 is unknown."""
-    name: str
-    """Its name in messages and listings."""
-
-
-class ImageStream(ABC):
-    """Images without random access. A new kind of stream writes ``__len__``, ``max_workers`` and ``examples``."""
-
-    channels: int = 3
-    num_classes: int | None = None
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images in an epoch."""
-
-    @abstractmethod
-    def max_workers(self, world_size: int) -> int:
-        """Number of worker processes that the part of each training process can be divided among."""
-
-    @abstractmethod
-    def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
-        """The examples of an epoch that this process reads; in a worker, the examples that this worker reads."""
-
-    def first(self, count: int) -> Images:
-        """The first images of the stream, the same on every process."""
-        return _Examples([*itertools.islice(self.examples(0, 0, 1), count)])
-
-
-class _Examples(Images):
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def name(self, index: int) -> str:
-        return self.examples[index].name
-
-    def open(self, index: int) -> OpenedImage:
-        return open_example(self.examples[index].image)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -1,17 +1,20 @@
 """A look at some images of a data set before training: their channels, and the range of their values."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl_lightning.data.decoding import OpenedImage
-from ssl_lightning.data.images import ImageArray, Images, mixed_channels, prepared
+from ssl_lightning.data.images import ImageArray, Images
 from ssl_lightning.data.preparation import Preparation, robust_range
+from ssl_lightning.data.prepared import mixed_channels, prepared
 from ssl_lightning.data.sampler import spread
+from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, color_operations
 from ssl_lightning.errors import UserError
 
 LOOKED_AT = 256
@@ -19,6 +22,63 @@ LOOKED_AT = 256
 
 _PIXELS = 2048
 """Number of pixels of each image that count, evenly spread over it."""
+
+
+class Alike(NamedTuple):
+    """How the pixels of all images of a data set are made alike."""
+
+    preparation: Preparation
+    """What is done to the pixels of each image."""
+    statistics: Statistics | None
+    """Mean and standard deviation of each channel for the views. None keeps the views' own."""
+    example: tuple[str, int | None] | None
+    """See PreparedImages."""
+
+
+def make_alike(
+    images: Images,
+    specs: Sequence[ViewSpec],
+    own_views: bool,
+    channels: int | None,
+    value_range: Literal["auto"] | tuple[float, float],
+    wanted: int | None,
+    checkpoint: dict[str, Any],
+) -> Alike:
+    """Look at some images, decide how the pixels of all are made alike, and say what is unusual.
+
+    Args:
+        images: The images, not yet prepared.
+        specs: The views.
+        own_views: Whether the user wrote these views, mean and standard deviation included.
+        channels: See SSLDataModule.
+        value_range: See SSLDataModule.
+        wanted: Number of channels that the backbone takes, if it is known.
+        checkpoint: The ``image_transform`` of the checkpoint that is evaluated; empty in training.
+
+    Raises:
+        UserError: The images do not fit each other or the backbone.
+    """
+    look = look_at(images, may_differ=channels is not None)
+    number = number_of_channels(look, channels or checkpoint.get("channels"), wanted, trains=not checkpoint)
+    example = f"e.g. {look.example}"
+    if number != 3 or look.channels not in (None, 3):
+        origin = "" if look.channels in (None, number) else f", made from {look.channels}"
+        rank_zero_info(f"images of {number} channel{'s' * (number > 1)}{origin}, {example}")
+    bounds = look.value_range
+    if bounds is not None:
+        chosen = checkpoint.get("value_range", "auto") if value_range == "auto" else value_range
+        bounds = bounds if chosen == "auto" else (float(chosen[0]), float(chosen[1]))
+        rank_zero_info(f"values from {bounds[0]:g} to {bounds[1]:g} become 0 to 1; choose with --data.value_range")
+    preparation = Preparation(number, bounds, bounds is not None)
+    if number != 3 and (left_out := color_operations(specs)):
+        rank_zero_info(f"the views leave out {', '.join(left_out)}, which images of {number} channels do not have")
+    measured = None
+    is_given = len(specs[0].mean) == number if checkpoint else own_views and specs[0].mean != IMAGENET_MEAN
+    if (number != 3 or bounds is not None) and not is_given:
+        measured = statistics(images, preparation)
+        mean, std = ([float(f"{value:.3g}") for value in values] for values in measured)
+        rank_zero_info(f"mean {mean}, standard deviation {std}")
+    return Alike(preparation, measured, None if channels else (look.example, look.channels))
 
 
 class Look(NamedTuple):
@@ -106,7 +166,7 @@ def number_of_channels(look: Look, given: int | None, wanted: int | None, trains
     return channels
 
 
-def statistics(images: Images, preparation: Preparation) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(images: Images, preparation: Preparation) -> Statistics:
     """Mean and standard deviation of each channel of some images, whose values then lie between 0 and 1.
 
     Args:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_lightning.data.datasets import PlainDataset
-from ssl_lightning.data.images import Images, ImageStream
+from ssl_lightning.data.images import Images
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.process import DataModule
 from ssl_lightning.data.sampler import OrderedBatches, spread
+from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.views import ViewSpec
 
 

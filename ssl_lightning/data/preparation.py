@@ -32,6 +32,12 @@ class Preparation:
         """Type of the prepared pixels."""
         return torch.float32 if self.is_deep else torch.uint8
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps: ``channels`` if they are not 3, and ``value_range`` if there is one."""
+        facts = {"channels": self.channels, "value_range": self.value_range}
+        return {key: value for key, value in facts.items() if value not in (3, None)}
+
     def __call__(self, images: Tensor) -> Tensor:
         """Prepare one image ``(C, H, W)`` or a batch ``(B, C, H, W)``."""
         if images.dtype != torch.uint8:

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
@@ -189,11 +188,12 @@ class _Reducer(Dataset[Any]):
         self.images, self.size, self.quality = images, size, quality
 
     def __getitem__(self, index: int) -> tuple[int, bytes, str] | tuple[int, None, str]:
-        Image.MAX_IMAGE_PIXELS = None  # they are the user's own files
         name = self.images.name(index)
         try:
             data, suffix = reduced(Path(name).read_bytes(), self.size, self.quality)
             return index, data, suffix or os.path.splitext(name)[1].lower()
+        except UserError:
+            raise
         except Exception as error:
             return index, None, Unreadable.because(name, error).reason
 
@@ -205,7 +205,11 @@ class _Reducer(Dataset[Any]):
             workers: Number of processes.
         """
         order: Any = list(indices)
-        return iter(DataLoader(self, sampler=order, batch_size=None, collate_fn=_unchanged, num_workers=workers))
+        loader = DataLoader(self, sampler=order, batch_size=None, collate_fn=_unchanged, num_workers=workers)
+        try:
+            yield from loader
+        except UserError as error:  # from a worker it comes with a traceback
+            raise UserError(str(error).rsplit(f"{UserError.__name__}: ")[-1].strip()) from None
 
 
 def _unchanged(example: Any) -> Any:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import lightning as L
+import torch
 
 
 class DataModule(L.LightningDataModule):
@@ -44,3 +45,13 @@ class DataModule(L.LightningDataModule):
             return None
         epoch = 0 if trainer.overfit_batches else trainer.current_epoch  # overfitting repeats the same batches
         return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    @property
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
+        dtype = getattr(self._module, "dtype", torch.float32)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32

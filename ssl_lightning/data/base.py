@@ -211,10 +211,8 @@ class SSLDataModule(DataModule):
     def image_transform(self) -> dict[str, Any]:
         """How plain images are prepared. Checkpoints keep it, so that evaluation prepares its images the same way."""
         spec = self._eval_spec
-        transform = {"size": spec.size, "crop_fraction": self.crop_fraction} | {
-            key: getattr(spec, key) for key in _TRANSFORM_KEYS
-        }
-        return transform | self._preparation.facts
+        transform = {key: getattr(spec, key) for key in _TRANSFORM_KEYS}
+        return {"size": spec.size, "crop_fraction": self.crop_fraction, **transform, **self._preparation.facts}
 
     @property
     def facts(self) -> dict[str, Any]:

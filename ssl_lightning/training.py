@@ -69,7 +69,9 @@ class Steps(L.Callback):
             settle_progress(checkpoint["loops"]["fit_loop"], trainer.fit_loop)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed."""
+        """Restore the seed, and prepare images as the checkpoint does."""
+        if (prepare_as := getattr(getattr(trainer, "datamodule", None), "prepare_as", None)) is not None:
+            prepare_as(checkpoint.get("image_transform", {}))
         if trainer.state.fn == TrainerFn.FITTING:
             self._loaded_seed = checkpoint.get("step_seed")
 

@@ -166,3 +166,13 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
         first, second = (rows, columns) if rows_first else (columns, rows)
         patches = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], dim=1)
         return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
+
+
+def input_channels(module: Any) -> int | None:
+    """Number of channels of the images that a module takes, by its first convolution; None if it has none.
+
+    Args:
+        module: A method or an evaluation; None if there is none.
+    """
+    layers = () if module is None else module.modules()
+    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), None)

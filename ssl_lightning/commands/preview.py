@@ -2,8 +2,8 @@
 
 import lightning as L
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.look import input_channels
 from ssl_lightning.methods.base import SSLModule
 
 

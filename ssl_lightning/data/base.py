@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.datasets import StreamedViews, ViewDataset
-from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unreadable, fit_in_memory
+from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unreadable, fit_in_memory, some_of
 from ssl_lightning.data.loader import Loader
-from ssl_lightning.data.look import Alike, input_channels, make_alike
+from ssl_lightning.data.look import Alike, make_alike
 from ssl_lightning.data.pairs import Pairs, check_positives
 from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
-from ssl_lightning.data.sampler import ShuffledBatches, spread
+from ssl_lightning.data.sampler import ShuffledBatches
 from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.transforms import OwnViews, first_image
 from ssl_lightning.data.unreadable import report_unreadable
@@ -113,8 +113,6 @@ class SSLDataModule(PlainLoaders):
         """Name of each unreadable image so far, and the reason."""
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
         """Returns the indices of the ``train`` and ``val`` images that ``predict`` leaves out."""
-        self.method: Any = None
-        """The method to make views for, if there is no trainer that knows it."""
         self._run_folder = Path()
         self._pairs = ""
         self._own: OwnViews | None = None
@@ -136,36 +134,45 @@ class SSLDataModule(PlainLoaders):
         if self.trainer is not None:
             folder = run_folder(self.trainer) or self.trainer.default_root_dir
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
-        self.load()
-        self.train_images = _some(self.train_images, self.train_samples)
-        self.val_images = _some(self.val_images, self.val_samples)
-        if self.positives is not None and self.train_stream is None and self.train_images is not None:
-            self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
-            self._pairs = str(pairs)
-            rank_zero_info(f"--data.positives {pairs}")
-        try:
-            self._look()
-        except UserError:
-            self.train_images = self.train_stream = self.val_images = None  # so that nothing goes on unprepared
-            raise
-        self.train_images, self.val_images = self._prepared(self.train_images), self._prepared(self.val_images)
+        self._load(None)
         if self._train_size < 2:
             raise UserError(f"{type(self).__name__} has fewer than 2 images to train on; point it at more images.")
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
         counts = f"{self._train_size:,} images to train on, {len(self.val_images or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
-    def _look(self) -> None:
-        """Decide how the pixels of all images are made alike."""
+    def _load(self, alike: Alike | None) -> None:
+        """Load the images and make them alike, as decided before, or as a look at them decides."""
+        self.load()
+        self.train_images = some_of(self.train_images, self.train_samples)
+        self.val_images = some_of(self.val_images, self.val_samples)
+        if self.positives is not None and self.train_stream is None and self.train_images is not None:
+            self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
+            self._pairs = str(pairs)
+            rank_zero_info(f"--data.positives {pairs}")
         images = self.train_images or (self.train_stream and self.train_stream.first(32)) or self.val_images
-        if images is None or len(images) == 0:
+        try:
+            if alike is None and images is not None and len(images) > 0:
+                own_views, specs = not isinstance(self.views, str | None), self._own_specs
+                if self.transform is not None:  # it normalizes by itself, and has no color operations of ours
+                    own_views, specs = True, (ViewSpec(mean=(0.0,), std=(1.0,)),)
+                wishes = self.channels, self.value_range, self._wanted_channels, self._checkpoint_transform
+                alike = make_alike(images, specs, own_views, *wishes)
+        except UserError:
+            self.train_images = self.train_stream = self.val_images = None  # so that nothing goes on unprepared
+            raise
+        self._alike = alike
+        self.train_images, self.val_images = self._prepared(self.train_images), self._prepared(self.val_images)
+
+    def prepare_as(self, image_transform: dict[str, Any]) -> None:
+        """Make the images alike as for the training of a checkpoint that was just loaded.
+
+        Args:
+            image_transform: How the checkpoint says that images are prepared.
+        """
+        if self._alike is None or self._alike == (alike := self._alike.as_in(image_transform, self.value_range)):
             return
-        own_views = not isinstance(self.views, str | None)
-        specs = self._own_specs
-        if self.transform is not None:  # it normalizes by itself, and knows no color operations of ours
-            own_views, specs = True, (ViewSpec(mean=(0.0,), std=(1.0,)),)
-        wishes = self.channels, self.value_range, self._wanted_channels, self._checkpoint_transform
-        self._alike = make_alike(images, specs, own_views, *wishes)
+        self._load(alike)
 
     def _prepared(self, images: Images | None) -> Images | None:
         if images is None or self._alike is None:
@@ -229,10 +236,8 @@ class SSLDataModule(PlainLoaders):
     def image_transform(self) -> dict[str, Any]:
         """How plain images are prepared. Checkpoints keep it, so that evaluation prepares its images the same way."""
         spec = self._eval_spec
-        transform = {"size": spec.size, "crop_fraction": self.crop_fraction} | {
-            key: getattr(spec, key) for key in _TRANSFORM_KEYS
-        }
-        return transform | self._preparation.facts
+        transform = {key: getattr(spec, key) for key in _TRANSFORM_KEYS}
+        return {"size": spec.size, "crop_fraction": self.crop_fraction, **transform, **self._preparation.facts}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -318,9 +323,6 @@ class SSLDataModule(PlainLoaders):
     # The run
 
     @property
-    def _module(self) -> Any:
-        return getattr(self.trainer, "lightning_module", None) or self.method
-
     def _own_views(self, transform: Callable[[Any], Any]) -> OwnViews:
         """What is known of the views of a transform after a first call, on the first image that can be read."""
         if self._own is None:
@@ -358,16 +360,3 @@ class SSLDataModule(PlainLoaders):
     def _eval_spec(self) -> ViewSpec:
         """Plain images get the size, interpolation, mean and standard deviation of the largest crops."""
         return max((spec for spec in self.view_specs if spec.same_crop_as is None), key=lambda spec: spec.size)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
-        dtype = getattr(self._module, "dtype", torch.float32)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def _some(images: Images | None, samples: int | None) -> Images | None:
-    """Evenly spread images; all if ``samples`` is None."""
-    if images is None or samples is None or samples >= len(images):
-        return images
-    return images.subset(spread(np.arange(len(images)), samples))

@@ -74,6 +74,10 @@ class Images(ABC):
         """Some of the images, in ascending order."""
         return _Subset(self, indices)
 
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Indices of some images, evenly spread, the same on every process."""
+        return spread(np.arange(len(self)), min(count, len(self)))
+
     def fingerprint(self) -> str | None:
         """A hash that identifies these images, without their labels; None if there is no cheap one."""
         return None
@@ -354,6 +358,18 @@ def _checked(labels: Labels | None, count: int) -> Labels | None:
 
 def _size(image: Tensor) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
+
+
+def some_of(images: Images | None, samples: int | None) -> Images | None:
+    """Evenly spread images.
+
+    Args:
+        images: The images, if any.
+        samples: Their number. None means all.
+    """
+    if images is None or samples is None or samples >= len(images):
+        return images
+    return images.subset(spread(np.arange(len(images)), samples))
 
 
 def fit_in_memory(images: Images) -> bool:

@@ -1,19 +1,19 @@
 """A look at some images of a data set before training: their channels, and the range of their values."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.images import ImageArray, Images
 from ssl_lightning.data.preparation import Preparation, robust_range
 from ssl_lightning.data.prepared import mixed_channels, prepared
-from ssl_lightning.data.sampler import spread
 from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, color_operations
 from ssl_lightning.errors import UserError
 
@@ -33,6 +33,23 @@ class Alike(NamedTuple):
     """Mean and standard deviation of each channel for the views. None keeps the views' own."""
     example: tuple[str, int | None] | None
     """See PreparedImages."""
+
+    def as_in(self, image_transform: dict[str, Any], value_range: Any) -> "Alike":
+        """The same with the range, mean and deviation of a checkpoint, as far as they were measured.
+
+        Args:
+            image_transform: How the checkpoint says that images are prepared.
+            value_range: See SSLDataModule.
+        """
+        preparation, measured = self.preparation, self.statistics
+        if not image_transform or preparation.channels != image_transform.get("channels", 3):
+            return self
+        if preparation.is_deep and value_range == "auto" and "value_range" in image_transform:
+            low, high = image_transform["value_range"]
+            preparation = replace(preparation, value_range=(float(low), float(high)))
+        if measured is not None:
+            measured = tuple(image_transform["mean"]), tuple(image_transform["std"])
+        return self._replace(preparation=preparation, statistics=measured)
 
 
 def make_alike(
@@ -59,7 +76,8 @@ def make_alike(
         UserError: The images do not fit each other or the backbone.
     """
     look = look_at(images, may_differ=channels is not None)
-    number = number_of_channels(look, channels or checkpoint.get("channels"), wanted, trains=not checkpoint)
+    wanted = checkpoint.get("channels") if wanted is None else wanted
+    number = number_of_channels(look, channels, wanted, trains=not checkpoint)
     example = f"e.g. {look.example}"
     if number != 3 or look.channels not in (None, 3):
         origin = "" if look.channels in (None, number) else f", made from {look.channels}"
@@ -71,7 +89,7 @@ def make_alike(
         rank_zero_info(f"values from {bounds[0]:g} to {bounds[1]:g} become 0 to 1; choose with --data.value_range")
     preparation = Preparation(number, bounds, bounds is not None)
     if number != 3 and (left_out := color_operations(specs)):
-        rank_zero_info(f"the views leave out {', '.join(left_out)}, which images of {number} channels do not have")
+        rank_zero_info(f"the views leave out {', '.join(left_out)}, which need images of 3 channels")
     measured = None
     is_given = len(specs[0].mean) == number if checkpoint else own_views and specs[0].mean != IMAGENET_MEAN
     if (number != 3 or bounds is not None) and not is_given:
@@ -130,22 +148,12 @@ def look_at(images: Images, may_differ: bool) -> Look:
     return Look(example or photo, channels, value_range, bool(photo) and has_bands)
 
 
-def input_channels(module: Any) -> int | None:
-    """Number of channels of the images that a module takes, by its first convolution; None if it has none.
-
-    Args:
-        module: A method or an evaluation; None if there is none.
-    """
-    layers = () if module is None else module.modules()
-    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), None)
-
-
 def number_of_channels(look: Look, given: int | None, wanted: int | None, trains: bool) -> int:
     """The number of channels that all images get.
 
     Args:
         look: What the images are like.
-        given: The number that the user, or the evaluated checkpoint, asks for.
+        given: The number that the user asks for.
         wanted: The number that the backbone takes, if it is known.
         trains: Whether the backbone is about to be trained.
 
@@ -190,7 +198,7 @@ def statistics(images: Images, preparation: Preparation) -> Statistics:
 
 def _opened(images: Images) -> Iterator[tuple[str, OpenedImage]]:
     """Some images with their names, without those that cannot be opened, which training lists."""
-    for index in spread(np.arange(len(images)), min(LOOKED_AT, len(images))):
+    for index in images.sample(LOOKED_AT):
         try:
             image = images.open(int(index))
         except UserError:

@@ -99,8 +99,8 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
 def robust_range(values: NDArray[Any]) -> tuple[float, float]:
     """The values that become black and white: all but a thousandth at each end lie between them.
 
-    Where the values come close to the ends of a usual range, these are the ends: 8, 10, 12, 14 or 16 bits, [0, 1],
-    [-1, 1]. Marks of missing values do not count.
+    Where the values come close to the ends of a usual range, these are the ends: 8, 10, 12, 14 or 16 bits, reflectance
+    times 10,000, [0, 1], [-1, 1]. Marks of missing values do not count.
 
     Args:
         values: ``(N,)`` values.
@@ -112,7 +112,7 @@ def robust_range(values: NDArray[Any]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = (float(bound) for bound in np.quantile(values, (0.001, 0.999)))
     if low < high and low >= 0:
-        tops = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)] if high > 2 else [1.0]
+        tops = (255.0, 1023.0, 4095.0, 10000.0, 16383.0, 65535.0) if high > 2 else (1.0,)
         return 0.0 if low < high / 2 else low, next((top for top in tops if top / 2 < high <= top), high)
     if -1 <= low < -0.5 and 0.5 < high <= 1:
         return -1.0, 1.0

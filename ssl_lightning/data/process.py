@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import lightning as L
+import torch
 
 from ssl_lightning.data.reduce import reduce_command
 
@@ -18,6 +19,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
         super().__init__()
+        self.method: Any = None
+        """The method to load images for, if there is no trainer that knows it."""
         self.num_workers, self.seed = num_workers, seed
 
     @property
@@ -53,3 +56,13 @@ class DataModule(L.LightningDataModule):
         if images is None or not specs:
             return None
         return reduce_command(images, max(spec.size for spec in specs), str(getattr(self, "root", "DIR")))
+
+    @property
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None) or self.method
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
+        dtype = getattr(self._module, "dtype", torch.float32)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32

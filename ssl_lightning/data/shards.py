@@ -26,6 +26,7 @@ from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.folder import split
 from ssl_lightning.data.formats import is_image
 from ssl_lightning.data.images import Images, OpenedImage, open_image
+from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError
 
 
@@ -295,6 +296,13 @@ class ShardImages(Images):
         part.labels = None if self.labels is None else self.labels[indices]
         part.ends, part._files = np.searchsorted(indices, self.ends), {}
         return part
+
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Evenly spread images of at most eight tar files, each of which may have to be copied first."""
+        shards = spread(np.arange(len(self.urls)), min(8, len(self.urls)))
+        starts = np.concatenate([[0], self.ends[:-1]])
+        images = np.concatenate([np.arange(starts[shard], self.ends[shard]) for shard in shards])
+        return spread(images, min(count, len(images)))
 
     def _shard_index(self, index: int) -> int:
         return int(np.searchsorted(self.ends, index, side="right"))

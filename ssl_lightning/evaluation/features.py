@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.checkpoints import Pretrained
-from ssl_lightning.data.look import input_channels
 from ssl_lightning.distributed import gather_uneven, reduced, world_size
 from ssl_lightning.errors import UserError
 

@@ -30,8 +30,9 @@ from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
 from ssl_lightning.data.huggingface import HuggingFaceData
-from ssl_lightning.data.images import DatasetImages, ImageArray, ImageFiles, Images, ImageStream
+from ssl_lightning.data.images import DatasetImages, ImageArray, ImageFiles, Images
 from ssl_lightning.data.shards import ShardsData
+from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.torchvision import CIFAR10Data, CIFAR100Data, STL10Data, TorchvisionData
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError

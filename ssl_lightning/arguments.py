@@ -1,6 +1,7 @@
 """How the command line is parsed, and how it reports mistakes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 def _shortened(message: str) -> str:
     """A message of jsonargparse without its internals."""
+    transform = r'Parser key "transform":\s+- (Type \S+ \S+ expects .*?: )?'
+    message = re.sub(transform, "--data.transform takes a callable such as my_module.MyTransform. ", message)
     noise = ("Subtypes: ", "Errors:", "Given value", "Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if "is not accepted" in message:

@@ -16,13 +16,13 @@ CELL, _GAP, _HEADER = 144, 4, 14  # pixels
 
 
 def picture_of(pixels: Tensor) -> Image.Image:
-    """An image ``(C, H, W)`` uint8 with any number of channels: three in color, otherwise the first in gray.
+    """An image ``(C, H, W)`` with any number of channels: the first three in color, fewer than three in gray.
 
     Args:
-        pixels: The image.
+        pixels: The image, uint8, or float from 0 to 255.
     """
-    array = pixels.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array if array.shape[2] == 3 else array[..., 0]).convert("RGB")
+    array = pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., :3].copy() if array.shape[2] > 2 else array[..., 0]).convert("RGB")
 
 
 def pixels_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -37,8 +37,8 @@ class StepRandomness:
             images: Images of this process in the batch.
         """
         place = (self.seed or 0, step, batch_idx)
-        self.generator = torch.Generator().manual_seed(_mixed(*place))
-        torch.manual_seed(_mixed(*place, 1))
+        self.generator = torch.Generator().manual_seed(seed_of(*place))
+        torch.manual_seed(seed_of(*place, 1))
         for drop_path in self.drop_paths:
             drop_path.batch_size = images
         try:
@@ -47,8 +47,12 @@ class StepRandomness:
             self.generator = None
 
 
-def _mixed(*numbers: int) -> int:
-    """A single seed from several numbers."""
+def seed_of(*numbers: int) -> int:
+    """A single seed from several numbers.
+
+    Args:
+        numbers: They determine the seed.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -61,3 +65,21 @@ def generators_put_back() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed the global generators of Python, of numpy and of torch on the CPU, and restore them afterwards.
+
+    Args:
+        numbers: They determine the seed.
+    """
+    seed, state = seed_of(*numbers), torch.get_rng_state()
+    with generators_put_back():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)

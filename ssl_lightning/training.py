@@ -72,7 +72,9 @@ class Steps(L.Callback):
             settle_progress(checkpoint["loops"]["fit_loop"], trainer.fit_loop)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed."""
+        """Restore the seed, and prepare images as the checkpoint does."""
+        if (prepare_as := getattr(getattr(trainer, "datamodule", None), "prepare_as", None)) is not None:
+            prepare_as(checkpoint.get("image_transform", {}))
         if trainer.state.fn == TrainerFn.FITTING:
             self._loaded_seed = checkpoint.get("step_seed")
 
@@ -221,8 +223,8 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
     ):
         others = "smaller ones may follow" if method.local_views else "and no others"
         raise UserError(
-            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; --data.views gives "
-            f"{', '.join(f'{size} px' for size in sizes)}."
+            f"{type(method).__name__} needs {count} view{'s' * (count > 1)} of full size, {others}; --data.views or "
+            f"--data.transform gives {', '.join(f'{size} px' for size in sizes)}."
         )
     if global_batch < 2:
         raise UserError("a batch of 1 image has no BatchNorm and no negatives; set --data.batch_size to 2 or more.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from ssl_lightning.data import augment as ours
+from ssl_lightning.data.crops import ViewMaker
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Draws, crop_boxes, draw, philox, uniforms
 from ssl_lightning.data.views import CIFAR_PRESETS, PRESETS, ViewSpec, preset
 from ssl_lightning.errors import UserError
@@ -53,6 +54,19 @@ def test_numbers_depend_only_on_seed_epoch_index_and_view() -> None:
 
 def test_flip_equals_torchvision(images: Tensor) -> None:
     assert (ours.flip(images) == TF.horizontal_flip(images)).all()
+
+
+@pytest.mark.parametrize("size", [23, 24])
+def test_flips_and_turns_equal_torchvision(images: Tensor, size: int) -> None:
+    x = (images.float() / 255)[..., :size, :size]
+    assert (ours.vertical_flip(x) == TF.vertical_flip(x)).all()
+    for turns in (1, 2, 3):
+        assert (ours.quarter_turn(x, turns) == TF.rotate(x, 90 * turns)).all()
+    angles = [-180.0, -33.3, 0.1, 90.0]
+    result = ours.rotate(x, torch.tensor(angles))
+    for image, angle, result_image in zip(x, angles, result, strict=True):
+        expected = TF.rotate(image, angle, TF.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(result_image, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 1.7])
@@ -124,6 +138,12 @@ def reference_view(image: Tensor, spec: ViewSpec, draws: Draws, row: int) -> Ten
     numbers, x = draws.augmentation, image.float() / 255
     if numbers.flip[row]:
         x = TF.horizontal_flip(x)
+    if numbers.vertical_flip[row]:
+        x = TF.vertical_flip(x)
+    if numbers.quarter_turns[row]:
+        x = TF.rotate(x, 90 * int(numbers.quarter_turns[row]))
+    if numbers.degrees[row]:
+        x = TF.rotate(x, float(numbers.degrees[row]), TF.InterpolationMode.BILINEAR)
     if numbers.grayscale[row] and spec.grayscale_first:
         x = TF.rgb_to_grayscale(x, 3)
     for operation, amount in zip(numbers.operations[row].tolist(), numbers.amounts[row].tolist(), strict=True):
@@ -176,6 +196,35 @@ def test_operations_are_as_frequent_as_the_paper_says(name: str) -> None:
             p = getattr(spec, operation)
             error = (p * (1 - p) / count) ** 0.5
             assert abs(float(times) / count - p) <= 4 * error, (operation, times)
+
+
+AERIAL = replace(preset("byol", 64)[1], vertical_flip=0.5, quarter_turn=0.75, rotation=0.6, rotation_degrees=(-20, 50))
+
+
+def test_views_of_images_without_an_up_equal_torchvision() -> None:
+    count = 10_000
+    numbers, plain = drawn(AERIAL, count).augmentation, drawn(preset("byol", 64)[1], count).augmentation
+    shares = [(numbers.vertical_flip, 0.5), (numbers.degrees != 0, 0.6)]
+    shares += [(numbers.quarter_turns == turns, 0.25) for turns in range(4)]
+    for seen, p in shares:
+        assert abs(seen.mean() - p) < 4 * (p * (1 - p) / count) ** 0.5
+    angles = numbers.degrees[numbers.degrees != 0]
+    assert (angles.min(), angles.max()) == pytest.approx((-20, 50), abs=0.1)
+    for name in ("flip", "operations", "amounts", "grayscale", "sigmas", "solarize"):  # as without turns
+        assert (getattr(numbers, name) == getattr(plain, name)).all()
+    crops = torch.randint(256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    draws = drawn(AERIAL, 12)
+    result = ours.augment(crops, draws.augmentation, AERIAL)
+    expected = torch.stack([reference_view(crop, AERIAL, draws, row) for row, crop in enumerate(crops)])
+    assert ((result - expected).abs() > 5e-4).float().mean() < 1e-3  # at the threshold of solarize
+
+
+def test_a_repeated_crop_is_turned_alike() -> None:
+    teacher = replace(AERIAL, size=32, same_crop_as=0, vertical_flip=0, quarter_turn=0, rotation=0)
+    _, (first, second) = ViewMaker([AERIAL, teacher], 0).draw(0, np.arange(50), np.full(50, 90), np.full(50, 80))
+    for name in ("flip", "vertical_flip", "quarter_turns", "degrees"):
+        assert (getattr(first, name) == getattr(second, name)).all()
+    assert (first.solarize != second.solarize).any()
 
 
 def test_jitter_takes_every_order_and_the_whole_range() -> None:
@@ -289,13 +338,25 @@ def test_local_crops_shrink_with_the_global_ones() -> None:
     assert [spec.size for spec in preset("dino", 224)] == [224, 224, 96]
 
 
+@pytest.mark.parametrize(
+    ("patch", "image_size", "sizes"),
+    [(16, 224, [224, 224, 96]), (14, 224, [224, 224, 98]), (14, 98, [98, 98, 42]), (14, 518, [518, 518, 224])],
+)
+def test_local_crops_are_rounded_to_the_patch(patch: int, image_size: int, sizes: list[int]) -> None:
+    assert [spec.size for spec in preset("dino", image_size, patch)] == sizes
+
+
 def test_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'simclr'"):
         preset("simclear")
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"flip": 1.5}, {"scale": (0.5, 0.1)}, {"scale": (0.1, 2.0)}, {"hue": 0.7}, {"blur_kernel": 4}]
+    "wrong",
+    [
+        *({"flip": 1.5}, {"scale": (0.5, 0.1)}, {"scale": (0.1, 2.0)}, {"hue": 0.7}, {"blur_kernel": 4}),
+        *({"vertical_flip": -1}, {"quarter_turn": 2}, {"rotation": 90}, {"rotation_degrees": (30, -30)}),
+    ],
 )
 def test_impossible_views_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):

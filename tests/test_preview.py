@@ -104,7 +104,6 @@ def test_the_grid_is_drawn_when_training_starts(photos: Path, tmp_path: Path) ->
     slow_unless(lambda views: views == "swav", ["simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae"]),
 )
 def test_the_pipeline_is_measured_beside_lightly(photos: Path, views: Any) -> None:
-    pytest.importorskip("lightly")
     threads = torch.get_num_threads()
     result = pipeline(str(photos), views, image_size=48, batch_size=4, num_images=8, passes=1)
     assert torch.get_num_threads() == threads
@@ -119,7 +118,6 @@ def test_the_pipeline_is_measured_beside_lightly(photos: Path, views: Any) -> No
 
 @pytest.mark.slow
 def test_the_benchmark_on_the_command_line(photos: Path) -> None:
-    pytest.importorskip("lightly")
     words = f"benchmark pipeline --root {photos} --views swav --image-size 32 --num-workers 1 --num-images 8 --json"
     done = run(*words.split(), "--batch-size=4", "--passes=1")
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ def test_a_large_folder_is_scanned_once(photos: Path, tmp_path: Path, monkeypatc
             [20, 20],
         )
     )
-    (tmp_path / "temple" / "new.jpg").symlink_to(file)
+    shutil.copy(file, tmp_path / "temple" / "new.jpg")
     assert len(find_images(tmp_path).paths) == 41
     assert len(find_images(tmp_path).paths) == 41  # just changed: not to be trusted yet
     assert len(scans) == 3
@@ -178,10 +178,8 @@ def test_arrays_train_with_and_without_labels(tmp_path: Path) -> None:
 
 def test_images_of_four_channels_take_the_geometric_part(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(256, size=(12, 4, 32, 32), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"jitter=0.8.*3 channels, not 4; give --data.views without them"):
-        ArrayData(images, batch_size=4).train_dataloader()
     with pytest.raises(UserError, match=r"mean=.* is for 3 channels"):
-        ArrayData(images, batch_size=4, views=[PLAIN]).train_dataloader()
+        ArrayData(images, batch_size=4, views=[ViewSpec(size=16, mean=(0.1, 0.2, 0.3))]).train_dataloader()
     spec = ViewSpec(size=16, count=2, blur=0.5, blur_kernel=3, solarize=0.5, mean=(0.5,), std=(0.25,))
     data = ArrayData(images, np.arange(12) % 2, batch_size=4, views=[spec])
     views = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0).views

@@ -130,7 +130,6 @@ def test_no_step_waits_for_the_device(method: type[SSLModule], tmp_path: Any) ->
 
 @pytest.mark.parametrize("model", slow_unless(lambda model: model in ("SimCLR", "MoCoV3"), NARROW))
 def test_the_step_is_measured_beside_bare_passes_and_lightly(model: str) -> None:
-    pytest.importorskip("lightly")
     backbone = {"backbone": "vit_tiny_patch16_224"} if model == "MAE" else BACKBONE
     result = step(model, image_size=48, batch_size=4, steps=1, model_kwargs={**backbone, **NARROW[model]})
     found = json.loads(result.json)
@@ -151,7 +150,6 @@ def test_the_step_is_measured_beside_bare_passes_and_lightly(model: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["SimCLR", "MoCoV2", "BYOL", "SwAV", "DINO"])
 def test_a_step_dispatches_seven_tenths_of_the_operations_of_lightlys(model: str) -> None:
-    pytest.importorskip("lightly")
     result = step(model, "resnet50", image_size=32, batch_size=4, steps=1, model_kwargs=NARROW[model])
     assert result.ratios["operations_ratio"] <= 0.7
     assert result.ours.operations <= 1.25 * result.bare.operations
@@ -164,7 +162,6 @@ def test_an_unknown_method_is_told() -> None:
 
 @pytest.mark.slow
 def test_the_step_on_the_command_line() -> None:
-    pytest.importorskip("lightly")
     words = "benchmark step --model SimCLR --backbone resnet10_cifar --image-size 16 --batch-size=4 --steps 1 --json"
     done = subprocess.run([sys.executable, "-m", "ssl_lightning", *words.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -233,3 +233,13 @@ def _cubic_weights(places: Tensor, scale: Tensor, table: int) -> Tensor:
         here = (index[:, None] == torch.arange(table, dtype=torch.float32)).float()  # (length, table)
         weights = weights + torch.where(distance <= 1, near, far)[:, None] * here
     return weights
+
+
+def input_channels(module: Any) -> int | None:
+    """Number of channels of the images that a module takes, by its first convolution; None if it has none.
+
+    Args:
+        module: A method or an evaluation; None if there is none.
+    """
+    layers = () if module is None else module.modules()
+    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), None)

@@ -111,6 +111,11 @@ class Throughput(L.Callback):
             workers = getattr(loader, "num_workers", 0)
             more = f"--data.num_workers (now {workers}, this machine has {cores} processors)"
             remedy = f"raise {more}" if workers < cores else "store smaller images, or use fewer or smaller views"
+            data: Any = getattr(trainer, "datamodule", None)
+            if hasattr(data, "reduce_command") and (command := data.reduce_command()):
+                remedy = (
+                    f"the images are much larger than their views, so reduce them once with '{command}', or {remedy}"
+                )
             share = f"{self._wait / self._busy:.0%}"
             rank_zero_warn(f"{share} of the training time is spent waiting for images; {remedy}.")
         self._warned = True

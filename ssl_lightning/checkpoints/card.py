@@ -43,8 +43,8 @@ def card_of(pretrained: Pretrained, loading: str, prepared: bool) -> str:
         transform = pretrained.image_transform
         sections.append(
             f"## Images\n\nThe shorter side resized to {_short_side(transform)} px ({transform['interpolation']}, "
-            f"antialiased), the central {transform['size']} x {transform['size']} px of it, divided by 255, minus the "
-            f"mean {_rounded(transform['mean'])}, divided by {_rounded(transform['std'])}."
+            f"antialiased), the central {transform['size']} x {transform['size']} px of it, {_scaling(transform)}, "
+            f"minus the mean {_rounded(transform['mean'])}, divided by {_rounded(transform['std'])}."
         )
     sections.append(f"## Use\n\n```python\n{code}\n```")
     if recipe := facts.get("recipe"):
@@ -55,7 +55,7 @@ def card_of(pretrained: Pretrained, loading: str, prepared: bool) -> str:
 def _images(pretrained: Pretrained, prepared: bool) -> str:
     """Lines that give ``images``: from a photo if the transform is known, otherwise random ones of the right shape."""
     transform, channels = pretrained.image_transform, pretrained.backbone_kwargs.get("in_chans", 3)
-    if not prepared or channels != 3:
+    if not prepared or channels != 3 or "value_range" in transform:
         return f"import torch\n\nimages = torch.rand(1, {channels}, {transform['size']}, {transform['size']})"
     return f"""import torch
 from PIL import Image
@@ -71,6 +71,15 @@ prepare = v2.Compose(
     ]
 )
 images = prepare(Image.open("photo.jpg").convert("RGB"))[None]"""
+
+
+def _scaling(transform: dict[str, Any]) -> str:
+    """How pixels come to lie between 0 and 1, in words."""
+    kind = f"as {transform['channels']} channels, " if "channels" in transform else ""
+    if "value_range" not in transform:
+        return f"{kind}divided by 255"
+    low, high = transform["value_range"]
+    return f"{kind}minus {low:g}, divided by {high - low:g}, clipped to [0, 1] (8-bit images: divided by 255)"
 
 
 def _short_side(transform: dict[str, Any]) -> int:

@@ -18,7 +18,8 @@ class Pretrained:
         backbone: Maps images ``(B, 3, S, S)`` to features ``(B, embed_dim)``; in eval mode.
         name: Name of the timm or torchvision model.
         backbone_kwargs: Arguments that built it.
-        image_transform: How its images are prepared: ``size``, ``crop_fraction``, ``interpolation``, ``mean``, ``std``.
+        image_transform: How its images are prepared: ``size``, ``crop_fraction``, ``interpolation``, ``mean``, ``std``;
+            ``channels`` if they are not 3, and ``value_range`` if they have more than 8 bits.
         facts: Metadata of the file: ``method``, ``recipe``, ``data``, ``metrics``, ...
     """
 

@@ -72,7 +72,8 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
     data = read_config(folder).get("data") if folder is not None and checkpoint.is_file() else None
     if not isinstance(data, dict) or "class_path" not in data:
         return words
-    data.get("init_args", {}).pop("views", None)
+    for training_only in ("views", "transform", "positives"):
+        data.get("init_args", {}).pop(training_only, None)
     return [words[0], "--data", json.dumps(data), *words[1:]]
 
 

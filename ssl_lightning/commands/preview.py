@@ -2,6 +2,7 @@
 
 import lightning as L
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.methods.base import SSLModule
 
@@ -23,7 +24,8 @@ def run(
         num_rows: Number of images in the picture, one per row.
         num_images: Number of images to measure.
     """
-    datamodule.views = model.views if datamodule.views is None else datamodule.views
+    datamodule.backbone_channels = input_channels(model)
+    datamodule.method = model
     preview = datamodule.preview(num_rows, num_images)
     preview.sheet.save(output)
     print(f"{output}\n{preview}")

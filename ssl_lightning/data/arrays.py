@@ -14,12 +14,12 @@ from ssl_lightning.data.images import ImageArray
 class ArrayData(SSLDataModule):
     """Arrays of images, with or without labels.
 
-    If the images do not have three channels, give views without color operations and set the backbone's ``in_chans``.
+    If the images do not have three channels, set the backbone's ``in_chans``.
 
     Args:
-        images: ``(N, C, H, W)``, uint8: an array or a tensor.
+        images: ``(N, C, H, W)``: an array or a tensor of any real dtype.
         labels: ``(N,)`` class of each image; -1 is unknown. Only probes and evaluation use labels.
-        val_images: ``(M, C, H, W)``, uint8: the validation images.
+        val_images: ``(M, C, H, W)``: the validation images.
         val_labels: ``(M,)`` class of each validation image.
         val_fraction: Fraction of labeled images held out for validation if there are no ``val_images``.
         kwargs: See SSLDataModule. By default ``image_size`` is the longer side of the images.
@@ -27,9 +27,9 @@ class ArrayData(SSLDataModule):
 
     def __init__(
         self,
-        images: NDArray[np.uint8] | Tensor,
+        images: NDArray[Any] | Tensor,
         labels: NDArray[np.int64] | Tensor | None = None,
-        val_images: NDArray[np.uint8] | Tensor | None = None,
+        val_images: NDArray[Any] | Tensor | None = None,
         val_labels: NDArray[np.int64] | Tensor | None = None,
         val_fraction: float = 0.1,
         **kwargs: Any,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,6 +58,9 @@ def _steps(
     ]
     drawn: list[_Drawn] = [
         (flip, numbers.flip, []),
+        (vertical_flip, numbers.vertical_flip, []),
+        *((functools.partial(quarter_turn, turns=turns), numbers.quarter_turns == turns, []) for turns in (1, 2, 3)),
+        (rotate, numbers.degrees != 0, [numbers.degrees]),
         *(gray + jitter if spec.grayscale_first else jitter + gray),
         (blurring, numbers.sigmas > 0, [numbers.sigmas]),
         (solarizing, numbers.solarize, []),
@@ -81,15 +85,48 @@ def flip(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
+def vertical_flip(images: Tensor) -> Tensor:
+    """Flip ``(N, C, H, W)`` images vertically."""
+    return images.flip(-2)
+
+
+def quarter_turn(images: Tensor, turns: int) -> Tensor:
+    """Turn square ``(N, C, S, S)`` images counterclockwise by 90 degrees, ``turns`` times."""
+    return images.rot90(turns, (-2, -1))
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotate ``(N, C, H, W)`` images counterclockwise around their centers, bilinear, with black outside.
+
+    Args:
+        images: The images.
+        degrees: ``(N,)`` angles.
+    """
+    height, width = images.shape[-2:]
+    y, x = (torch.arange(side, device=images.device) + (0.5 - side / 2) for side in (height, width))
+    y, x = y[:, None], x[None]
+    radians = torch.deg2rad(degrees).view(-1, 1, 1)
+    cosines, sines = radians.cos(), radians.sin()
+    columns, rows = cosines * x - sines * y, sines * x + cosines * y  # (N, H, W) where to read, in pixels
+    grid = torch.stack([columns / (width / 2), rows / (height / 2)], -1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend ``(N, 3, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
+    """Blend ``(N, C, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
     return images.mul_(_per_image(factors)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend ``(N, 3, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``."""
-    red, green, blue = images.mean((-2, -1)).unbind(1)
-    mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a matrix product would depend on N
+    """Blend ``(N, C, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``.
+
+    The gray of three channels is their luma, of any other number their mean.
+    """
+    if images.shape[1] == 3:
+        red, green, blue = images.mean((-2, -1)).unbind(1)
+        mean = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]  # (N,); a matrix product would depend on N
+    else:
+        mean = images.mean((-3, -2, -1))
     return images.mul_(_per_image(factors)).add_(_per_image(mean * (1 - factors))).clamp_(0, 1)
 
 
@@ -210,22 +247,23 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int, interpolation: str) -
     Equals torchvision's crop and antialiased resize of uint8 images, up to the rounding of its fixed-point weights.
 
     Args:
-        images: ``(N, C, H, W)``, uint8.
+        images: ``(N, C, H, W)``, uint8, or float32 from 0 to 255.
         boxes: ``(N, 4)``: top, left, height, width in pixels.
         size: Side of the result in pixels.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
-        ``(N, C, size, size)``, float32, integers from 0 to 255.
+        ``(N, C, size, size)``, float32 from 0 to 255; integers if the images are uint8.
     """
     top, left, height, width = boxes.float().unbind(1)
     rows = _resize_weights(top, height, images.shape[-2], size, interpolation)  # (N, S, H)
     columns = _resize_weights(left, width, images.shape[-1], size, interpolation)  # (N, S, W)
     # One product for all channels of an image, because small products are slow. Columns first, and rounded twice, as in
     # Pillow.
-    x = (images.float().flatten(1, 2) @ columns.mT).round_().clamp_(0, 255)  # (N, C * H, S)
+    rounded = Tensor.round_ if images.dtype == torch.uint8 else torch.positive
+    x = rounded(images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (N, C * H, S)
     x = x.unflatten(1, images.shape[1:3]).transpose(1, 2).flatten(2)  # (N, H, C * S)
-    x = (rows @ x).round_().clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
+    x = rounded(rows @ x).clamp_(0, 255).unflatten(2, (images.shape[1], size))  # (N, S, C, S)
     return x.transpose(1, 2)
 
 

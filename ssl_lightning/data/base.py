@@ -1,72 +1,38 @@
 """SSLDataModule: views for training and plain images for evaluation, from any source of images."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.data.batches import PlainImages, RawViews
-from ssl_lightning.data.datasets import PlainDataset, StreamedViews, ViewDataset
-from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSizesError, Unreadable, fit_in_memory
+from ssl_lightning.data.datasets import StreamedViews, ViewDataset
+from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unreadable, fit_in_memory, some_of
 from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.look import Alike, make_alike
+from ssl_lightning.data.pairs import Pairs, check_positives
+from ssl_lightning.data.plain import PlainLoaders
+from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
-from ssl_lightning.data.sampler import OrderedBatches, RepeatedBatches, ShuffledBatches, spread
-from ssl_lightning.data.views import ViewSpec, resolve
+from ssl_lightning.data.sampler import RepeatedBatches, ShuffledBatches
+from ssl_lightning.data.stream import ImageStream
+from ssl_lightning.data.transforms import OwnViews, first_image
+from ssl_lightning.data.unreadable import report_unreadable
+from ssl_lightning.data.views import ViewSpec, adapted, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
 
 _TRANSFORM_KEYS = ("interpolation", "mean", "std")
 
 
-class DataModule(L.LightningDataModule):
-    """Base of every data module: gives loaders the seed, the process, and the position in the training.
-
-    Args:
-        num_workers: Processes that load images. None means one per CPU core, at most 8.
-        seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
-    """
-
-    def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
-        super().__init__()
-        self.num_workers, self.seed = num_workers, seed
-
-    @property
-    def _loading_processes(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores)
-
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    def _position(self) -> tuple[int, int] | None:
-        """During training: the epoch and how many of its batches are done, also after a resume."""
-        trainer: Any = self.trainer  # its class does not declare overfit_batches
-        if trainer is None or not trainer.training:
-            return None
-        epoch = 0 if trainer.overfit_batches else trainer.current_epoch  # overfitting repeats the same batches
-        return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-
-class SSLDataModule(DataModule):
+class SSLDataModule(PlainLoaders):
     """Base of all image data: a subclass sets ``train_images`` and ``val_images`` in ``load``.
 
     Workers decode and crop the images and draw the random numbers. The device augments each batch after its transfer.
@@ -87,6 +53,21 @@ class SSLDataModule(DataModule):
         seed: Seed of all random decisions about the data. None means the seed of ``seed_everything``.
         max_unreadable: Fraction of the images that may be unreadable. Such images are skipped and listed; a larger
             fraction stops the run.
+        channels: Convert the images to gray (1) or to color (3). None keeps the channels of the files, but converts
+            gray and color images to what the backbone takes.
+        value_range: The values that become black and white in images of more than 8 bits, for all images alike.
+            ``auto`` finds them in up to 256 images, or takes those of the evaluated checkpoint.
+        transform: Your own augmentation in place of ``views``: a class such as my_module.MyTransform or
+            lightly.transforms.DINOTransform with its arguments, or in Python any callable. It takes a Pillow image (a
+            tensor ``(C, H, W)`` unless there are 1 or 3 channels; albumentations get an array) and returns a list of
+            views; one that returns a single view is called once per view. It runs in the workers and is slower: where
+            we measured, lightly's transforms took 2.5 to 9 times as long as ``views`` of the same method. The random
+            numbers of Python, numpy, torch and albumentations are seeded for each image.
+        positives: Which images form positive pairs: ``folder``, another image of the same subfolder; ``next``, the next
+            file of the same folder; or a regular expression, images whose names below the root share what its first
+            group matches. The views of full size then show the image and its partner alternately, and so do local
+            crops. None means both views of a pair show the same image.
+        pair_distance: With ``next``, how many files ahead a partner may be; it is drawn from all of these.
     """
 
     default_image_size: int = 224
@@ -103,14 +84,28 @@ class SSLDataModule(DataModule):
         num_workers: int | None = None,
         seed: int | None = None,
         max_unreadable: float = 0.01,
+        channels: Literal[1, 3] | None = None,
+        value_range: Literal["auto"] | tuple[float, float] = "auto",
+        transform: Callable[[Any], Any] | None = None,
+        positives: str | None = None,
+        pair_distance: int = 1,
     ) -> None:
         super().__init__(num_workers, seed)
         if batch_size < 2:
             raise UserError(f"--data.batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
-        self.batch_size, self.views = batch_size, views
+        if views is not None and transform is not None:
+            raise UserError("--data.transform makes the views itself; leave out --data.views, or set it to null.")
+        check_positives(positives, pair_distance)
+        self.batch_size, self.views, self.transform = batch_size, views, transform
+        self.positives, self.pair_distance = positives, pair_distance
         self._image_size, self._crop_fraction = image_size, crop_fraction
         self.train_samples, self.val_samples, self.in_memory = train_samples, val_samples, in_memory
-        self.max_unreadable = max_unreadable
+        if value_range != "auto" and not float(value_range[0]) < float(value_range[1]):
+            raise UserError(f"--data.value_range={value_range} must be two numbers, the smaller one first, or auto.")
+        self.max_unreadable, self.channels, self.value_range = max_unreadable, channels, value_range
+        self.backbone_channels: int | None = None
+        """Number of channels that the backbone takes. None means the backbone of the trainer's method, if any."""
+        self._alike: Alike | None = None
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
@@ -119,6 +114,8 @@ class SSLDataModule(DataModule):
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
         """Returns the indices of the ``train`` and ``val`` images that ``predict`` leaves out."""
         self._run_folder = Path()
+        self._pairs = ""
+        self._own: OwnViews | None = None
 
     def load(self) -> None:
         """Set ``train_images``, and ``val_images`` if there are any: the only method a subclass must write.
@@ -129,30 +126,61 @@ class SSLDataModule(DataModule):
         raise NotImplementedError(f"{type(self).__name__} must define load() and set self.train_images there")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images, once, and check them."""
-        if self.train_images is not None or self.train_stream is not None:
+        """Load the images, once for backbones of the same number of channels, and check them."""
+        wanted = self._wanted_channels
+        is_loaded = self.train_images is not None or self.train_stream is not None
+        if is_loaded and (self._alike is None or wanted in (None, self._alike.preparation.channels)):
             return
         if self.trainer is not None:
             folder = run_folder(self.trainer) or self.trainer.default_root_dir
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
-        self.load()
-        train, val = (
-            self._prepared(self.train_images, self.train_samples),
-            self._prepared(self.val_images, self.val_samples),
-        )
-        self.train_images, self.val_images = train, val
+        self._load(None)
         if self._train_size < 2:
             raise UserError(f"{type(self).__name__} has fewer than 2 images to train on; point it at more images.")
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
-        counts = f"{self._train_size:,} images to train on, {len(val or []):,} to validate on"
+        counts = f"{self._train_size:,} images to train on, {len(self.val_images or []):,} to validate on"
         rank_zero_info(f"{type(self).__name__}: {counts}, {classes}")
 
-    def _prepared(self, images: Images | None, samples: int | None) -> Images | None:
-        if images is None:
-            return None
-        if samples is not None and samples < len(images):
-            images = images.subset(spread(np.arange(len(images)), samples))
-        if isinstance(images, ImageArray) or not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
+    def _load(self, alike: Alike | None) -> None:
+        """Load the images and make them alike, as decided before, or as a look at them decides."""
+        self.load()
+        self.train_images = some_of(self.train_images, self.train_samples)
+        self.val_images = some_of(self.val_images, self.val_samples)
+        if self.positives is not None and self.train_stream is None and self.train_images is not None:
+            self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
+            self._pairs = str(pairs)
+            rank_zero_info(f"--data.positives {pairs}")
+        images = self.train_images or (self.train_stream and self.train_stream.first(32)) or self.val_images
+        try:
+            if alike is None and images is not None and len(images) > 0:
+                own_views, specs = not isinstance(self.views, str | None), self._own_specs
+                if self.transform is not None:  # it normalizes by itself, and has no color operations of ours
+                    own_views, specs = True, (ViewSpec(mean=(0.0,), std=(1.0,)),)
+                wishes = self.channels, self.value_range, self._wanted_channels, self._checkpoint_transform
+                alike = make_alike(images, specs, own_views, *wishes)
+        except UserError:
+            self.train_images = self.train_stream = self.val_images = None  # so that nothing goes on unprepared
+            raise
+        self._alike = alike
+        self.train_images, self.val_images = self._prepared(self.train_images), self._prepared(self.val_images)
+
+    def prepare_as(self, image_transform: dict[str, Any]) -> None:
+        """Make the images alike as for the training of a checkpoint that was just loaded.
+
+        Args:
+            image_transform: How the checkpoint says that images are prepared.
+        """
+        if self._alike is None or self._alike == (alike := self._alike.as_in(image_transform, self.value_range)):
+            return
+        self._load(alike)
+
+    def _prepared(self, images: Images | None) -> Images | None:
+        if images is None or self._alike is None:
+            return images
+        if isinstance(images, ImageArray):
+            return images.prepared(self._alike.preparation)
+        images = PreparedImages(images, self._alike.preparation, self._alike.example)
+        if not (self.in_memory or (self.in_memory is None and fit_in_memory(images))):
             return images
         rank_zero_info(f"Decoding {len(images):,} images into memory ...")
         try:
@@ -187,10 +215,19 @@ class SSLDataModule(DataModule):
 
     @property
     def view_specs(self) -> tuple[ViewSpec, ...]:
-        """The training views: the ones given, else the method's, else SimCLR's."""
+        """The training views: the ones given, else the method's, else SimCLR's, for the channels of the images."""
+        if self.transform is not None:
+            return self._own_views(self.transform).specs
+        if self._alike is None:
+            return self._own_specs
+        return adapted(self._own_specs, self._alike.preparation.channels, self._alike.statistics)
+
+    @property
+    def _own_specs(self) -> tuple[ViewSpec, ...]:
+        patch = getattr(getattr(self._module, "backbone", None), "patch_side", 1)
         if self.views is not None:
-            return resolve(self.views, self.image_size)
-        specs = resolve(getattr(self._module, "views", "simclr"), self.image_size)
+            return resolve(self.views, self.image_size, patch)
+        specs = resolve(getattr(self._module, "views", "simclr"), self.image_size, patch)
         checkpoint = self._checkpoint_transform
         transform = {key: checkpoint[key] for key in _TRANSFORM_KEYS if key in checkpoint}
         return tuple(replace(spec, **transform) for spec in specs)
@@ -199,14 +236,16 @@ class SSLDataModule(DataModule):
     def image_transform(self) -> dict[str, Any]:
         """How plain images are prepared. Checkpoints keep it, so that evaluation prepares its images the same way."""
         spec = self._eval_spec
-        return {"size": spec.size, "crop_fraction": self.crop_fraction} | {
-            key: getattr(spec, key) for key in _TRANSFORM_KEYS
-        }
+        transform = {key: getattr(spec, key) for key in _TRANSFORM_KEYS}
+        return {"size": spec.size, "crop_fraction": self.crop_fraction, **transform, **self._preparation.facts}
 
     @property
     def facts(self) -> dict[str, Any]:
         """What checkpoints record about the data."""
-        return {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
+        facts = {"data": type(self).__name__, "images": self._train_size, "classes": self.num_classes}
+        if self.positives is not None:
+            facts["pairs"] = self._pairs
+        return facts if self._own is None else {**facts, "transform": self._own.name}
 
     # Loaders
 
@@ -225,85 +264,20 @@ class SSLDataModule(DataModule):
             )
             self.batch_size = batch_size
         images = self.train_stream or self._training_images
-        for spec in self.view_specs:
-            spec.check_channels(images.channels)
-        workers = self._workers(images)
+        check_positives(self.positives, self.pair_distance, self.view_specs)
+        workers, specs = self._workers(images), self.view_specs
         if isinstance(images, ImageStream):
-            stream = StreamedViews(images, self.view_specs, batch_size, self._seed, self._rank, world_size)
+            parts = batch_size, self._seed, self._rank, world_size
+            stream = StreamedViews(images, specs, *parts, self._preparation, self._own)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         batches = RepeatedBatches if getattr(self.trainer, "overfit_batches", 0) else ShuffledBatches
         order = batches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
-        dataset = ViewDataset(images, self.view_specs, self._seed)
+        dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 
-    def train_labelled_dataloader(self, max_samples: int | None = None) -> Loader | list[Any]:
-        """The labeled training images as plain images, each once over all processes: the bank of a kNN probe.
-
-        Empty for a stream.
-
-        Args:
-            max_samples: Take this many images, evenly spread over the data set. None takes all.
-        """
-        self.setup()
-        if self.train_stream is not None:
-            return []
-        return self._plain_loader(self._training_images, self.labelled(max_samples))
-
-    def labelled(self, max_samples: int | None = None) -> NDArray[np.int64]:
-        """Indices of the labeled training images.
-
-        Args:
-            max_samples: See ``train_labelled_dataloader``.
-        """
-        labels = self._training_images.labels
-        indices = np.arange(0) if labels is None else np.flatnonzero(labels >= 0)
-        return indices if max_samples is None or len(indices) <= max_samples else spread(indices, max_samples)
-
-    def plain_dataloader(self, count: int | None = None) -> Loader | list[Any]:
-        """Some training images as plain images, with or without labels, each once over all processes.
-
-        Empty for a stream.
-
-        Args:
-            count: Number of images, evenly spread over the data set. None means 1/32 of them, at least 64 and at most
-                2,048.
-        """
-        self.setup()
-        if self.train_stream is not None:
-            return []
-        size = len(self._training_images)
-        count = min(size, max(64, min(2048, size // 32)) if count is None else count)
-        return self._plain_loader(self._training_images, spread(np.arange(size), count))
-
-    def val_dataloader(self) -> Loader | list[Any]:
-        """The validation images as plain images, each once over all processes; empty if there are none."""
-        self.setup()
-        return [] if self.val_images is None else self._plain_loader(self.val_images, np.arange(len(self.val_images)))
-
-    def test_dataloader(self) -> Loader | list[Any]:
-        """The same images as ``val_dataloader``: training never sees them."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> list[Loader]:
-        """Plain images in order, each once over all processes: the training images, then any validation images.
-
-        Leaves out the images that ``already_predicted`` returns.
-        """
-        self.setup()
-        sources, done = {"train": self.train_images, "val": self.val_images}, self.already_predicted()
-        return [
-            self._plain_loader(images, np.delete(np.arange(len(images)), done.get(name, [])))
-            for name, images in sources.items()
-            if images is not None
-        ]
-
-    def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> Loader:
-        dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
-        order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)
-        return Loader(dataset, order, self._workers(images))
-
     def _workers(self, images: Images | ImageStream) -> int:
-        return 0 if self.num_workers is None and isinstance(images, ImageArray) else self._loading_processes
+        quick = isinstance(images, ImageArray) and self.transform is None
+        return 0 if self.num_workers is None and quick else self._loading_processes
 
     def preview(self, num_rows: int = 8, num_images: int = 256) -> Preview:
         """Make the first training views exactly as training does, and return a picture and a few numbers.
@@ -333,20 +307,8 @@ class SSLDataModule(DataModule):
             unreadable: The unreadable images of a batch.
             total: Number of different images that this process has seen by the end of the epoch.
         """
-        new = {name: reason for name, reason in unreadable if name not in self.unreadable}
-        if not new:
-            return
-        self.unreadable.update(new)
         listing = self._run_folder / unreadable_file(self._rank)
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
-        share = len(self.unreadable) / total
-        rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
-        if share > self.max_unreadable:
-            raise UserError(
-                f"{share:.1%} of the images are unreadable, more than --data.max_unreadable={self.max_unreadable:.1%}; "
-                f"fix or remove the files listed in {listing}, or raise the limit."
-            )
+        report_unreadable(self.unreadable, unreadable, total, listing, self.max_unreadable)
 
     def _images_seen(self) -> int:
         """About how many different images this process has seen by the end of this epoch.
@@ -362,13 +324,28 @@ class SSLDataModule(DataModule):
     # The run
 
     @property
-    def _module(self) -> Any:
-        return getattr(self.trainer, "lightning_module", None)
+    def _own_views(self, transform: Callable[[Any], Any]) -> OwnViews:
+        """What is known of the views of a transform after a first call, on the first image that can be read."""
+        if self._own is None:
+            wanted = getattr(self._module, "global_views", None) or 2
+            self.setup()
+            first = None if self.train_stream is None else self._prepared(self.train_stream.first(10))
+            self._own = OwnViews(transform, first_image(first or self._training_images), wanted)
+            rank_zero_info(str(self._own))
+        return self._own
 
     @property
     def _checkpoint_transform(self) -> dict[str, Any]:
         """The ``image_transform`` of the checkpoint that is evaluated; empty in training."""
         return getattr(self._module, "image_transform", None) or {}
+
+    @property
+    def _preparation(self) -> Preparation:
+        return Preparation() if self._alike is None else self._alike.preparation
+
+    @property
+    def _wanted_channels(self) -> int | None:
+        return self.backbone_channels or input_channels(self._module)
 
     @property
     def _train_size(self) -> int:
@@ -384,9 +361,3 @@ class SSLDataModule(DataModule):
     def _eval_spec(self) -> ViewSpec:
         """Plain images get the size, interpolation, mean and standard deviation of the largest crops."""
         return max((spec for spec in self.view_specs if spec.same_crop_as is None), key=lambda spec: spec.size)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Type of the method's weights: float32 unless ``--trainer.precision`` is 64-true or the like."""
-        dtype = getattr(self._module, "dtype", torch.float32)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -27,11 +27,12 @@ class RawViews(NamedTuple):
     """A training batch of B images as the workers send it, before augmentation."""
 
     images: Tensor | None
-    """``(B, C, H, W)`` uint8 if the device crops, else None."""
+    """``(B, C, H, W)`` if the device crops, else None: uint8, or float32 from 0 to 255; with partners ``(2B, ...)``."""
     crops: list[Tensor]
-    """For each ViewSpec ``(count * B, C, S, S)`` uint8 crops, or ``(count * B, 4)`` boxes if the device crops."""
+    """For each ViewSpec ``(count * B, C, S, S)`` crops of that dtype; if the device crops, ``(count * B, 5)``: which of
+    the images, top, left, height, width."""
     augmentations: list[Augmentation]
-    """For each ViewSpec the random numbers of its ``count * B`` crops."""
+    """For each ViewSpec the random numbers of its ``count * B`` crops; empty if the crops are finished views."""
     labels: Tensor
     """``(B,)`` classes; -1 is unknown."""
     indices: Tensor
@@ -49,14 +50,19 @@ class RawViews(NamedTuple):
     def augmented(self, specs: Sequence[ViewSpec], dtype: torch.dtype = torch.float32) -> Views:
         """Crop if the workers did not, augment in float32, and split into views, on the device that holds the batch."""
         views: list[Tensor] = []
+        if not self.augmentations:  # a transform of one's own made them; it may leave the normalization to us
+            for spec, crops in zip(specs, self.crops, strict=True):
+                finished = normalize(crops.float() / 255, spec) if crops.dtype == torch.uint8 else crops
+                views += finished.to(dtype).chunk(spec.count)
+            return Views(views, self.labels, self.indices)
         for spec, crops, numbers in zip(specs, self.crops, self.augmentations, strict=True):
             source = crops if self.images is None else self.images
             augmented = torch.empty(len(crops), source.shape[1], spec.size, spec.size, device=crops.device)
             for rows in _chunks(augmented):
                 chunk = crops[rows]
                 if self.images is not None:
-                    image = torch.arange(rows.start, rows.start + len(chunk), device=crops.device) % len(self.images)
-                    chunk = resized_crop(self.images.index_select(0, image), chunk, spec.size, spec.interpolation)
+                    images, boxes = self.images.index_select(0, chunk[:, 0]), chunk[:, 1:]
+                    chunk = resized_crop(images, boxes, spec.size, spec.interpolation)
                 augment(chunk, numbers.select(rows), spec, out=augmented[rows])
             views += augmented.to(dtype).chunk(spec.count)
         return Views(views, self.labels, self.indices)
@@ -79,7 +85,7 @@ _CPU_CHUNK = 2**20
 
 
 class PlainImages(NamedTuple):
-    """An evaluation batch: uint8 as the workers send it, float and normalized on the device."""
+    """An evaluation batch: values from 0 to 255 as the workers send it, float and normalized on the device."""
 
     images: Tensor
     """``(B, C, S, S)``."""

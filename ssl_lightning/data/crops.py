@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage
+from ssl_lightning.data.pairs import view_sources
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Augmentation, Draws, draw, uniforms
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
@@ -25,11 +26,22 @@ class ViewMaker:
     Args:
         specs: The views.
         seed: Seed of all random decisions.
+        paired: Whether each image comes with a partner, which other views show.
+
+    Attributes:
+        sources: ``(V,)`` for each view 0 if it shows the image, 1 if it shows the partner.
     """
 
-    def __init__(self, specs: Sequence[ViewSpec], seed: int) -> None:
+    def __init__(self, specs: Sequence[ViewSpec], seed: int, paired: bool = False) -> None:
         self.specs, self.seed = specs, seed
         self.needs_pixels = any(spec.rand_augment for spec in specs)
+        self.sources = view_sources(specs) * paired
+
+    def image_rows(self, batch_size: int) -> list[NDArray[np.int64]]:
+        """For each ViewSpec ``(count * B,)``: which of the B images, followed by their partners, each view shows."""
+        rows = self.sources[:, None] * batch_size + np.arange(batch_size)  # (V, B)
+        counts = [spec.count for spec in self.specs]
+        return [part.ravel() for part in np.split(rows, np.cumsum(counts)[:-1])]
 
     def draw(
         self, epoch: int, indices: NDArray[np.int64], heights: NDArray[np.int64], widths: NDArray[np.int64]
@@ -39,20 +51,20 @@ class ViewMaker:
         Args:
             epoch: Epoch.
             indices: ``(B,)`` indices of the images in the data set, which determine the random numbers.
-            heights: ``(B,)`` heights of the images in pixels.
-            widths: ``(B,)`` widths of the images in pixels.
+            heights: ``(B,)`` heights of the images in pixels; with partners ``(2B,)``.
+            widths: ``(B,)`` or ``(2B,)`` widths of the images in pixels.
         """
         boxes: list[NDArray[np.int64]] = []
         augmentations: list[Augmentation] = []
         view = 0
-        for spec in self.specs:
+        for spec, rows in zip(self.specs, self.image_rows(len(indices)), strict=True):
             numbers = uniforms(self.seed, epoch, indices, np.arange(view, view + spec.count), NUMBERS_PER_VIEW)
             flat = numbers.reshape(spec.count * len(indices), NUMBERS_PER_VIEW)
-            draws = draw(spec, flat, np.tile(heights, spec.count), np.tile(widths, spec.count))
+            draws = draw(spec, flat, heights[rows], widths[rows])
             if spec.same_crop_as is not None:
                 same = slice(spec.same_crop_as * len(indices), (spec.same_crop_as + spec.count) * len(indices))
-                flips = np.concatenate([earlier.flip for earlier in augmentations])
-                draws = Draws(np.concatenate(boxes)[same], draws.augmentation._replace(flip=flips[same]))
+                earlier = Augmentation.concatenated(augmentations).select(same)
+                draws = Draws(np.concatenate(boxes)[same], draws.augmentation.placed_as(earlier))
             boxes.append(draws.boxes)
             augmentations.append(draws.augmentation)
             view += spec.count
@@ -61,39 +73,42 @@ class ViewMaker:
     def crop(
         self, epoch: int, indices: NDArray[np.int64], images: Sequence[OpenedImage]
     ) -> tuple[list[Tensor], list[Augmentation]]:
-        """Crops ``(count * B, C, S, S)`` uint8 and augmentation of each ViewSpec. Each image is decoded once.
+        """Crops ``(count * B, C, S, S)`` and augmentation of each ViewSpec. Each image is decoded once.
 
         Args:
             epoch: Epoch.
             indices: ``(B,)`` indices of the images in the data set, which determine the random numbers.
-            images: The B images.
+            images: The B images; with partners followed by the B partners.
         """
         heights, widths = np.array([(image.height, image.width) for image in images]).T
         all_boxes, augmentations = self.draw(epoch, indices, heights, widths)
         crops: list[Tensor] = []
-        specs_and_boxes = list(zip(self.specs, all_boxes, strict=True))
-        bottoms = np.max([(boxes[:, 0] + boxes[:, 2]).reshape(-1, len(images)).max(0) for boxes in all_boxes], axis=0)
+        all_rows = self.image_rows(len(indices))
+        specs_and_boxes = list(zip(self.specs, all_boxes, all_rows, strict=True))
+        bottoms = np.zeros(len(images), np.int64)
+        for _, boxes, rows in specs_and_boxes:
+            np.maximum.at(bottoms, rows, boxes[:, 0] + boxes[:, 2])
         for number, image in enumerate(images):
             pixels = image.decode(int(bottoms[number])).permute(1, 2, 0).numpy()  # (rows, W, C)
             if not crops:
-                channels = pixels.shape[2]
-                shapes = [(len(boxes), channels, spec.size, spec.size) for spec, boxes in specs_and_boxes]
-                crops = [torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for shape in shapes]
+                channels, dtype = pixels.shape[2], torch.from_numpy(pixels).dtype
+                shapes = [(len(boxes), channels, spec.size, spec.size) for spec, boxes, _ in specs_and_boxes]
+                crops = [torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) for shape in shapes]
             first_view = 0
-            for (spec, boxes), cropped in zip(specs_and_boxes, crops, strict=True):
-                for row in range(number, len(boxes), len(images)):
+            for (spec, boxes, rows), cropped in zip(specs_and_boxes, crops, strict=True):
+                for row in np.flatnonzero(rows == number).tolist():
                     top, left, height, width = boxes[row].tolist()
                     crop = pixels[top : top + height, left : left + width]
                     cropped[row] = resize(crop, (spec.size, spec.size), spec.interpolation)
                     if spec.rand_augment:
-                        view = first_view + row // len(images)
+                        view = first_view + row // len(indices)
                         cropped[row] = rand_augmented(cropped[row], spec, self.seed, epoch, int(indices[number]), view)
                 first_view += spec.count
         return crops, augmentations
 
 
 def rand_augmented(image: Tensor, spec: ViewSpec, *seed: int) -> Tensor:
-    """Apply timm's RandAugment to an image ``(3, S, S)``, uint8. The result depends only on the image and the seed.
+    """Apply timm's RandAugment to an image ``(3, S, S)``, as uint8. The result depends only on the image and the seed.
 
     Args:
         image: The image.
@@ -103,7 +118,7 @@ def rand_augmented(image: Tensor, spec: ViewSpec, *seed: int) -> Tensor:
     with generators_put_back():
         random.seed(str(seed))
         np.random.seed(random.getrandbits(32))  # noqa: NPY002 # timm draws from both
-        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        pixels = Image.fromarray(image.round().to(torch.uint8).permute(1, 2, 0).numpy())
         return torch.from_numpy(np.array(_rand_augment(spec)(pixels))).permute(2, 0, 1)
 
 
@@ -127,8 +142,8 @@ def _at_least_one(level_fn: Any, level: float, settings: dict[str, Any]) -> tupl
     return (max(1, level_fn(level, settings)[0]),)
 
 
-def resize(pixels: NDArray[np.uint8], shape: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize pixels ``(H, W, C)``, uint8, to ``(C, *shape)`` with antialiasing.
+def resize(pixels: NDArray[Any], shape: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize pixels ``(H, W, C)``, uint8 or float32 from 0 to 255, to ``(C, *shape)`` with antialiasing.
 
     Measured on one core, bicubic, 300x350 to 224x224 px: torch takes 0.45 ms on contiguous channels-last pixels, 0.69
     on a part of a larger image, and 1.4 on channels-first pixels; Pillow takes 2. OpenCV has no antialiased bicubic.
@@ -139,4 +154,7 @@ def resize(pixels: NDArray[np.uint8], shape: tuple[int, int], interpolation: str
         interpolation: ``bilinear`` or ``bicubic``.
     """
     image = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
-    return (image if pixels.shape[:2] == shape else F.interpolate(image, shape, mode=interpolation, antialias=True))[0]
+    if pixels.shape[:2] == shape:
+        return image[0]
+    image = F.interpolate(image, shape, mode=interpolation, antialias=True)[0]
+    return image.clamp_(0, 255) if image.is_floating_point() else image  # bicubic overshoots; torch clamps only uint8

@@ -1,5 +1,6 @@
 """Data sets that make whole batches: random crops with their random numbers for training, plain images otherwise."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +13,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.crops import ViewMaker, resize
 from ssl_lightning.data.decoding import OpenedImage, open_example, opened_already
-from ssl_lightning.data.images import Example, ImageArray, Images, ImageStream, Unreadable
+from ssl_lightning.data.images import ImageArray, Images, Unreadable
+from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import prepared
 from ssl_lightning.data.sampler import BatchKey
+from ssl_lightning.data.stream import Example, ImageStream
+from ssl_lightning.data.transforms import OwnViewMaker, OwnViews
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 
@@ -22,21 +27,27 @@ class ViewDataset(Dataset[RawViews]):
     """Random crops of images with random access, with their random numbers, a batch at a time.
 
     Args:
-        images: The images.
+        images: The images. If they have partners, methods of several views get views of both.
         specs: The views.
         seed: Seed of all random decisions.
+        own: A transform of one's own that makes the views. None means crops and augmentation as the specs say.
     """
 
-    def __init__(self, images: Images, specs: Sequence[ViewSpec], seed: int) -> None:
-        self.images, self.maker = images, ViewMaker(specs, seed)
+    def __init__(self, images: Images, specs: Sequence[ViewSpec], seed: int, own: OwnViews | None = None) -> None:
+        self.images, self.seed = images, seed
+        self.maker = _maker(specs, seed, own, images.paired)
+        self.paired = bool(self.maker.sources.any())
 
     def __getitem__(self, key: BatchKey) -> RawViews:
         epoch, indices = key
-        if isinstance(self.images, ImageArray) and not self.maker.needs_pixels:  # the device crops
-            batch = self.images.images[torch.from_numpy(indices)]
-            heights, widths = (np.full(len(indices), side) for side in batch.shape[-2:])
+        if isinstance(self.images, ImageArray) and isinstance(self.maker, ViewMaker) and not self.maker.needs_pixels:
+            # the device crops
+            partners = self.partners(epoch, indices, indices) if self.paired else []
+            batch = self.images.batch(torch.tensor([*indices.tolist(), *partners]))
+            heights, widths = (np.full(len(batch), side) for side in batch.shape[-2:])
             boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)
-            crops = [torch.from_numpy(rows) for rows in boxes]
+            rows = self.maker.image_rows(len(indices))
+            crops = [torch.from_numpy(np.column_stack(columns)) for columns in zip(rows, boxes, strict=True)]
             return RawViews(batch, crops, augmentations, _labels(self.images, indices), torch.from_numpy(indices), [])
         try:
             return self._from_files(epoch, indices)
@@ -55,24 +66,68 @@ class ViewDataset(Dataset[RawViews]):
         """
         unreadable: list[Unreadable] = []
         opened = [self._first_readable(int(index), check_pixels, unreadable) for index in indices]
-        crops, augmentations = self.maker.crop(epoch, indices, [image for image, _ in opened])
-        read = np.array([index for _, index in opened])
+        images, read = [image for image, _ in opened], np.array([index for _, index in opened])
+        if self.paired:
+            partners = self.partners(epoch, indices, read)
+            images += [
+                self.readable(partner, check_pixels, unreadable) or image
+                for partner, image in zip(partners, images, strict=True)
+            ]
+        crops, augmentations = self.maker.crop(epoch, indices, images)
         return RawViews(None, crops, augmentations, _labels(self.images, read), torch.from_numpy(read), unreadable)
 
     def _first_readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> tuple[OpenedImage, int]:
         for step in range(len(self.images).bit_length() + 1):  # in growing steps: a whole folder or shard may be gone
             candidate = (index + 2**step - 1) % len(self.images)
-            try:
-                image = self.images.open(candidate)
-                if check_pixels:
-                    image.decode(image.height)
+            if (image := self.readable(candidate, check_pixels, unreadable)) is not None:
                 return image, candidate
-            except UserError:
-                raise
-            except Exception as error:
-                unreadable.append(Unreadable.because(self.images.name(candidate), error))
-        black = torch.zeros(self.images.channels, 8, 8, dtype=torch.uint8)
+        black = torch.zeros(self.images.channels, 8, 8, dtype=self.images.dtype)
         return opened_already(black), index  # the limit on unreadable images will stop the run
+
+    def readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> OpenedImage | None:
+        """Open an image; None if that fails.
+
+        Args:
+            index: The image.
+            check_pixels: Whether an image counts as readable only if all its pixels can be decoded.
+            unreadable: List that an unreadable image is added to.
+        """
+        try:
+            image = self.images.open(index)
+            if check_pixels:
+                image.decode(image.height)
+            return image
+        except UserError:
+            raise
+        except Exception as error:
+            unreadable.append(Unreadable.because(self.images.name(index), error))
+        return None
+
+    def partners(self, epoch: int, asked: NDArray[np.int64], read: NDArray[np.int64]) -> list[int]:
+        """The partners of a batch, each a function of only (seed, epoch, index).
+
+        Args:
+            epoch: Epoch.
+            asked: ``(B,)`` indices in the order of the epoch, which determine the random numbers.
+            read: ``(B,)`` indices of the images in their places, which differ where an image is unreadable.
+
+        Raises:
+            UserError: ``partner`` of a source returned something else than an index.
+        """
+        return [
+            self._partner(epoch, number, index) for number, index in zip(asked.tolist(), read.tolist(), strict=True)
+        ]
+
+    def _partner(self, epoch: int, number: int, index: int) -> int:
+        # the order of an epoch takes its numbers from the counters [n, 0, 0, 0]
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, number, 1]))
+        partner = self.images.partner(index, random)
+        if not isinstance(partner, int | np.integer) or not 0 <= partner < len(self.images):
+            raise UserError(
+                f"partner({index}) of {type(self.images).__name__} returned {partner!r}; it must return an index from "
+                f"0 to {len(self.images) - 1}."
+            )
+        return int(partner)
 
 
 class StreamedViews(IterableDataset[RawViews]):
@@ -87,6 +142,8 @@ class StreamedViews(IterableDataset[RawViews]):
         seed: Seed of all random decisions.
         rank: Index of this process.
         world_size: Number of processes.
+        preparation: What is done to the pixels of each image.
+        own: A transform of one's own that makes the views. None means crops and augmentation as the specs say.
 
     Attributes:
         epoch: Epoch of the next pass.
@@ -101,10 +158,13 @@ class StreamedViews(IterableDataset[RawViews]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        preparation: Preparation = Preparation(),
+        own: OwnViews | None = None,
     ) -> None:
+        self.preparation = preparation
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.size, self.rank, self.world_size = len(stream), rank, world_size
-        self.maker = ViewMaker(specs, seed)
+        self.maker = _maker(specs, seed, own)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -140,7 +200,10 @@ class StreamedViews(IterableDataset[RawViews]):
         for example in itertools.islice(self._examples(), skip, None):
             try:
                 opened = open_example(example.image)
-                image, label, failed = opened_already(opened.decode(opened.height)), example.label, 0
+                pixels = prepared(opened, self.preparation, opened.height, functools.partial(str, example.name))
+                image, label, failed = opened_already(pixels), example.label, 0
+            except UserError:
+                raise
             except Exception as error:
                 failed += 1
                 if failed > self.size:
@@ -177,7 +240,7 @@ class PlainDataset(Dataset[PlainImages]):
         _, indices = key
         size = self.spec.size
         # starts with no image, so that there is something to concatenate if no image can be read
-        pixels, read, unreadable = [torch.empty(0, self.images.channels, size, size, dtype=torch.uint8)], [], []
+        pixels, read, unreadable = [torch.empty(0, self.images.channels, size, size, dtype=self.images.dtype)], [], []
         for index in map(int, indices):
             try:
                 pixels.append(self._transform(self.images.read(index))[None])
@@ -198,6 +261,12 @@ class PlainDataset(Dataset[PlainImages]):
         image = resize(image.permute(1, 2, 0).numpy(), (height, width), self.spec.interpolation)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return image[:, top : top + size, left : left + size]
+
+
+def _maker(
+    specs: Sequence[ViewSpec], seed: int, own: OwnViews | None, paired: bool = False
+) -> ViewMaker | OwnViewMaker:
+    return ViewMaker(specs, seed, paired) if own is None else OwnViewMaker(own, seed, paired)
 
 
 def _labels(images: Images, indices: NDArray[np.int64]) -> Tensor:

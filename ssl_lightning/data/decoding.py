@@ -2,15 +2,21 @@
 
 import functools
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from ssl_lightning.data import rasters
+
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # tifffile reads what Pillow complains about
 
 
 class OpenedImage(NamedTuple):
@@ -23,27 +29,79 @@ class OpenedImage(NamedTuple):
     height: int
     width: int
     decode: Callable[[int], Tensor]
-    """Given a number of rows, returns the pixels of at least that many rows from the top: uint8 ``(C, rows, W)``, in
-    channels-last memory layout, which the resize is fastest on."""
+    """Given a number of rows, returns the pixels of at least that many rows from the top: ``(C, rows, W)`` of any real
+    dtype. The resize is fastest on uint8 in channels-last memory layout."""
+    is_photo: bool = False
+    """Whether it is an ordinary 8-bit image, whose ``decode`` gives RGB, and which may as well be wanted in gray."""
+    bands: Callable[[], Tensor] | None = None
+    """Returns all channels of a photo that has more than RGB has, e.g. its transparency."""
 
 
 def open_image(data: bytes) -> OpenedImage:
-    """Open an image file of any mode that Pillow supports. It becomes RGB, rotated as its Exif tag says.
+    """Open an image file of any kind. An animation gives its first frame.
 
-    Palette, CMYK and transparent images are converted, and transparency is dropped; 16-bit gray is scaled to 8 bits.
+    An ordinary 8-bit image becomes RGB, rotated as its Exif tag says: palette, CMYK and transparent images are
+    converted, and transparency is dropped. Any other image keeps its channels and values.
     A plain JPEG is decoded only when its pixels are asked for, any other file at once.
 
     Args:
         data: Content of the file.
 
     Raises:
+        UserError: An extra of this package is needed to read it.
         Exception: The content is truncated or not an image. Its type depends on the format.
     """
     jpeg = _plain_jpeg(data)
-    if jpeg is None:
+    if jpeg is not None:
+        return OpenedImage(jpeg.height, jpeg.width, functools.partial(_decode_jpeg, data, jpeg), is_photo=True)
+    if rasters.is_array(data):
+        return opened_already(rasters.read_array(data))
+    if rasters.is_dicom(data):
+        return opened_already(rasters.read_dicom(data))
+    if rasters.is_deep_color_png(data):
+        return opened_already(rasters.read_deep_color_png(data))
+    if rasters.is_heic(data):
+        rasters.let_pillow_read_heic()
+    with _without_limit():
+        return _open_tiff(data) if rasters.is_tiff(data) else _open_with_pillow(data)
+
+
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Let Pillow read images of any size: its limit is for files of strangers, these are the user's own."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open_with_pillow(data: bytes) -> OpenedImage:
+    with Image.open(io.BytesIO(data)) as image:
+        return open_pil_image(image)
+
+
+def _open_tiff(data: bytes) -> OpenedImage:
+    """Open a TIFF file with Pillow if that loses nothing, else with tifffile."""
+    try:
         with Image.open(io.BytesIO(data)) as image:
-            return open_pil_image(image)
-    return OpenedImage(jpeg.height, jpeg.width, functools.partial(_decode_jpeg, data, jpeg))
+            tags: Any = image.tag_v2
+            bits, samples = tags.get(_BITS_PER_SAMPLE, (8,)), tags.get(_SAMPLES_PER_PIXEL, 1)
+            description = str(tags.get(_DESCRIPTION, ""))
+            is_stack = getattr(image, "n_frames", 1) > 1 and any(mark in description for mark in _OF_STACKS)
+            is_signed = max(bits) <= 8 and 2 in tags.get(_SAMPLE_FORMAT, ())
+            if not (is_stack or is_signed or (samples > 1 and max(bits) > 8)):
+                opened = open_pil_image(image)
+                more = samples > len(image.getbands()) or image.mode == "RGBX"
+                return opened._replace(bands=functools.partial(rasters.read_tiff, data)) if more else opened
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        return opened_already(rasters.read_tiff(data, str(error)[:80]))
+    return opened_already(rasters.read_tiff(data, "of several bands, or signed"))
+
+
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _DESCRIPTION, _SAMPLE_FORMAT = 258, 277, 270, 339
+_OF_STACKS = ('{"shape": [', "channels=", "<OME")
+"""What the descriptions of files contain whose pages may be bands: of tifffile, ImageJ and OME."""
 
 
 def opened_already(pixels: Tensor) -> OpenedImage:
@@ -52,22 +110,34 @@ def opened_already(pixels: Tensor) -> OpenedImage:
 
 
 def open_example(image: Any) -> OpenedImage:
-    """Open what a data set calls an image: a Pillow image, the bytes of a file, or Hugging Face's ``{bytes, path}``."""
+    """Open what a data set calls an image.
+
+    A Pillow image, the bytes of a file, an array or a tensor, or Hugging Face's ``{bytes, path}``.
+    """
     if isinstance(image, dict):
         if image.get("bytes") is None:
             with fsspec.open(image["path"], "rb") as file:  # also in an archive, or behind a URL
                 return open_image(file.read())
         image = image["bytes"]
+    if isinstance(image, Tensor):
+        return opened_already(image if image.ndim == 3 else rasters.pixels_of_array(image.numpy()))
+    if isinstance(image, np.ndarray):
+        return opened_already(rasters.pixels_of_array(image))
     return open_image(image) if isinstance(image, bytes) else open_pil_image(image)
 
 
 def open_pil_image(image: Image.Image) -> OpenedImage:
-    """A Pillow image as RGB, rotated as its Exif tag says."""
+    """A Pillow image, rotated as its Exif tag says: an 8-bit image as RGB, gray of more bits with its own values."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit gray
-        wide = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((wide / 257).round().clip(0, 255).astype(np.uint8))
-    return opened_already(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    if image.mode.startswith(("I", "F")):
+        return opened_already(rasters.pixels_of_array(np.asarray(image)))
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    bands = functools.partial(_all_bands, image) if image.mode == "RGBA" else None
+    return opened_already(pixels)._replace(is_photo=True, bands=bands)
+
+
+def _all_bands(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class _Jpeg(NamedTuple):
@@ -128,6 +198,5 @@ def _decode_jpeg(data: bytes, jpeg: _Jpeg, rows: int) -> Tensor:
         else:
             pixels = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:  # damaged: Pillow tolerates more
-        with Image.open(io.BytesIO(data)) as image:
-            return open_pil_image(image).decode(rows)
+        return _open_with_pillow(data).decode(rows)
     return torch.from_numpy(pixels).permute(2, 0, 1)

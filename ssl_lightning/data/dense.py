@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ssl_lightning.data.base import DataModule
 from ssl_lightning.data.images import ImageFiles
 from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.prepared import PreparedImages
+from ssl_lightning.data.process import DataModule
 from ssl_lightning.data.randomness import uniforms
 from ssl_lightning.data.sampler import BatchKey, OrderedBatches, ShuffledBatches
 from ssl_lightning.errors import UserError
@@ -234,7 +236,8 @@ class DenseImages(Dataset[Any]):
     """
 
     def __init__(self, paths: list[Path], num_classes: int, seed: int | None) -> None:
-        self.files, self.num_classes, self.seed = ImageFiles(paths), num_classes, seed
+        self.files = PreparedImages(ImageFiles(paths), Preparation())
+        self.num_classes, self.seed = num_classes, seed
 
     def __len__(self) -> int:
         return len(self.files)

@@ -3,10 +3,10 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
+from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError
 
@@ -38,10 +39,14 @@ class Images(ABC):
     Attributes:
         labels: ``(N,)`` class of each image; -1 is unknown. None if there are no labels.
         channels: Number of channels of each image.
+        pairs: Knows the partner of each image; None if images have no partners, or ``partner`` is overridden.
+        dtype: Type of the pixels that ``read`` gives, once a data module has prepared the images.
     """
 
     labels: Labels | None = None
     channels: int = 3
+    pairs: "Partners | None" = None
+    dtype: torch.dtype = torch.uint8
 
     @abstractmethod
     def __len__(self) -> int:
@@ -61,13 +66,17 @@ class Images(ABC):
         """
 
     def read(self, index: int) -> Tensor:
-        """Decode one image to uint8 ``(C, H, W)``."""
+        """Decode one image to ``(C, H, W)``."""
         image = self.open(index)
         return image.decode(image.height)
 
     def subset(self, indices: NDArray[np.int64]) -> "Images":
-        """Some of the images."""
+        """Some of the images, in ascending order."""
         return _Subset(self, indices)
+
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Indices of some images, evenly spread, the same on every process."""
+        return spread(np.arange(len(self)), min(count, len(self)))
 
     def fingerprint(self) -> str | None:
         """A hash that identifies these images, without their labels; None if there is no cheap one."""
@@ -76,6 +85,33 @@ class Images(ABC):
     def order(self, random: np.random.Generator) -> NDArray[np.int64]:
         """The order of an epoch: a random permutation."""
         return random.permutation(len(self))
+
+    def path(self, index: int) -> str | None:
+        """The name by which ``--data.positives`` groups an image, without the root; None if images have no names."""
+        return self.name(index)
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        """An image that shows the same as another: the views of a positive pair come from both.
+
+        Override it in a source of your own. Without a partner, return the index itself.
+
+        Args:
+            index: The image.
+            random: The only source of random numbers to use. They depend on the seed, the epoch and the image.
+        """
+        return index if self.pairs is None else self.pairs.partner(index, random)
+
+    @property
+    def paired(self) -> bool:
+        """Whether images have partners."""
+        return self.pairs is not None or type(self).partner is not Images.partner
+
+
+class Partners(Protocol):
+    """Something that knows the partner of an image."""
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        """See ``Images.partner``."""
 
 
 class _Subset(Images):
@@ -92,6 +128,23 @@ class _Subset(Images):
 
     def open(self, index: int) -> OpenedImage:
         return self.images.open(int(self.indices[index]))
+
+    def path(self, index: int) -> str | None:
+        return self.images.path(int(self.indices[index]))
+
+    @property
+    def paired(self) -> bool:
+        return self.pairs is not None or self.images.paired
+
+    def partner(self, index: int, random: np.random.Generator) -> int:
+        if self.pairs is not None:
+            return self.pairs.partner(index, random)
+        for _ in range(10):  # a partner may lie outside of the subset
+            partner = self.images.partner(int(self.indices[index]), random)
+            position = int(np.searchsorted(self.indices, partner))
+            if position < len(self) and self.indices[position] == partner:
+                return position
+        return index
 
     def fingerprint(self) -> str | None:
         fingerprint = self.images.fingerprint()
@@ -126,6 +179,10 @@ class ImageFiles(Images):
         with open(self.name(index), "rb") as file:
             return open_image(file.read())
 
+    def path(self, index: int) -> str:
+        """The path below the root."""
+        return os.fsdecode(self.paths[index])
+
     def fingerprint(self) -> str:
         """A hash of the paths, sizes and modification times of the files."""
         return _digest(self.paths, np.array([_size_and_time(self.name(index)) for index in range(len(self))]))
@@ -151,6 +208,9 @@ class DatasetImages(Images):
         """The number of the example."""
         return f"example {index}"
 
+    def path(self, index: int) -> None:
+        """Examples have no names."""
+
     def open(self, index: int) -> OpenedImage:
         """Open the image of the example."""
         return open_example(self.dataset[int(index)][self.key])
@@ -164,24 +224,35 @@ class ImageArray(Images):
     """Images of the same size held in memory.
 
     Args:
-        images: ``(N, C, H, W)``, uint8.
+        images: ``(N, C, H, W)`` of any real dtype. What is not uint8 is scaled when a data module prepares it.
         labels: ``(N,)`` class of each image; -1 is unknown.
         names: ``(N,)`` name of each image. None means its index.
+        preparation: What is done to the pixels when they are taken. None takes them as they are.
     """
 
     def __init__(
-        self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None, names: NDArray[np.str_] | None = None
+        self,
+        images: NDArray[Any] | Tensor,
+        labels: Labels | None = None,
+        names: NDArray[np.str_] | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
+        if isinstance(images, np.ndarray) and (images.dtype == np.float16 or not images.dtype.isnative):
+            images = images.astype(np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("="))
         self.images = torch.as_tensor(images)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+        if self.images.ndim != 4 or self.images.is_complex():
             kind = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise UserError(f"images must be uint8 of shape (N, C, H, W), not {kind}; convert them.")
+            raise UserError(f"images must be of shape (N, C, H, W), not {kind}; convert them.")
+        if self.images.dtype == torch.bool:
+            self.images = self.images.to(torch.uint8) * 255
         if self.images.shape[1] > 4 and self.images.shape[3] <= 4:
             raise UserError(
                 f"images of shape {tuple(self.images.shape)} have their channels last; put them first with "
                 "images.transpose(0, 3, 1, 2)."
             )
-        self.channels = self.images.shape[1]
+        self.preparation = preparation
+        self.channels = self.images.shape[1] if preparation is None else preparation.channels
+        self.dtype = self.images.dtype if preparation is None else preparation.dtype
         self.labels, self.names = _checked(labels, len(self)), names
 
     def __len__(self) -> int:
@@ -191,9 +262,26 @@ class ImageArray(Images):
         """Its name, or its index."""
         return f"image {index}" if self.names is None else str(self.names[index])
 
+    def path(self, index: int) -> str | None:
+        """Its name, if it has one."""
+        return None if self.names is None else str(self.names[index])
+
     def open(self, index: int) -> OpenedImage:
         """The image, which is already decoded."""
-        return opened_already(self.images[index])
+        return opened_already(self.batch(index))
+
+    def batch(self, indices: Tensor | int) -> Tensor:
+        """The pixels of some images, ``(B, C, H, W)``, or of one image, ``(C, H, W)``."""
+        pixels = self.images[indices]
+        return pixels if self.preparation is None else self.preparation(pixels)
+
+    def prepared(self, preparation: Preparation) -> "ImageArray":
+        """These images with their pixels made alike. Shares the memory."""
+        if self.images.dtype == preparation.dtype == torch.uint8 and self.channels == preparation.channels:
+            return self
+        array = ImageArray(self.images, self.labels, self.names, preparation)
+        array.pairs = self if self.paired else None
+        return array
 
     def fingerprint(self) -> str:
         """A hash of the pixels."""
@@ -202,7 +290,8 @@ class ImageArray(Images):
     def subset(self, indices: NDArray[np.int64]) -> "ImageArray":
         """Some of the images, also in memory."""
         labels = None if self.labels is None else self.labels[indices]
-        return ImageArray(self.images[indices], labels, None if self.names is None else self.names[indices])
+        names = None if self.names is None else self.names[indices]
+        return ImageArray(self.images[indices], labels, names, self.preparation)
 
     @classmethod
     def decoded(cls, files: Images) -> "tuple[ImageArray, list[Unreadable]]":
@@ -233,41 +322,13 @@ class ImageArray(Images):
         if not images:
             raise UserError(f"none of {len(files)} files could be read as an image, e.g. {': '.join(unreadable[0])}")
         names = np.array([files.name(index) for index in read])
-        return cls(torch.stack(images), None if files.labels is None else files.labels[read], names), unreadable
+        array = cls(torch.stack(images), None if files.labels is None else files.labels[read], names)
+        array.pairs = _Subset(files, np.array(read)) if files.paired else None
+        return array, unreadable
 
 
 class MixedSizesError(UserError):
     """Images that should form one array differ in size."""
-
-
-class Example(NamedTuple):
-    """An image of a stream."""
-
-    image: Any
-    """The image in any form that ``open_example`` takes."""
-    label: int
-    """Its class; -1 is unknown."""
-    name: str
-    """Its name in messages and listings."""
-
-
-class ImageStream(ABC):
-    """Images without random access. A new kind of stream writes ``__len__``, ``max_workers`` and ``examples``."""
-
-    channels: int = 3
-    num_classes: int | None = None
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images in an epoch."""
-
-    @abstractmethod
-    def max_workers(self, world_size: int) -> int:
-        """Number of worker processes that the part of each training process can be divided among."""
-
-    @abstractmethod
-    def examples(self, epoch: int, rank: int, world_size: int) -> Iterator[Example]:
-        """The examples of an epoch that this process reads; in a worker, the examples that this worker reads."""
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
@@ -299,6 +360,18 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
 
 
+def some_of(images: Images | None, samples: int | None) -> Images | None:
+    """Evenly spread images.
+
+    Args:
+        images: The images, if any.
+        samples: Their number. None means all.
+    """
+    if images is None or samples is None or samples >= len(images):
+        return images
+    return images.subset(spread(np.arange(len(images)), samples))
+
+
 def fit_in_memory(images: Images) -> bool:
     """Whether images seem to be small, of the same size, and at most 1 GB together, judging by up to eight of them.
 
@@ -313,4 +386,5 @@ def fit_in_memory(images: Images) -> bool:
     if len(sizes) != 1:
         return False
     height, width = sizes.pop()
-    return max(height, width) <= 96 and len(images) * images.channels * height * width <= 2**30
+    size = len(images) * images.channels * height * width * images.dtype.itemsize
+    return max(height, width) <= 96 and size <= 2**30

@@ -11,8 +11,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssl_lightning.data.batches import RawViews
+from ssl_lightning.data.crops import ViewMaker
 from ssl_lightning.data.datasets import StreamedViews, ViewDataset
 from ssl_lightning.data.loader import Loader
+from ssl_lightning.data.transforms import OwnViewMaker
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.drawing import CELL, fitted, framed, picture_of, pixels_of, sheet
 
@@ -23,7 +25,7 @@ class Preview(NamedTuple):
     """A picture of training views, and numbers about them."""
 
     sheet: Image.Image
-    """A row for each image: the original with its crops outlined, then its views."""
+    """A row for each image: the original with its crops outlined, its partner if it has one, then its views."""
     blank: float
     """Fraction of views that show nothing: the standard deviation of their pixels, from 0 to 1, is below 0.02."""
     overlap: float | None
@@ -55,6 +57,8 @@ def preview(loader: Loader, specs: Sequence[ViewSpec], num_rows: int = 8, num_im
     dataset = loader.dataset
     assert isinstance(dataset, ViewDataset | StreamedViews)
     batches, read_original = _batches(loader, num_images), _originals(dataset)
+    sources = dataset.maker.sources
+    columns = ["original", "partner"] if sources.any() else ["original"]
     view_specs = [spec for spec in specs for _ in range(spec.count)]
     rows: list[list[Image.Image]] = []
     blank: list[bool] = []
@@ -68,18 +72,27 @@ def preview(loader: Loader, specs: Sequence[ViewSpec], num_rows: int = 8, num_im
         augmented = raw.augmented(specs)
         seconds += time.perf_counter() - start
         images = [read_original(int(index)) for index in raw.indices]
-        heights, widths = np.array([image.shape[1:] for image in images]).T
-        boxes = [part.reshape(-1, len(images), 4) for part in dataset.maker.draw(0, indices, heights, widths)[0]]
-        crops_per_image = np.concatenate(boxes, axis=0).swapaxes(0, 1)
-        for image, crops, *views in zip(images, crops_per_image, *augmented.views, strict=True):
+        partners = _partners(dataset, indices, raw, images)
+        all_crops = _crops(dataset.maker, indices, [*images, *partners])
+        for number, views in enumerate(zip(*augmented.views, strict=True)):
+            shown, crops = [images[number], *partners[number : number + 1]], all_crops[:, number]  # (V, 4)
             pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, view_specs, strict=True)]
             blank += [bool(view.double().std() < 0.02 * 255) for view in pixels]
-            own_crop = [number for number, spec in enumerate(view_specs) if spec.same_crop_as is None]
-            overlaps += _overlaps(crops[own_crop], [view_specs[number] for number in own_crop])
+            for source in range(len(shown)):
+                own = [
+                    view
+                    for view in range(len(crops))
+                    if sources[view] == source and view_specs[view].same_crop_as is None
+                ]
+                overlaps += _overlaps(crops[own], [view_specs[view] for view in own])
             if len(rows) < num_rows:
-                rows.append([_outlined(image, crops), *_framed(pixels, view_specs)])
+                outlined = [
+                    _outlined(image, [(view, crop) for view, crop in enumerate(crops) if sources[view] == source])
+                    for source, image in enumerate(shown)
+                ]
+                rows.append([*outlined, *_framed(pixels, view_specs)])
     return Preview(
-        sheet=sheet(rows, ["original", *(str(number + 1) for number in range(len(view_specs)))]),
+        sheet=sheet(rows, [*columns, *(str(number + 1) for number in range(len(view_specs)))]),
         blank=float(np.mean(blank)),
         overlap=float(np.mean(overlaps)) if overlaps else None,
         disjoint=float(np.mean(np.array(overlaps) == 0)) if overlaps else None,
@@ -105,11 +118,33 @@ def _originals(dataset: ViewDataset | StreamedViews) -> Callable[[int], Tensor]:
     return lambda _: next(stream)[0].decode(0)
 
 
+def _partners(
+    dataset: ViewDataset | StreamedViews, indices: NDArray[np.int64], raw: RawViews, images: Sequence[Tensor]
+) -> list[Tensor]:
+    """The originals of the partners of a batch; an image stands for a partner that is unreadable."""
+    if not isinstance(dataset, ViewDataset) or not dataset.paired:
+        return []
+    numbers = dataset.partners(0, indices, raw.indices.numpy())
+    opened = [dataset.readable(number, True, []) for number in numbers]
+    return [
+        image if partner is None else partner.decode(partner.height)
+        for image, partner in zip(images, opened, strict=True)
+    ]
+
+
+def _crops(maker: ViewMaker | OwnViewMaker, indices: NDArray[np.int64], images: Sequence[Tensor]) -> NDArray[np.int64]:
+    """The crop of each view of a batch, ``(V, B, 4)``; no views if a transform of one's own makes them."""
+    if isinstance(maker, OwnViewMaker):
+        return np.empty((0, len(indices), 4), np.int64)
+    heights, widths = np.array([image.shape[1:] for image in images]).T
+    return np.concatenate(maker.draw(0, indices, heights, widths)[0]).reshape(-1, len(indices), 4)
+
+
 def _overlaps(crops: NDArray[np.int64], specs: Sequence[ViewSpec]) -> list[float]:
     """Intersection over union of each full-size crop with each later crop."""
     tops, lefts, heights, widths = crops.T
     bottoms, rights = tops + heights, lefts + widths
-    full_size = max(spec.size for spec in specs)
+    full_size = max((spec.size for spec in specs), default=0)
     overlaps = []
     for first in (view for view, spec in enumerate(specs) if spec.size == full_size):
         for second in range(first + 1, len(specs)):
@@ -121,12 +156,12 @@ def _overlaps(crops: NDArray[np.int64], specs: Sequence[ViewSpec]) -> list[float
     return overlaps
 
 
-def _outlined(image: Tensor, crops: NDArray[np.int64]) -> Image.Image:
-    """The original, fitted into a cell, with the outlines of its crops."""
+def _outlined(image: Tensor, crops: Sequence[tuple[int, NDArray[np.int64]]]) -> Image.Image:
+    """The original, fitted into a cell, with the outlines of its crops, each with the number of its view."""
     scale = CELL / max(image.shape[1:])
     picture = fitted(picture_of(image))
     canvas = ImageDraw.Draw(picture)
-    for view, crop in enumerate(crops):
+    for view, crop in crops:
         top, left, bottom, right = (crop * scale)[[0, 1]].tolist() + ((crop[:2] + crop[2:]) * scale - 1).tolist()
         canvas.rectangle((left, top, max(left, right), max(top, bottom)), outline=_COLORS[view % len(_COLORS)])
     return picture

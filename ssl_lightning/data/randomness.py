@@ -4,6 +4,7 @@ A counter-based generator draws them for whole batches. A view therefore does no
 processes, on where training was interrupted, or on the device that applies the numbers.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from ssl_lightning.data.views import ViewSpec
 
 _CROP_TRIES = 10
 NUMBERS_PER_VIEW = 40
-"""22 for the crop, 14 for the rest, rounded up to whole blocks of 4."""
+"""22 for the crop, 14 for colors and the horizontal flip, 4 for the vertical flip and turns."""
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -75,6 +76,12 @@ class Augmentation(NamedTuple):
 
     flip: NDArray[np.bool_]
     """``(N,)`` whether to flip horizontally."""
+    vertical_flip: NDArray[np.bool_]
+    """``(N,)`` whether to flip vertically."""
+    quarter_turns: NDArray[np.int8]
+    """``(N,)`` number of counterclockwise turns by 90 degrees."""
+    degrees: NDArray[np.float32]
+    """``(N,)`` counterclockwise angle of a rotation; 0 for none."""
     operations: NDArray[np.int8]
     """``(N, 4)`` color operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
     amounts: NDArray[np.float32]
@@ -89,6 +96,20 @@ class Augmentation(NamedTuple):
     def select(self, rows: slice) -> "Augmentation":
         """The augmentation of some of the crops."""
         return Augmentation(**{name: values[rows] for name, values in self._asdict().items()})
+
+    def placed_as(self, other: "Augmentation") -> "Augmentation":
+        """This augmentation with the flips and turns of another."""
+        return self._replace(
+            flip=other.flip,
+            vertical_flip=other.vertical_flip,
+            quarter_turns=other.quarter_turns,
+            degrees=other.degrees,
+        )
+
+    @classmethod
+    def concatenated(cls, parts: Sequence["Augmentation"]) -> "Augmentation":
+        """The augmentations of several kinds of views, one after the other."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class Draws(NamedTuple):
@@ -157,6 +178,7 @@ def crop_boxes(
 def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
     flip, jitter, grayscale, blur, sigma, solarize = numbers[:, :6].T
     strengths, order = numbers[:, 6:10], numbers[:, 10:14]
+    vertical_flip, quarter_turn, rotation, angle = numbers[:, 14:18].T
 
     strongest = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
     factors = _between(strengths[:, :3], np.maximum(0, 1 - strongest[:3]), 1 + strongest[:3])
@@ -166,6 +188,11 @@ def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
     changes = (jitter < spec.jitter)[:, None] & (strongest > 0)[operations]
     return Augmentation(
         flip=flip < spec.flip,
+        vertical_flip=vertical_flip < spec.vertical_flip,
+        quarter_turns=np.where(  # a number below the probability is uniform there
+            quarter_turn < spec.quarter_turn, 1 + np.floor(3 * quarter_turn / (spec.quarter_turn or 1)), 0
+        ).astype(np.int8),
+        degrees=np.where(rotation < spec.rotation, _between(angle, *spec.rotation_degrees), 0).astype(np.float32),
         operations=np.where(changes, operations, -1).astype(np.int8),
         amounts=amounts.astype(np.float32),
         grayscale=grayscale < spec.grayscale,

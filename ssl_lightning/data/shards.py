@@ -23,8 +23,10 @@ from rich.progress import track
 
 from ssl_lightning.cache import cache_file, cache_folder, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import IMAGE_SUFFIXES, split
+from ssl_lightning.data.folder import split
+from ssl_lightning.data.formats import is_image
 from ssl_lightning.data.images import Images, OpenedImage, open_image
+from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError
 
 
@@ -195,7 +197,7 @@ class Shard:
                         content = archive.extractfile(member)
                         assert content is not None
                         labels.update(_label(key, extension, content.read()))
-                    elif f".{extension}" in IMAGE_SUFFIXES:
+                    elif is_image(f"x.{extension}"):
                         rows.append((member.name, member.offset_data, member.size))
             with path.open("rb") as file:
                 file.seek(archive.offset)
@@ -298,12 +300,23 @@ class ShardImages(Images):
         part.ends, part._files = np.searchsorted(indices, self.ends), {}
         return part
 
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Evenly spread images of at most eight tar files, each of which may have to be copied first."""
+        shards = spread(np.arange(len(self.urls)), min(8, len(self.urls)))
+        starts = np.concatenate([[0], self.ends[:-1]])
+        images = np.concatenate([np.arange(starts[shard], self.ends[shard]) for shard in shards])
+        return spread(images, min(count, len(images)))
+
     def _shard_index(self, index: int) -> int:
         return int(np.searchsorted(self.ends, index, side="right"))
 
     def name(self, index: int) -> str:
         """The tar file, and the name in the tar file."""
         return f"{self.urls[self._shard_index(index)]}/{os.fsdecode(self.names[index])}"
+
+    def path(self, index: int) -> str:
+        """The name in the tar file."""
+        return os.fsdecode(self.names[index])
 
     def open(self, index: int) -> OpenedImage:
         """Read the image from its tar file."""

@@ -4,7 +4,9 @@ import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ssl_lightning.errors import UserError
 
@@ -14,7 +16,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """A kind of random view: a crop, then flip, color jitter, grayscale, blur, solarize and normalization.
+    """A kind of random view: a crop, then flips, turns, color jitter, grayscale, blur, solarize and normalization.
 
     Probabilities are per view. A probability of 0 leaves the operation out.
 
@@ -27,6 +29,11 @@ class ViewSpec:
             the crop fits (torchvision).
         interpolation: Interpolation of the resize, always with antialiasing.
         flip: Probability of a horizontal flip.
+        vertical_flip: Probability of a vertical flip.
+        quarter_turn: Probability of a turn by 90, 180 or 270 degrees, each of them equally likely. With 0.75 all four
+            orientations are equally likely.
+        rotation: Probability of a rotation by any angle, bilinear. Corners from outside the crop become black.
+        rotation_degrees: Smallest and largest angle of the rotation, counterclockwise.
         jitter: Probability of color jitter: the next four operations in random order.
         brightness: Largest relative change of brightness.
         contrast: Largest relative change of contrast.
@@ -42,8 +49,9 @@ class ViewSpec:
         rand_augment: RandAugment after the crop, in timm's notation, e.g. rand-m9-mstd0.5-inc1. Empty for none.
         mean: Mean to subtract from pixel values in [0, 1]: a number for each channel, or a single number for all.
         std: Standard deviation to divide by: a number for each channel, or a single number for all.
-        same_crop_as: Index, from 0, of an earlier view whose crop and flip this view repeats, at its own size and with
-            its own color operations. A ``count`` of n repeats n views from this index on. None draws a new crop.
+        same_crop_as: Index, from 0, of an earlier view whose crop, flips and turns this view repeats, at its own size
+            and with its own color operations. A ``count`` of n repeats n views from this index on. None draws a new
+            crop.
     """
 
     size: int = 224
@@ -53,6 +61,10 @@ class ViewSpec:
     single_draw: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turn: float = 0.0
+    rotation: float = 0.0
+    rotation_degrees: tuple[float, float] = (-180.0, 180.0)
     jitter: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
@@ -76,7 +88,8 @@ class ViewSpec:
         Raises:
             UserError: A probability is outside [0, 1], a range is empty, a kernel size is even, ...
         """
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+        probabilities = ("flip", "vertical_flip", "quarter_turn", "rotation", "jitter", "grayscale", "blur", "solarize")
+        for name in probabilities:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"view: {name}={getattr(self, name)} is a probability; give a number from 0 to 1.")
         for name in ("scale", "ratio", "blur_sigma"):
@@ -85,6 +98,8 @@ class ViewSpec:
                 raise UserError(f"view: {name}={low, high} must be two positive numbers, the smaller one first.")
         if self.scale[1] > 1:
             raise UserError(f"view: scale={self.scale} is a fraction of the image's area; give numbers up to 1.")
+        if self.rotation_degrees[0] > self.rotation_degrees[1]:
+            raise UserError(f"view: rotation_degrees={self.rotation_degrees} must have the smaller angle first.")
         if not 0 <= self.hue <= 0.5:
             raise UserError(f"view: hue={self.hue} is a fraction of the color circle; give a number from 0 to 0.5.")
         if self.blur_kernel % 2 == 0:
@@ -95,19 +110,14 @@ class ViewSpec:
             raise UserError(f"view: size={self.size} and count={self.count} must be at least 1.")
 
     def check_channels(self, channels: int) -> None:
-        """Reject views that are impossible for images with this number of channels.
+        """Reject a mean or standard deviation for another number of channels than the images have.
 
         Args:
             channels: Number of channels of the images.
 
         Raises:
-            UserError: Color operations need 3 channels, or the mean or standard deviation has another length.
+            UserError: The number differs.
         """
-        if channels != 3 and (self.jitter > 0 or self.grayscale > 0 or self.rand_augment):
-            raise UserError(
-                f"view: jitter={self.jitter}, grayscale={self.grayscale} and rand_augment={self.rand_augment!r} need "
-                f"images with 3 channels, not {channels}; give --data.views without them."
-            )
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):
                 raise UserError(
@@ -233,16 +243,48 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
 """Augmentation for 32 px images: SimCLR's README, the authors' MoCo notebook, solo-learn's recipes for the rest."""
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+
+
+def color_operations(specs: Sequence[ViewSpec]) -> list[str]:
+    """Names of the operations in these views that only images of three channels have."""
+    return [name for name in _FOR_COLOR if any(getattr(spec, name) for spec in specs)]
+
+
+_FOR_COLOR: dict[str, Any] = {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "rand_augment": ""}
+"""Fields of operations on colors, with the value that leaves them out."""
+
+
 @functools.cache  # called for every batch
-def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
+def adapted(specs: tuple[ViewSpec, ...], channels: int, statistics: Statistics | None) -> tuple[ViewSpec, ...]:
+    """Views for images of any number of channels: without color operations, unless there are three channels.
+
+    Args:
+        specs: The views.
+        channels: Number of channels of the images.
+        statistics: Mean and standard deviation of the images, in place of the views' own. None keeps those.
+    """
+    if channels != 3:
+        specs = tuple(replace(spec, **_FOR_COLOR) for spec in specs)
+    if statistics is not None:
+        specs = tuple(replace(spec, mean=statistics[0], std=statistics[1]) for spec in specs)
+    for spec in specs:
+        spec.check_channels(channels)
+    return specs
+
+
+@functools.cache  # called for every batch; and it speaks once
+def preset(name: str, image_size: int = 224, patch: int = 1) -> tuple[ViewSpec, ...]:
     """The views of a paper at an image size. A size up to 32 gives the CIFAR variant if there is one.
 
-    Local crops keep their size relative to the global crops, rounded to a multiple of a ViT patch (16 px, or 8 px for
-    global crops below 128 px).
+    Local crops keep their size relative to the global crops, rounded to a multiple of 16 px (8 px for global crops
+    below 128 px), or of the backbone's patch if it does not divide that.
 
     Args:
         name: Key of ``PRESETS``.
         image_size: Side in pixels of the largest views.
+        patch: Number of pixels that the backbone needs the sides of local crops to be divisible by.
 
     Raises:
         UserError: No preset has that name.
@@ -253,27 +295,35 @@ def preset(name: str, image_size: int = 224) -> tuple[ViewSpec, ...]:
         raise UserError(f"unknown views {name!r}; {hint}The presets are {', '.join(PRESETS)}.")
     specs = CIFAR_PRESETS.get(name, PRESETS[name]) if image_size <= 32 else PRESETS[name]
     largest = max(spec.size for spec in specs if spec.same_crop_as is None)
-    return tuple(_resized(spec, spec.size / largest, image_size) for spec in specs)
+    return tuple(_resized(spec, spec.size / largest, image_size, patch) for spec in specs)
 
 
-def _resized(spec: ViewSpec, ratio: float, image_size: int) -> ViewSpec:
+def _resized(spec: ViewSpec, ratio: float, image_size: int, patch: int) -> ViewSpec:
     step = 16 if image_size >= 128 else 8
-    size = image_size if ratio == 1 else max(step, round(image_size * ratio / step) * step)
+    size = image_size if ratio == 1 else _rounded(image_size * ratio, step)
+    if ratio < 1 and size % patch:
+        before, size = size, _rounded(image_size * ratio, patch)
+        rank_zero_info(f"local crops have {size} px instead of {before}: the backbone has patches of {patch} px.")
     widest = 2 * ((size - 1) // 2) - 1  # a reflected border must be narrower than the image
     return replace(spec, size=size, blur_kernel=min(spec.blur_kernel, max(widest, 1)))
 
 
-def resolve(views: str | Sequence[ViewSpec], image_size: int) -> tuple[ViewSpec, ...]:
+def _rounded(size: float, step: int) -> int:
+    return max(step, round(size / step) * step)
+
+
+def resolve(views: str | Sequence[ViewSpec], image_size: int, patch: int = 1) -> tuple[ViewSpec, ...]:
     """The views that a preset's name or a list stands for.
 
     Args:
         views: Name of a preset, or the views themselves. A list keeps its own sizes.
         image_size: Side in pixels of the largest views of a preset.
+        patch: Number of pixels that the sides of a preset's local crops must be divisible by.
 
     Raises:
         UserError: No preset has that name, or ``same_crop_as`` names a view that does not come earlier.
     """
-    specs = preset(views, image_size) if isinstance(views, str) else tuple(views)
+    specs = preset(views, image_size, patch) if isinstance(views, str) else tuple(views)
     earlier = 0
     for spec in specs:
         if spec.same_crop_as is not None and not 0 <= spec.same_crop_as <= earlier - spec.count:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.checkpoints import Pretrained
 from ssl_lightning.distributed import gather_uneven, reduced, world_size
@@ -134,9 +135,9 @@ class FeatureExtractor(L.LightningModule):
         """Gather the features of all processes, in the order of the data."""
         for features, indices in self._parts:
             if not features:  # fewer images than processes
-                features.append(
-                    self.tokens(torch.zeros(1, 3, self._size, self._size, device=self.device)).float().cpu()[:0]
-                )
+                channels = input_channels(self) or 3
+                blank = torch.zeros(1, channels, self._size, self._size, device=self.device)
+                features.append(self.tokens(blank).float().cpu()[:0])
                 indices.append(torch.empty(0, dtype=torch.long))
             rows, order = (_gathered(torch.cat(parts), self.device) for parts in (features, indices))
             self.found.append((rows[order.argsort()], order.sort().values))

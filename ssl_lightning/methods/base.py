@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_lightning.backbones import checkpointing, initialization
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.own import Backbone, is_own, name_of
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.checkpoints import check_fit, describe, rename
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
@@ -88,6 +89,9 @@ class SSLModule(StepTools):
     embed_dim: int
     """Width of the features that ``forward`` gives."""
 
+    in_chans: int
+    """Number of channels of the images."""
+
     def __init__(
         self,
         backbone: Backbone = "resnet50",
@@ -110,6 +114,7 @@ class SSLModule(StepTools):
             initialization.residual_branches(self.backbone, 0.0 if self.zero_init_residual else 1.0)
         self.backbone.to(memory_format=torch.channels_last)
         self.embed_dim = int(self.backbone.num_features)  # type: ignore[arg-type] # set by create_backbone
+        self.in_chans = input_channels(self.backbone) or int(backbone_kwargs.get("in_chans", 3))
         self.pretrained = self.own_backbone or bool(backbone_kwargs.get("pretrained"))  # its weights are to stay
         self._compile, self.checkpoint_blocks, self.init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:

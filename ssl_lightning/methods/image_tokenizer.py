@@ -65,7 +65,7 @@ class ImageTokenizer(SSLModule):
         self.num_tokens, self.commitment, self.probe_every = num_tokens, commitment, probe_every
         self.restart_below = restart_below
         side = only_size(self.backbone) or 4 * getattr(self.backbone, "patch_side", 16)
-        self.stride = side // self.eval()._map(torch.zeros(1, 3, side, side)).shape[-1]
+        self.stride = side // self.eval()._map(torch.zeros(1, self.in_chans, side, side)).shape[-1]
         """Side of the square in pixels that a token is about."""
         self.train()
         self.projector = nn.Conv2d(self.embed_dim, token_dim, kernel_size=1)
@@ -77,7 +77,7 @@ class ImageTokenizer(SSLModule):
             nn.GELU(),
             nn.Conv2d(decoder_dim, decoder_dim, kernel_size=3, padding=1),
             nn.GELU(),
-            nn.Conv2d(decoder_dim, self.stride**2 * 3, kernel_size=1),
+            nn.Conv2d(decoder_dim, self.stride**2 * self.in_chans, kernel_size=1),
             nn.PixelShuffle(self.stride),
         )
 

@@ -71,7 +71,7 @@ class MAE(SSLModule):
         if not self.pretrained:
             initialization.mae(vit)
         self.decoder = TokenPredictor(
-            *(self.embed_dim, decoder_dim, self.patch_size**2 * 3, decoder_depth, decoder_heads),
+            *(self.embed_dim, decoder_dim, self.patch_size**2 * self.in_chans, decoder_depth, decoder_heads),
             grid=grid_of(vit),
             class_token=True,
             checkpoint_blocks=self.checkpoint_blocks,
@@ -147,5 +147,5 @@ class MAE(SSLModule):
     @property
     def chance_loss(self) -> float | None:
         """Loss of predicting each patch's mean: (n - 1) / n for n values a patch, their variance being unbiased."""
-        values = self.patch_size**2 * 3
+        values = self.patch_size**2 * self.in_chans
         return (values - 1) / values if self.normalize_pixels else None

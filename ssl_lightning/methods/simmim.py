@@ -98,7 +98,9 @@ class SimMIM(SSLModule):
         self.mask_ratio, self.mask_unit, self.probe_every = checked_ratio(mask_ratio), mask_unit, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = nn.Sequential(nn.Conv2d(self.embed_dim, self.stride**2 * 3, 1), nn.PixelShuffle(self.stride))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.embed_dim, self.stride**2 * self.in_chans, 1), nn.PixelShuffle(self.stride)
+        )
 
     @property
     def compiled_parts(self) -> list[nn.Module]:

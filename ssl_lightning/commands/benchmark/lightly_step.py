@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning.backbones.names import create_backbone
-from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 
 _Parts = tuple[Callable[[], Tensor], torch.optim.Optimizer]
@@ -24,19 +23,13 @@ def lightly_step(method: SSLModule, views: Sequence[Tensor]) -> tuple[Callable[[
     Args:
         method: Our method, whose backbone is copied.
         views: The views to train on.
-
-    Raises:
-        UserError: lightly is not installed.
     """
     compose = _COMPOSED.get(type(method).__name__)
     if compose is None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about lightly's use of torch
-        try:
-            loss_of_step, optimizer = compose(method, views)
-        except ImportError as error:
-            raise UserError("the benchmark compares with lightly: pip install 'ssl_lightning[benchmark]'.") from error
+        loss_of_step, optimizer = compose(method, views)
 
     def step() -> None:
         loss_of_step().backward()

@@ -17,7 +17,6 @@ from ssl_lightning.data.datasets import ViewDataset
 from ssl_lightning.data.folder import ImageFolderData
 from ssl_lightning.data.images import ImageArray, Images
 from ssl_lightning.data.views import ViewSpec
-from ssl_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,6 @@ def pipeline(
         batch_size: Images per batch.
         num_images: Images per pass.
         passes: Number of passes; the median is reported.
-
-    Raises:
-        UserError: lightly is not installed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -250,11 +246,9 @@ class _Transformed(Dataset[Any]):
 
 def _lightly_transform(views: str, specs: Sequence[ViewSpec]) -> Callable[[Image.Image], Any]:
     """The transform of lightly for a method: as many views of the same sizes, and no blur where we have none."""
-    try:
-        from lightly import transforms
-        from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
-    except ImportError as error:
-        raise UserError("the benchmark compares with lightly: pip install 'ssl_lightning[benchmark]'.") from error
+    from lightly import transforms
+    from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+
     size, last = specs[0].size, specs[-1]
     local_size, local_count = (last.size, last.count) if last.size < size else (size, 0)
     blurred = any(spec.blur for spec in specs)

@@ -75,6 +75,8 @@ def _summary(history: History) -> list[tuple[str, str, str]]:
         ("method", row.get("method") or start.get("method"), ""),
         ("backbone", row.get("backbone") or "resnet50", ""),
         ("data", data_name, ", ".join(counts)),
+        ("pairs", *(data.get("pairs") or ": ").rsplit(": ", 1)),
+        ("views", data.get("transform"), "by --data.transform"),
         ("epoch", str(done), f"of {planned}" if planned else ""),
     ]
     if (loss := history.last("train/loss")) is not None:

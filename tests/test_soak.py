@@ -1,10 +1,9 @@
-"""Long runs: memory and open files stay as they are; and runs that change their number of processes."""
+"""Long runs: memory and open files stay as they are."""
 
 import json
 import os
 import sys
 import warnings
-from contextlib import suppress
 from multiprocessing import active_children, set_start_method
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
-from ssl_lightning import BYOL, DINO, LastCheckpoint, SSLModule
-from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.cli import main
-from tests.processes import FORKSERVER, run_processes
-from tests.small import data, slow_unless, small, trainer
+from tests.processes import FORKSERVER
 
 STEPS, SETTLED = 3000, 1000
 SMALLEST = ["--model=RotNet", "--model.backbone=pixels", "--model.backbone_kwargs={img_size: 8}"]
@@ -81,51 +76,3 @@ def test_three_thousand_steps_with_all_callbacks_leave_memory_and_files_as_they_
     assert measured[-1]["files"] <= measured[0]["files"], [row["files"] for row in measured]
     assert len({row["number of workers"] for row in measured}) == 1  # of training, and of the last validation
     assert not warned
-
-
-class StopAt(L.Callback):
-    """Interrupts the run before a step that is not the last."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def _train(rank: int, processes: int, method: type[SSLModule], stop: int, folder: Path) -> dict[str, Tensor]:
-    """From the checkpoint in the folder, if there is one; with the same global batch for any number of processes."""
-    L.seed_everything(0, verbose=False)
-    several: dict[str, Any] = {"strategy": "ddp", "sync_batchnorm": True, "plugins": [SyncedBatchNorm()]}
-    last = LastCheckpoint(every_n_train_steps=1, dirpath=str(folder))
-    running = trainer(
-        folder,
-        devices=processes,
-        max_epochs=-1,
-        max_steps=15,
-        precision="64-true",
-        limit_val_batches=0,
-        enable_checkpointing=True,
-        callbacks=[last, StopAt(stop)],
-        **(several if processes > 1 else {}),
-    )
-    module, file = small(method), folder / "last.ckpt"
-    with suppress(KeyboardInterrupt, SystemExit):
-        running.fit(module, data(method, batch_size=8 // processes), ckpt_path=str(file) if file.exists() else None)
-    assert running.global_step == stop
-    return {name: value.detach() for name, value in module.named_parameters()}
-
-
-@pytest.mark.parametrize("method", slow_unless(lambda _: False, [BYOL, DINO]))
-def test_a_run_that_continues_on_other_numbers_of_processes_ends_as_on_one(
-    method: type[SSLModule], tmp_path: Path
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    expected = run_processes(_train, 1, 1, method, 15, whole)[0]
-    for processes, stop in ((1, 5), (2, 11), (1, 15)):  # each within an epoch of 8 steps
-        found = run_processes(_train, processes, processes, method, stop, parts)[0]
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0)

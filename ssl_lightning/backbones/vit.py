@@ -41,7 +41,7 @@ def any_size(model: Any) -> None:
         model: Changed in place; other models stay as they are.
     """
     if type(model) is VisionTransformer and type(model.patch_embed) is timm.layers.PatchEmbed:
-        model.dynamic_img_size = True
+        model.dynamic_img_size = True  # type: ignore[misc] # constant only for scripts
         model.patch_embed.strict_img_size, model.patch_embed.flatten = False, False
         model.patch_embed.output_fmt = timm.layers.Format.NHWC
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import ImageArray
+from ssl_lightning.data.splits import split
 
 
 class ArrayData(SSLDataModule):

@@ -19,6 +19,7 @@ from ssl_lightning.data.images import ImageArray, Images, ImageStream, MixedSize
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import OrderedBatches, ShuffledBatches, spread
+from ssl_lightning.data.splits import number_classes
 from ssl_lightning.data.views import ViewSpec, resolve
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import run_folder, unreadable_file
@@ -114,6 +115,8 @@ class SSLDataModule(DataModule):
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
+        self.classes: list[str] | None = None
+        """Names of the classes. ``load`` sets them if the numbers of the labels do not say them."""
         self.unreadable: dict[str, str] = {}
         """Name of each unreadable image so far, and the reason."""
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
@@ -136,6 +139,7 @@ class SSLDataModule(DataModule):
             folder = run_folder(self.trainer) or self.trainer.default_root_dir
             self._run_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         self.load()
+        number_classes(self)
         train, val = (
             self._prepared(self.train_images, self.train_samples),
             self._prepared(self.val_images, self.val_samples),
@@ -169,10 +173,10 @@ class SSLDataModule(DataModule):
         """Number of classes in the labels; None if the training images have no labels."""
         if self.train_stream is not None:
             return self.train_stream.num_classes
-        train, val = (None if images is None else images.labels for images in (self.train_images, self.val_images))
-        if train is None or train.max() < 0:
+        labels = None if self.train_images is None else self.train_images.labels
+        if labels is None or labels.max(initial=-1) < 0:
             return None
-        return int(max(train.max(), -1 if val is None else val.max(initial=-1))) + 1
+        return len(self.classes) if self.classes else int(labels.max()) + 1
 
     @property
     def image_size(self) -> int:
@@ -338,7 +342,9 @@ class SSLDataModule(DataModule):
         self.unreadable.update(new)
         listing = self._run_folder / unreadable_file(self._rank)
         listing.parent.mkdir(parents=True, exist_ok=True)
-        listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())))
+        listing.write_text(
+            "".join(f"{name}\t{reason}\n" for name, reason in sorted(self.unreadable.items())), encoding="utf-8"
+        )
         share = len(self.unreadable) / total
         rank_zero_warn(f"{len(self.unreadable)} of {total} images are unreadable and skipped; see {listing}")
         if share > self.max_unreadable:

@@ -7,8 +7,8 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import DatasetImages, Example, ImageStream
+from ssl_lightning.data.splits import split
 from ssl_lightning.errors import UserError
 
 _VALIDATION_SPLITS = ("validation", "val", "valid", "test")

@@ -23,9 +23,9 @@ from rich.progress import track
 
 from ssl_lightning.cache import cache_file, cache_folder, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.formats import is_image
 from ssl_lightning.data.images import Images, OpenedImage, open_image
+from ssl_lightning.data.splits import split
 from ssl_lightning.errors import UserError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import DatasetImages, ImageArray, Images
+from ssl_lightning.data.splits import split
 from ssl_lightning.errors import UserError
 
 

@@ -3,19 +3,22 @@
 import os
 import time
 import zipfile
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.formats import is_image, suffixes
+from ssl_lightning.data.formats import is_image, passed_over, suffix_of, suffixes
 from ssl_lightning.data.images import ImageFiles, Images, Labels
+from ssl_lightning.data.walk import walk
 from ssl_lightning.errors import UserError
 
 _VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
@@ -59,6 +62,8 @@ class ImageFolderData(SSLDataModule):
             raise UserError(f"{self.root} {what}; give the folder of your images as --data.root.")
         root = self._train_root
         listing = find_images(root)
+        if listing.others:
+            rank_zero_info(f"{root}: {passed_over(listing.others)}")
         classes = self._classes(root, listing)
         train = ImageFiles(listing.paths, _labels(root, listing, classes), root)
         val = None
@@ -100,10 +105,12 @@ class FolderListing(NamedTuple):
     """The folders that contain images, relative to the folder; "" is the folder itself."""
     counts: NDArray[np.int64]
     """Number of images in each of these folders."""
+    others: dict[str, int]
+    """Number of other files for each suffix."""
 
 
 def find_images(root: Path) -> FolderListing:
-    """List all image files below a folder, by their suffix, without hidden files and folders.
+    """List all image files below a folder, by their suffix, without hidden files and folders. Each real file once.
 
     The result of a long scan is cached in ``$SSL_LIGHTNING_CACHE`` (by default ``~/.cache/ssl_lightning``). It holds
     until a folder changes.
@@ -114,7 +121,7 @@ def find_images(root: Path) -> FolderListing:
     Raises:
         UserError: There are no images.
     """
-    index = cache_file(f"folder-{root.resolve()}", ".npz")
+    index = cache_file(f"folder-{root.resolve()}-{sorted(suffixes())}", ".npz")
     listing = _cached(root, index)
     if listing is None:
         start = time.time_ns()
@@ -130,9 +137,14 @@ def find_images(root: Path) -> FolderListing:
                 folders=np.array([os.fsencode(folder) for folder in listing.folders]),
                 all_folders=np.array([os.fsencode(folder) for folder in all_folders]),
                 times=times,
+                other_suffixes=np.array([os.fsencode(suffix) for suffix in listing.others], dtype=np.bytes_),
+                other_counts=np.array([*listing.others.values()], dtype=np.int64),
             )
     if len(listing.paths) == 0:
-        raise UserError(f"no images below {root}; looked for files ending in {', '.join(sorted(suffixes()))}.")
+        others = passed_over(listing.others)
+        raise UserError(
+            f"no images below {root}{others and f': {others}'}; give the folder of your images as --data.root."
+        )
     return listing
 
 
@@ -148,7 +160,9 @@ def _cached(root: Path, index: Path) -> FolderListing | None:
                 if os.stat(root / os.fsdecode(folder)).st_mtime_ns != time_then:
                     return None
             folders = [os.fsdecode(folder) for folder in arrays["folders"]]
-            return FolderListing(arrays["paths"], folders, arrays["counts"])
+            suffixes_of_others = map(os.fsdecode, arrays["other_suffixes"])
+            others = dict(zip(suffixes_of_others, arrays["other_counts"].tolist(), strict=True))
+            return FolderListing(arrays["paths"], folders, arrays["counts"], others)
     except (
         OSError,
         ValueError,
@@ -161,25 +175,22 @@ def _cached(root: Path, index: Path) -> FolderListing | None:
 
 def _scan(root: Path) -> tuple[FolderListing, list[str]]:
     """Walk through all folders. Returns the images, and all folders with and without images."""
-    paths: list[bytes] = []
-    folders: list[str] = []
-    counts: list[int] = []
-    all_folders: list[str] = []
+    names_by_folder: dict[str, list[str]] = {}
+    others: Counter[str] = Counter()
     columns = TextColumn("Scanning {task.description}: {task.completed:,.0f} images"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(str(root), total=None)
-        for path, children, files in os.walk(root, followlinks=True):
-            children[:] = sorted(name for name in children if not name.startswith("."))
-            folder = os.path.relpath(path, root)
-            folder = "" if folder == "." else folder
-            all_folders.append(folder)
-            names = sorted(name for name in files if not name.startswith(".") and is_image(name))
-            if names:
-                paths += [os.fsencode(os.path.join(folder, name)) for name in names]
-                folders.append(folder)
-                counts.append(len(names))
-                bar.advance(task, len(names))
-    return FolderListing(np.array(paths, dtype=np.bytes_), folders, np.array(counts, dtype=np.int64)), all_folders
+        for folder, files in walk(root):
+            images = [name for name in files if is_image(name)]
+            others.update(suffix_of(name) for name in files if not is_image(name))
+            names_by_folder.setdefault(folder, []).extend(images)
+            bar.advance(task, len(images))
+    folders = sorted(
+        (folder for folder, names in names_by_folder.items() if names), key=lambda name: name.split(os.sep)
+    )
+    paths = [os.fsencode(os.path.join(folder, name)) for folder in folders for name in sorted(names_by_folder[folder])]
+    counts = np.array([len(names_by_folder[folder]) for folder in folders], dtype=np.int64)
+    return FolderListing(np.array(paths, dtype=np.bytes_), folders, counts, dict(others)), [*names_by_folder]
 
 
 def _labels(root: Path, listing: FolderListing, classes: list[str] | None) -> Labels | None:

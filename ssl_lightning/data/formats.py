@@ -29,10 +29,7 @@ def suffixes() -> frozenset[str]:
         if name in Image.OPEN and name not in _NO_STILL_IMAGES
     }
     extras = {
-        suffix
-        for module, names in _EXTRAS.values()
-        if importlib.util.find_spec(module) is not None
-        for suffix in names
+        suffix for module, names in _EXTRAS.values() if importlib.util.find_spec(module) is not None for suffix in names
     }
     return frozenset({*pillow, *_TIFF, ".npy", *extras})
 

@@ -132,7 +132,7 @@ def _nothing(labels: NDArray[Any]) -> Labels:
     return np.full(len(labels), -1)
 
 
-def _words(labels: NDArray[Any]) -> NDArray[np.str_]:
+def _words(labels: NDArray[Any]) -> NDArray[Any]:
     return labels if labels.dtype.kind == "U" else np.where(labels < 0, "", labels.astype(np.str_))
 
 

@@ -1,8 +1,11 @@
 """Training and validation images: known by the names of folders and splits, or held out."""
 
+import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,6 +86,84 @@ def _without_companion(word: str) -> str:
 def _rank(name: str, kind: str) -> int:
     words = [word for kinds in _WORDS.values() for word in kinds]
     return words.index(name.lower()) if name.lower() in words else len(words) + [*_WORDS].index(kind)
+
+
+class Part(NamedTuple):
+    """What a folder is for."""
+
+    kind: str
+    """``train``, ``val`` or ``test``; ``other`` for a folder next to the folder of the training images."""
+    name: str
+    """Name of the folder that says so; empty if no name does."""
+    path: tuple[str, ...]
+    """The folder without this name, and without the folders that all images lie in."""
+
+
+def divide(folders: list[str], root: Path) -> list[Part]:
+    """Find out by their names which folders are for training, and which for validation and tests.
+
+    The folders of the splits may lie in the root, in the only folder of the root, or in each folder: ``cat/train``.
+
+    Args:
+        folders: The folders with images, relative to the root; "" is the root itself.
+        root: The root.
+    """
+    paths = [tuple(folder.split(os.sep)) if folder else () for folder in folders]
+    first = 0
+    while len({path[: first + 1] for path in paths}) == 1 and len(paths[0]) > first and not split_kind(paths[0][first]):
+        first += 1
+    siblings = [entry.name for entry in os.scandir(root.joinpath(*paths[0][:first])) if entry.is_dir()]
+    for level in range(first, max(map(len, paths))):
+        names: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for path in paths:
+            names[path[:level]].update(path[level : level + 1])
+        if level == first:  # training images that are missing are not replaced by test images
+            names[paths[0][:first]].update(name for name in siblings if split_kind(name) == "train")
+        kinds = {parent: _chosen(split_kinds(children)) for parent, children in names.items()}
+        if level == first and (top := kinds[paths[0][:first]]) and "train" not in top.values():
+            others = any(not {*path[level : level + 1]} & top.keys() for path in paths)
+            if not others and len({*top.values()}) == 1:  # nothing but test images: these are the data
+                break
+            if not others:
+                kinds[paths[0][:first]] = {name: "train" if kind == "val" else kind for name, kind in top.items()}
+            return _parts(paths, kinds, level, first)
+        if any("train" in kind.values() and (level == first or len(kind) > 1) for kind in kinds.values()):
+            return _parts(paths, kinds, level, first)
+    return [Part("train", "", path) for path in paths]
+
+
+def _chosen(kinds: dict[str, str]) -> dict[str, str]:
+    """Several names for the training images: only the most usual counts."""
+    train = next((name for name, kind in kinds.items() if kind == "train"), None)
+    return {name: "other" if kind == "train" and name != train else kind for name, kind in kinds.items()}
+
+
+def _parts(
+    paths: list[tuple[str, ...]], kinds: dict[tuple[str, ...], dict[str, str]], level: int, first: int
+) -> list[Part]:
+    parts = []
+    for path in paths:
+        named, name = kinds.get(path[:level], {}), "".join(path[level : level + 1])
+        if name in named:
+            parts.append(Part(named[name], name, path[first:level] + path[level + 1 :]))
+        elif "train" in named.values():
+            parts.append(Part("other", name, path))
+        else:
+            parts.append(Part("train", "", path[first:]))
+    for name in {part.name for part in parts}:  # train/train/cat, as some archives unpack
+        if name and all(part.path[:1] == (name,) for part in parts if part.name == name):
+            parts = [part._replace(path=part.path[1:]) if part.name == name else part for part in parts]
+    return parts
+
+
+def by_use(parts: list[Part]) -> list[str]:
+    """The names of the folders for validation and tests, those to use first at the beginning.
+
+    Args:
+        parts: What ``divide`` returns.
+    """
+    names = {part.name: part.kind for part in parts if part.kind in ("val", "test")}
+    return sorted(names, key=lambda name: (names[name] == "test", _rank(name, names[name]), len(name), name))
 
 
 def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:

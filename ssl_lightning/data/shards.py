@@ -36,8 +36,8 @@ class ShardsData(SSLDataModule):
     copied to a folder when it is first needed.
 
     Args:
-        urls: The tar files to train on: paths, folders, globs, URLs of any file system that fsspec supports, and ranges such as
-            ``train-{000..146}.tar``.
+        urls: The tar files to train on: paths, folders, globs, URLs of any file system that fsspec supports, and ranges
+            such as ``train-{000..146}.tar``.
         val_urls: The tar files to validate on. None holds out ``val_fraction`` of the training images.
         val_fraction: Fraction of labeled training images held out if there are no ``val_urls``.
         shuffle_shards: Number of tar files whose images are shuffled together.

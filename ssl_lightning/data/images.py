@@ -178,7 +178,7 @@ class ImageArray(Images):
     """
 
     def __init__(
-        self, images: NDArray[np.uint8] | Tensor, labels: Labels | None = None, names: NDArray[np.str_] | None = None
+        self, images: NDArray[np.uint8] | Tensor, labels: Any = None, names: NDArray[np.str_] | None = None
     ) -> None:
         self.images = torch.as_tensor(images)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:

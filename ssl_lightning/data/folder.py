@@ -18,10 +18,9 @@ from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.formats import is_image, passed_over, suffix_of, suffixes
 from ssl_lightning.data.images import ImageFiles
-from ssl_lightning.data.labels import listed, printable
 from ssl_lightning.data.splits import Part, by_use, divide, split, split_kind
 from ssl_lightning.data.walk import walk
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed, printable
 
 
 class ImageFolderData(SSLDataModule):

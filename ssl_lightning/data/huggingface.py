@@ -11,9 +11,9 @@ from torch.utils.data import get_worker_info
 
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.images import DatasetImages, Example, ImageStream
-from ssl_lightning.data.labels import as_labels, printable
+from ssl_lightning.data.labels import as_labels
 from ssl_lightning.data.splits import split, split_kinds
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, printable
 
 
 class HuggingFaceData(SSLDataModule):

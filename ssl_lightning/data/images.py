@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
-from ssl_lightning.data.labels import Labels, as_labels, printable
+from ssl_lightning.data.labels import Labels, as_labels
 from ssl_lightning.data.sampler import spread
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, printable
 
 
 class Unreadable(NamedTuple):

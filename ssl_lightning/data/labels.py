@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed
 
 Labels = NDArray[np.int64]
 """``(N,)`` class of each image; -1 is unknown."""
@@ -138,24 +138,3 @@ def _words(labels: NDArray[Any]) -> NDArray[Any]:
 
 def _positions(labels: NDArray[Any], used: NDArray[Any]) -> Labels:
     return np.where(known(labels), np.searchsorted(used, labels), -1).astype(np.int64)
-
-
-def listed(names: list[str], most: int = 5) -> str:
-    """Names for a message: ``a, b, c and 7 more``.
-
-    Args:
-        names: The names.
-        most: Number of names to state.
-    """
-    shown = ", ".join(printable(name) for name in names[:most])
-    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
-
-
-def printable(text: str) -> str:
-    """A text of any characters on one line, as messages and text files can hold it.
-
-    Args:
-        text: Such as the name of a file, which may be no Unicode and may contain line breaks.
-    """
-    text = text.encode(errors="backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

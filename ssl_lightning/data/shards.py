@@ -19,10 +19,10 @@ from ssl_lightning.cache import cache_folder
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.formats import passed_over
 from ssl_lightning.data.images import Images, OpenedImage, open_image
-from ssl_lightning.data.labels import as_labels, listed, printable
+from ssl_lightning.data.labels import as_labels
 from ssl_lightning.data.splits import split
 from ssl_lightning.data.tars import Shard, file_system, image_key, is_remote, local_copy, sample
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed, printable
 
 
 class ShardsData(SSLDataModule):

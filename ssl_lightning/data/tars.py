@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.formats import is_image, suffix_of, suffixes
-from ssl_lightning.data.labels import printable
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Shard:
             with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), index.open("rb") as file:
                 arrays = np.load(file)
                 others = dict(zip(arrays["other_suffixes"].tolist(), arrays["other_counts"].tolist(), strict=True))
-                return cls(url, *(arrays[name] for name in ("names", "offsets", "sizes", "labels")), others)
+                return cls(url, arrays["names"], arrays["offsets"], arrays["sizes"], arrays["labels"], others)
             shard, problem = cls._scanned(url, path, label_key)
         except OSError as error:
             shard, problem = cls(url, *_NO_IMAGES), f"{type(error).__name__}: {error}"

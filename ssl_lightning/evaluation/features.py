@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.checkpoints import Pretrained
-from ssl_lightning.data.labels import listed
 from ssl_lightning.distributed import gather_uneven, reduced, world_size
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed
 
 Corruption = Callable[[Tensor, Tensor], Tensor]
 """Changes images ``(B, 3, S, S)`` in [0, 1], given their indices ``(B,)``."""

@@ -294,15 +294,6 @@ def _write(path: Path) -> Path:
     return path
 
 
-def test_validation_class_unknown_to_training_is_named(photos: Path, tmp_path: Path) -> None:
-    for folder in ("train/a", "train/b", "val/a", "val/c"):
-        (tmp_path / folder).mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{number}.png")
-    with pytest.raises(UserError, match="classes that the training images do not have: c"):
-        ImageFolderData(str(tmp_path)).setup()
-
-
 def test_images_of_several_sizes_do_not_fit_in_memory_as_one_array(photos: Path) -> None:
     with pytest.raises(UserError, match=r"in_memory needs images of the same size, but .* px"):
         ImageFolderData(str(photos), in_memory=True).setup()

@@ -271,7 +271,7 @@ def _write_parquet(file: IO[bytes], written: Embeddings) -> None:
     columns = {
         "embeddings": pa.ListArray.from_arrays(offsets, pa.array(written.embeddings.reshape(-1))),
         "labels": pa.array(written.labels),
-        "paths": pa.array([path.encode(errors="replace").decode() for path in written.paths]),  # not all Unicode
+        "paths": pa.array([path.encode(errors="backslashreplace").decode() for path in written.paths]),  # any bytes
         "sets": pa.array(written.sets),
         "indices": pa.array(written.indices),
     }

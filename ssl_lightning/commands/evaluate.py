@@ -195,7 +195,7 @@ class Evaluation:
         Reports the mean for the largest number of images per class, with the confidence interval of that mean.
 
         Args:
-            shots: Images per class, a number or a list; None tries 1, 5 and 10.
+            shots: Images per class, a number or a list; None tries 1, 5 and 10 if there are that many.
             draws: Number of random draws of the images, at least 2.
 
         Raises:
@@ -207,10 +207,11 @@ class Evaluation:
             return None
         from scipy import stats  # only here: help texts should not wait for it
 
+        fewest = int(features.train.labels.bincount().min())
         train, (queries, truth) = features.train, (features.test.features.flatten(1), features.test.labels)
         bank, labels = train.features.flatten(1), train.labels
         seeds = [self.seed + draw for draw in range(draws)]
-        rows, shots = [], sorted(_as_list(shots) or [1, 5, 10])
+        rows, shots = [], sorted(_as_list(shots) or [number for number in (1, 5, 10) if number <= fewest])
         mean = deviation = 0.0
         for few in shots:
             accuracies = [_accuracy(low_shot(bank, labels, queries, few, seed), truth) for seed in seeds]

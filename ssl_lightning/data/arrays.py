@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import ImageArray
+from ssl_lightning.data.splits import split
 
 
 class ArrayData(SSLDataModule):
@@ -18,7 +17,8 @@ class ArrayData(SSLDataModule):
 
     Args:
         images: ``(N, C, H, W)``: an array or a tensor of any real dtype.
-        labels: ``(N,)`` class of each image; -1 is unknown. Only probes and evaluation use labels.
+        labels: ``(N,)`` class of each image, a whole number or a word; -1 and None are unknown. Only probes and
+            evaluation use labels.
         val_images: ``(M, C, H, W)``: the validation images.
         val_labels: ``(M,)`` class of each validation image.
         val_fraction: Fraction of labeled images held out for validation if there are no ``val_images``.
@@ -28,16 +28,16 @@ class ArrayData(SSLDataModule):
     def __init__(
         self,
         images: NDArray[Any] | Tensor,
-        labels: NDArray[np.int64] | Tensor | None = None,
+        labels: Any = None,
         val_images: NDArray[Any] | Tensor | None = None,
-        val_labels: NDArray[np.int64] | Tensor | None = None,
+        val_labels: Any = None,
         val_fraction: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        self.arrays = ImageArray(images, None if labels is None else np.asarray(labels))
+        self.arrays = ImageArray(images, labels)
         self.val_arrays = None
         if val_images is not None:
-            self.val_arrays = ImageArray(val_images, None if val_labels is None else np.asarray(val_labels))
+            self.val_arrays = ImageArray(val_images, val_labels)
         self.val_fraction = val_fraction
         self.default_image_size = max(self.arrays.images.shape[2:])
         super().__init__(**kwargs)

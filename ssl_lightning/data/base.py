@@ -22,6 +22,7 @@ from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import RepeatedBatches, ShuffledBatches
+from ssl_lightning.data.splits import number_classes
 from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.transforms import OwnViews, first_image
 from ssl_lightning.data.unreadable import report_unreadable
@@ -109,6 +110,8 @@ class SSLDataModule(PlainLoaders):
         self.train_images: Images | None = None
         self.train_stream: ImageStream | None = None
         self.val_images: Images | None = None
+        self.classes: list[str] | None = None
+        """Names of the classes. ``load`` sets them if the numbers of the labels do not say them."""
         self.unreadable: dict[str, str] = {}
         """Name of each unreadable image so far, and the reason."""
         self.already_predicted: Callable[[], dict[str, NDArray[np.int64]]] = dict
@@ -144,6 +147,7 @@ class SSLDataModule(PlainLoaders):
     def _load(self, alike: Alike | None) -> None:
         """Load the images and make them alike, as decided before, or as a look at them decides."""
         self.load()
+        number_classes(self)
         self.train_images = some_of(self.train_images, self.train_samples)
         self.val_images = some_of(self.val_images, self.val_samples)
         if self.positives is not None and self.train_stream is None and self.train_images is not None:
@@ -197,10 +201,10 @@ class SSLDataModule(PlainLoaders):
         """Number of classes in the labels; None if the training images have no labels."""
         if self.train_stream is not None:
             return self.train_stream.num_classes
-        train, val = (None if images is None else images.labels for images in (self.train_images, self.val_images))
-        if train is None or train.max() < 0:
+        labels = None if self.train_images is None else self.train_images.labels
+        if labels is None or labels.max(initial=-1) < 0:
             return None
-        return int(max(train.max(), -1 if val is None else val.max(initial=-1))) + 1
+        return len(self.classes) if self.classes else int(labels.max()) + 1
 
     @property
     def image_size(self) -> int:

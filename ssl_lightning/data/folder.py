@@ -17,25 +17,26 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.formats import is_image, passed_over, suffix_of, suffixes
-from ssl_lightning.data.images import ImageFiles, Images, Labels
+from ssl_lightning.data.images import ImageFiles
+from ssl_lightning.data.splits import Part, by_use, divide, split, split_kind
 from ssl_lightning.data.walk import walk
-from ssl_lightning.errors import UserError
-
-_VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
+from ssl_lightning.errors import UserError, listed, printable
 
 
 class ImageFolderData(SSLDataModule):
     """Any folder of images: with a subfolder for each class, with nested folders, or flat without labels.
 
     If the folder has a subfolder ``train``, training uses it, and validation uses its sibling ``val``, ``valid``,
-    ``validation`` or ``test``. Otherwise a part of a labeled folder is held out for validation; a folder without labels
-    is for training only. Only probes and evaluation use labels.
+    ``validation`` or ``test``, in any case and spelling (``Training``, ``test_images``, ...). Otherwise a part of a
+    labeled folder is held out for validation; a folder without labels is for training only. Only probes and evaluation
+    use labels.
 
     Args:
         root: The folder.
         labels: ``folders``: the first folder below the root is the class. ``none``: no labels. ``auto``: ``folders`` if
             every image lies exactly one folder deep and there are at least two such folders, else ``none``.
-        val_fraction: Fraction of a labeled folder held out for validation if there is no validation folder.
+        val_fraction: Fraction of each class held out for validation if there is no validation folder.
+        splits: Whether folders named like splits (train, val, test, ...) divide the images. False trains on all images.
         kwargs: See SSLDataModule.
     """
 
@@ -44,55 +45,98 @@ class ImageFolderData(SSLDataModule):
         root: str,
         labels: Literal["auto", "folders", "none"] = "auto",
         val_fraction: float = 0.1,
+        splits: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root, self.labels, self.val_fraction = Path(root).expanduser(), labels, val_fraction
+        self.splits = splits
 
     def prepare_data(self) -> None:
         """Scan the folders, once per machine. The other processes read the cached index."""
-        for root in (self._train_root, *self._validation_roots()):
-            with suppress(UserError):  # load raises it again
-                find_images(root)
+        with suppress(UserError, OSError):  # load raises it again
+            find_images(self.root)
 
     def load(self) -> None:
         """Find the images, label them, and hold out images for validation."""
         if not self.root.is_dir():
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"{self.root} {what}; give the folder of your images as --data.root.")
-        root = self._train_root
-        listing = find_images(root)
+        listing = find_images(self.root)
         if listing.others:
-            rank_zero_info(f"{root}: {passed_over(listing.others)}")
-        classes = self._classes(root, listing)
-        train = ImageFiles(listing.paths, _labels(root, listing, classes), root)
-        val = None
-        for val_root in self._validation_roots():
-            if val is None and (classes is None or any(path.is_dir() for path in val_root.iterdir())):
-                listing = find_images(val_root)
-                val = ImageFiles(listing.paths, _labels(val_root, listing, classes), val_root)
+            rank_zero_info(f"{printable(str(self.root))}: {passed_over(listing.others)}")
+        whole = [Part("train", "", tuple(folder.split(os.sep)) if folder else ()) for folder in listing.folders]
+        parts = divide(listing.folders, self.root) if self.splits else whole
+        training = [part.kind == "train" for part in parts]
+        if not any(training):
+            raise UserError(
+                f"no training images below {self.root}, only {listed(sorted({part.name for part in parts}))}; give the "
+                "folder of your images as --data.root, or set --data.splits false to train on all of them."
+            )
+        classes = self._classes([part.path for part in parts if part.kind == "train"])
+        self.classes = classes
+        train = self._images(listing, parts, training, classes)
+        val, used = None, ""
+        for name in by_use(parts):
+            candidate = self._images(listing, parts, [part.name == name for part in parts], classes)
+            if val is None and (classes is None or (candidate.labels is not None and candidate.labels.max() >= 0)):
+                val, used = candidate, name
+        self._say_what_is_left_out(listing, parts, used, classes)
         self.train_images, self.val_images = train, val
         if val is None:
             self.train_images, self.val_images = split(train, self.val_fraction)
 
-    @property
-    def _train_root(self) -> Path:
-        return self.root / "train" if (self.root / "train").is_dir() else self.root
+    def _images(
+        self, listing: "FolderListing", parts: list[Part], wanted: list[bool], classes: list[str] | None
+    ) -> ImageFiles:
+        """The images of some of the folders."""
+        rows = np.repeat(wanted, listing.counts)
+        labels = None
+        if classes is not None:
+            numbers = {name: number for number, name in enumerate(classes)}
+            labels = np.repeat([numbers.get("".join(part.path[:1]), -1) for part in parts], listing.counts)[rows]
+        return ImageFiles(listing.paths[rows], labels, self.root)
 
-    def _validation_roots(self) -> list[Path]:
-        """The validation folders next to ``train``."""
-        roots = [self.root / name for name in _VALIDATION_FOLDERS] if self._train_root != self.root else []
-        return [root for root in roots if root.is_dir()]
+    def _say_what_is_left_out(
+        self, listing: "FolderListing", parts: list[Part], used: str, classes: list[str] | None
+    ) -> None:
+        unused: Counter[str] = Counter()
+        unlabeled: Counter[str] = Counter()
+        for part, count in zip(parts, listing.counts.tolist(), strict=True):
+            if part.kind != "train" and part.name != used:
+                unused[part.name or "the folder itself"] += count
+            elif part.name == used and used and classes is not None and not {*part.path[:1]} & {*classes}:
+                unlabeled[part.path[0] if part.path else "no class"] += count
+        root = printable(str(self.root))
+        training = sorted({part.name for part in parts if part.kind == "train"} - {""})
+        if unused or (used and not all(split_kind(name) == "train" for name in training or [""])):
+            source = f"validation uses {printable(used)}" if used else "no folder is for validation"
+            if not used and classes and by_use(parts):
+                source = f"{listed(by_use(parts))} has no folder of its classes, so a part of it is for validation"
+            left_out = listed([f"{name} ({count:,} images)" for name, count in unused.items()])
+            rank_zero_info(
+                f"{root}: training uses {listed(training) or 'the other folders'}; {source}"
+                f"{f'. Left out: {left_out}' if unused else ''}. Set --data.splits false to train on all folders."
+            )
+        if unlabeled:
+            names = listed([f"{name} ({count:,} images)" for name, count in unlabeled.items()])
+            rank_zero_info(f"{root}: {printable(used)} has classes without training images, unlabeled here: {names}.")
 
-    def _classes(self, root: Path, listing: "FolderListing") -> list[str] | None:
-        """Names of the classes; None if there are no labels."""
-        depths = [0 if folder == "" else folder.count(os.sep) + 1 for folder in listing.folders]
-        names = sorted({folder.split(os.sep)[0] for folder in listing.folders if folder})
+    def _classes(self, paths: list[tuple[str, ...]]) -> list[str] | None:
+        """Names of the classes, given the folders of the training images; None if there are no labels."""
+        depths = {len(path) for path in paths}
+        names = sorted({path[0] for path in paths if path})
         if self.labels == "folders" and 0 in depths:
             raise UserError(
-                f"--data.labels is folders, but some images lie directly in {root}; move them into class folders."
+                f"--data.labels is folders, but some images lie directly in {self.root} or in its folder of training "
+                "images; move them into class folders."
             )
-        looks_labeled = len(names) > 1 and set(depths) == {1}
+        looks_labeled = len(names) > 1 and depths == {1}
+        if self.labels == "auto" and len(names) > 1 and depths == {0, 1}:
+            rank_zero_info(
+                f"{printable(str(self.root))}: no labels, because some images lie next to the folders {listed(names)}; "
+                "move them into a folder of a class to use the folders as labels."
+            )
         return names if self.labels == "folders" or (self.labels == "auto" and looks_labeled) else None
 
 
@@ -191,26 +235,3 @@ def _scan(root: Path) -> tuple[FolderListing, list[str]]:
     paths = [os.fsencode(os.path.join(folder, name)) for folder in folders for name in sorted(names_by_folder[folder])]
     counts = np.array([len(names_by_folder[folder]) for folder in folders], dtype=np.int64)
     return FolderListing(np.array(paths, dtype=np.bytes_), folders, counts, dict(others)), [*names_by_folder]
-
-
-def _labels(root: Path, listing: FolderListing, classes: list[str] | None) -> Labels | None:
-    if classes is None:
-        return None
-    label_by_name = {name: label for label, name in enumerate(classes)}
-    names = [folder.split(os.sep)[0] for folder in listing.folders]
-    if unknown := sorted(set(names) - set(classes)):
-        raise UserError(
-            f"{root} has classes that the training images do not have: {', '.join(unknown[:5])}; remove them, or add "
-            "training images."
-        )
-    return np.repeat(np.array([label_by_name[name] for name in names]), listing.counts)
-
-
-def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:
-    """Hold out a fraction of labeled images for validation: the same images in every run, for any seed."""
-    count = round(len(images) * val_fraction)
-    if count == 0 or images.labels is None:
-        return images, None
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
-    held_out, rest = np.sort(order[:count]), np.sort(order[count:])
-    return images.subset(rest), images.subset(held_out)

@@ -1,18 +1,20 @@
 """Image data sets from Hugging Face, with random access or as a stream."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import get_worker_info
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import DatasetImages
+from ssl_lightning.data.labels import as_labels
+from ssl_lightning.data.splits import split, split_kinds
 from ssl_lightning.data.stream import Example, ImageStream
-from ssl_lightning.errors import UserError
-
-_VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+from ssl_lightning.errors import UserError, printable
 
 
 class HuggingFaceData(SSLDataModule):
@@ -23,17 +25,18 @@ class HuggingFaceData(SSLDataModule):
     nothing for a stream, because it needs training images with random access.
 
     Args:
-        path: Name on the hub, or a format of local files: ``imagefolder``, ``parquet``, ``webdataset``, ...
+        path: Name on the hub, a folder that ``save_to_disk`` wrote, or a format of local files: ``imagefolder``,
+            ``parquet``, ``webdataset``, ...
         subset: Configuration of the data set.
         data_files: Local files or URLs in this format.
         data_dir: Folder, for a format such as ``imagefolder``.
-        split: Split to train on.
-        val_split: Split to validate on. None means ``validation``, ``val``, ``valid`` or ``test`` if there is one, else
-            ``val_fraction`` of the training split.
+        split: Split to train on. If there is no ``train``, the split with a similar name, or the only one.
+        val_split: Split to validate on. None means ``validation``, ``val``, ``valid`` or ``test``, in any spelling, if
+            there is one, else ``val_fraction`` of the training split.
         val_fraction: Fraction of labeled training images held out if there is no validation split.
         image_column: Column of the images. None means the first column of type ``Image``.
-        label_column: Column of the labels. None means the first column of type ``ClassLabel``, else an integer column
-            named ``label``, ``labels`` or ``cls``, if there is one.
+        label_column: Column of the labels, whole numbers or words. None means the first column of type
+            ``ClassLabel``, else a column named ``label``, ``labels`` or ``cls``, if there is one.
         streaming: Whether to read the training split as a stream.
         num_images: Number of images in the stream, if the data set does not state it.
         shuffle_buffer: Number of images in the buffer that a stream is shuffled in.
@@ -65,17 +68,20 @@ class HuggingFaceData(SSLDataModule):
     def prepare_data(self) -> None:
         """Download the data set, once per machine, unless it is a stream."""
         if not self.streaming:
-            self._open(self.train_split)
+            self._open(self._train_split())
 
     def load(self) -> None:
         """Open the splits and find their columns."""
-        train = self._open(self.train_split)
-        val_split = self.val_split or next((name for name in _VALIDATION_SPLITS if name in self._split_names()), None)
-        val = None if val_split in (None, self.train_split) else self._open(val_split)
+        train_split = self._train_split()
+        train = self._open(train_split)
+        kinds = {} if self.val_split else split_kinds(self._split_names)
+        others = [name for kind in ("val", "test") for name in kinds if kinds[name] == kind]
+        val_split = self.val_split or next(iter(others), None)
+        val = None if val_split in (None, train_split) else self._open(val_split)
         image, label = self._columns(train)
         if self.streaming:
             splits = train.info.splits or {}
-            length = self.num_images or getattr(splits.get(self.train_split), "num_examples", None)
+            length = self.num_images or getattr(splits.get(train_split), "num_examples", None)
             if not length:
                 raise UserError("the stream does not state how many images it has; set --data.num_images.")
             length = min(length, self.train_samples or length)
@@ -86,30 +92,71 @@ class HuggingFaceData(SSLDataModule):
         if val is None and self.train_images is not None:
             self.train_images, self.val_images = split(self.train_images, self.val_fraction)
 
-    def _open(self, name: str | None) -> Any:
-        try:
-            dataset = _library().load_dataset(**self.source, split=name, streaming=self.streaming)
-        except (FileNotFoundError, ValueError, ConnectionError) as error:
-            raise UserError(f"Hugging Face data set {self.source['path']!r}, split {name!r}: {error}") from error
-        return dataset._resolve_features() if self.streaming and dataset.features is None else dataset
+    def _open(self, name: str) -> Any:
+        with _one_line(f"Hugging Face data set {self.source['path']!r}, split {name!r}"):
+            if (saved := self._saved) is None:
+                dataset = _library().load_dataset(**self.source, split=name, streaming=self.streaming)
+            else:
+                dataset = saved[name]
+                if self.streaming:
+                    self.num_images = self.num_images or len(dataset)
+                    dataset = dataset.to_iterable_dataset()
+            return dataset._resolve_features() if self.streaming and dataset.features is None else dataset
 
+    @cached_property
+    def _saved(self) -> dict[str, Any] | None:
+        """The splits in a folder that ``save_to_disk`` wrote; None if the path is no such folder."""
+        folder = Path(str(self.source["path"])).expanduser()
+        if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return None
+        with _one_line(f"the Hugging Face data set in {folder}"):
+            saved = _library().load_from_disk(str(folder))
+        return saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+
+    @cached_property
     def _split_names(self) -> list[str]:
         path, subset, files, folder = self.source.values()
-        return list(_library().get_dataset_split_names(path, subset, data_files=files, data_dir=folder))
+        if self._saved is not None:
+            return [*self._saved]
+        with _one_line(f"Hugging Face data set {path!r}"):
+            return list(_library().get_dataset_split_names(path, subset, data_files=files, data_dir=folder))
+
+    def _train_split(self) -> str:
+        """The split to train on: parts of splits such as ``train[:10%]`` stay as they are."""
+        names = self._split_names
+        if self.train_split in names or not self.train_split.isidentifier():
+            return self.train_split
+        kinds = split_kinds(names)
+        similar = [name for name in names if kinds.get(name) == "train"] or (names if len(names) == 1 else [])
+        if self.train_split != "train" or not similar:
+            raise UserError(f"there is no split --data.split {self.train_split}; the splits are {', '.join(names)}.")
+        rank_zero_info(f"There is no split train; training uses {similar[0]}. Set --data.split to choose another.")
+        return similar[0]
 
     def _columns(self, dataset: Any) -> tuple[str, str | None]:
         """Names of the columns of images and labels."""
         datasets, features = _library(), dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        images += [name for name, feature in features.items() if getattr(feature, "dtype", "") == "binary"]
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        numbers = [name for name, feature in features.items() if "int" in str(getattr(feature, "dtype", ""))]
-        labels = classes + [name for name in ("label", "labels", "cls") if name in numbers]
+        # a stream cannot number words that are still to come
+        kinds = ("int",) if self.streaming else ("int", "bool", "string", "list")
+        usable = [
+            name
+            for name, feature in features.items()
+            if str(getattr(feature, "dtype", "list")).startswith(("u", *kinds)) and name not in images
+        ]
+        labels = classes + [name for name in ("label", "labels", "cls") if name in usable]
         image = self.image_column or (images or [None])[0]
         label = self.label_column or (labels or [None])[0]
-        if image not in features or (label is not None and label not in classes + numbers):
+        if image not in features or (label is not None and label not in features):
             raise UserError(
-                f"--data.image_column {image} is not a column, or --data.label_column {label} is not a column of "
-                f"integers; the columns are {', '.join(features)}."
+                f"--data.image_column {image} or --data.label_column {label} is not a column; the columns are "
+                f"{', '.join(features)}."
+            )
+        if self.streaming and label is not None and label not in classes + usable:
+            raise UserError(
+                f"--data.label_column {label} must hold whole numbers in a stream; set --data.streaming false."
             )
         return image, label
 
@@ -120,7 +167,7 @@ class HuggingFaceData(SSLDataModule):
             classes = [example[label] for example in dataset] if label is not None else []
         else:
             classes = dataset[label] if label is not None else []
-        labels = None if label is None else np.array([-1 if number is None else number for number in classes])
+        labels = None if label is None else as_labels(list(classes), "choose another --data.label_column")
         return DatasetImages(dataset, labels, image)
 
 
@@ -165,6 +212,26 @@ class HuggingFaceStream(ImageStream):
             image, label = example[self.image], example[self.label] if self.label is not None else None
             name = (image.get("path") if isinstance(image, dict) else None) or f"{part}, example {number}"
             yield Example(image, -1 if label is None else int(label), name)
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn any error of the library into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # those of the hub, of the network, of file formats, ...
+        reason = printable((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "script" in reason.lower():
+            reason = "it is a script, which the library datasets no longer runs"
+            remedy = "give its images as files: --data.path parquet --data.data_files FILES"
+        elif kinds & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "TimeoutError", "HfHubHTTPError"}:
+            remedy = "without a network, give local files or a folder of save_to_disk as --data.path"
+        else:
+            remedy = "see --data.path, --data.data_files and --data.data_dir"
+        raise UserError(f"{what}: {reason.rstrip('.')}; {remedy}.") from error
 
 
 def _library() -> Any:

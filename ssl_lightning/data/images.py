@@ -1,5 +1,6 @@
 """Where images come from: files, data sets, arrays in memory and streams, or a source that a user writes."""
 
+import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -14,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
+from ssl_lightning.data.labels import Labels, as_labels
 from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.sampler import spread
-from ssl_lightning.errors import UserError
-
-Labels = NDArray[np.int64]
+from ssl_lightning.errors import UserError, printable
 
 
 class Unreadable(NamedTuple):
@@ -30,7 +30,7 @@ class Unreadable(NamedTuple):
     @classmethod
     def because(cls, name: str, error: Exception) -> "Unreadable":
         """An image by its name, and the error that reading it raised."""
-        return cls(name, f"{type(error).__name__}: {error}")
+        return cls(printable(name), printable(f"{type(error).__name__}: {error}"))
 
 
 class Images(ABC):
@@ -78,6 +78,14 @@ class Images(ABC):
         """Indices of some images, evenly spread, the same on every process."""
         return spread(np.arange(len(self)), min(count, len(self)))
 
+    def with_labels(self, labels: Labels | None) -> "Images":
+        """The same images with other labels."""
+        if labels is self.labels:
+            return self
+        images = copy.copy(self)
+        images.labels = labels
+        return images
+
     def fingerprint(self) -> str | None:
         """A hash that identifies these images, without their labels; None if there is no cheap one."""
         return None
@@ -117,7 +125,7 @@ class Partners(Protocol):
 class _Subset(Images):
     def __init__(self, images: Images, indices: NDArray[np.int64]) -> None:
         self.images, self.indices = images, indices
-        self.labels = None if images.labels is None else images.labels[indices]
+        self.labels = None if images.labels is None else as_labels(images.labels)[indices]
         self.channels = images.channels
 
     def __len__(self) -> int:
@@ -233,7 +241,7 @@ class ImageArray(Images):
     def __init__(
         self,
         images: NDArray[Any] | Tensor,
-        labels: Labels | None = None,
+        labels: Any = None,
         names: NDArray[np.str_] | None = None,
         preparation: Preparation | None = None,
     ) -> None:
@@ -347,11 +355,11 @@ def _digest(*parts: bytes | NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _checked(labels: Labels | None, count: int) -> Labels | None:
+def _checked(labels: Any, count: int) -> Labels | None:
     if labels is None:
         return None
-    labels = np.asarray(labels, dtype=np.int64)
-    if labels.shape != (count,):
+    labels = as_labels(labels)
+    if len(labels) != count:
         raise UserError(f"{count} images need labels of shape ({count},), not {labels.shape}.")
     return labels
 

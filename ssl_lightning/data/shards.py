@@ -2,36 +2,34 @@
 
 import copy
 import glob
-import hashlib
 import json
 import os
 import re
-import tarfile
-import uuid
-import zipfile
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from ssl_lightning.cache import cache_file, cache_folder, write_arrays
+from ssl_lightning.cache import cache_folder
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
-from ssl_lightning.data.formats import is_image
+from ssl_lightning.data.formats import passed_over
 from ssl_lightning.data.images import Images, OpenedImage, open_image
+from ssl_lightning.data.labels import as_labels
 from ssl_lightning.data.sampler import spread
-from ssl_lightning.errors import UserError
+from ssl_lightning.data.splits import split
+from ssl_lightning.data.tars import Shard, file_system, image_key, is_remote, local_copy, sample
+from ssl_lightning.errors import UserError, listed, printable
 
 
 class ShardsData(SSLDataModule):
     """Tar files of images: ``0001.jpg``, with its class, if any, in ``0001.cls`` or as ``label`` in ``0001.json``.
+
+    A class is a whole number or a word.
 
     The tar files are indexed once, at first use. From then on any image can be read directly, so the order of the
     images does not depend on the number of processes and workers, or on where a run was interrupted. Each epoch
@@ -39,14 +37,18 @@ class ShardsData(SSLDataModule):
     copied to a folder when it is first needed.
 
     Args:
-        urls: The tar files to train on: paths, globs, URLs of any file system that fsspec supports, and ranges such as
-            ``train-{000..146}.tar``.
+        urls: The tar files to train on: paths, folders, globs, URLs of any file system that fsspec supports, and ranges
+            such as ``train-{000..146}.tar``.
         val_urls: The tar files to validate on. None holds out ``val_fraction`` of the training images.
         val_fraction: Fraction of labeled training images held out if there are no ``val_urls``.
         shuffle_shards: Number of tar files whose images are shuffled together.
         broken_shards: What to do about a tar file that is missing or truncated: ``stop`` the run, or ``skip`` and list
             its images.
         copies: Folder for copies of files behind a URL. None means a folder in ``$SSL_LIGHTNING_CACHE``.
+        image_key: Which of several images of a sample to use: ``left`` for ``0001.left.jpg`` next to
+            ``0001.right.jpg``. ``all`` uses each as an image by itself. None means the first.
+        label_key: Where a ``.json`` holds the class, with a dot for each level: ``annotation.species``. None means
+            ``label``, else ``cls``. ``none`` means no labels.
         kwargs: See SSLDataModule.
     """
 
@@ -58,9 +60,12 @@ class ShardsData(SSLDataModule):
         shuffle_shards: int = 8,
         broken_shards: Literal["stop", "skip"] = "stop",
         copies: str | None = None,
+        image_key: str | None = None,
+        label_key: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.image_key, self.label_key = image_key, label_key
         self.urls, self.val_urls, self.val_fraction = urls, val_urls, val_fraction
         self.shuffle_shards, self.broken_shards = shuffle_shards, broken_shards
         self.copies = cache_folder() / "shards" if copies is None else Path(copies)
@@ -81,8 +86,42 @@ class ShardsData(SSLDataModule):
 
     def _open(self, urls: str | list[str]) -> "ShardImages":
         progress = track(find_shards(urls), "Indexing shards", console=Console(stderr=True), transient=True)
-        shards = [Shard.indexed(url, self.copies, self.broken_shards == "skip") for url in progress]
-        return ShardImages(shards, self.copies, self.shuffle_shards, self.broken_shards == "skip")
+        skip = self.broken_shards == "skip"
+        shards = [Shard.indexed(url, self.copies, skip, self.label_key) for url in progress]
+        others = sum((Counter(shard.others) for shard in shards), Counter[str]())
+        if others:
+            rank_zero_info(f"{printable(str(urls))}: {passed_over(others)}")
+        images = ShardImages(shards, self.copies, self.shuffle_shards, skip)
+        if len(images) == 0:
+            raise UserError(f"no images in {printable(str(urls))}; give tar files with images as --data.urls.")
+        if self.label_key not in (None, "none") and images.labels is None:
+            raise UserError(
+                f"no image in {printable(str(urls))} has a .json with a class at --data.label_key {self.label_key}; "
+                "give another key, or none."
+            )
+        return self._of_the_key(images)
+
+    def _of_the_key(self, images: "ShardImages") -> "ShardImages":
+        """One image of each sample, if the samples have several."""
+        keys = [image_key(os.fsdecode(name)) for name in images.names]
+        kinds = Counter(keys)
+        if self.image_key not in (None, "all"):
+            chosen = [key in (self.image_key, os.path.splitext(self.image_key or "")[0]) for key in keys]
+            if not any(chosen):
+                names = listed([key or "without a key" for key, _ in kinds.most_common()])
+                raise UserError(f"no image has the key --data.image_key {self.image_key}; the keys are {names}.")
+            return images.subset(np.flatnonzero(chosen))
+        samples = len({sample(os.fsdecode(name)) for name in images.names})
+        # The same few keys in most samples: several images of a sample. Otherwise dots in names, e.g. 2021.05.03.jpg.
+        several = 1 < len(kinds) <= samples and len(keys) >= 0.5 * len(kinds) * samples and samples < len(keys)
+        if self.image_key == "all" or not several:
+            return images
+        first = min(kinds)
+        rank_zero_info(
+            f"The samples have several images: {listed(sorted(key or 'without a key' for key in kinds))}. Using "
+            f"{first or 'the images without a key'}; set --data.image_key to another of them, or to all."
+        )
+        return images.subset(np.flatnonzero([key == first for key in keys]))
 
 
 def find_shards(urls: str | list[str]) -> list[str]:
@@ -97,12 +136,13 @@ def find_shards(urls: str | list[str]) -> list[str]:
     shards: list[str] = []
     for url in [urls] if isinstance(urls, str) else urls:
         for pattern in _expanded(os.path.expanduser(url)):
-            if _is_remote(pattern):
-                filesystem, path = _filesystem(pattern)
+            if is_remote(pattern):
+                filesystem, path = file_system(pattern)
                 protocol = pattern.split("://")[0]
                 names = sorted(filesystem.glob(path)) if set(path) & set("*[") else [path]  # ? may begin a query
                 matches = [name if "://" in name else f"{protocol}://{name}" for name in names]
             else:
+                pattern = os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern
                 matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
             if not matches:
                 raise UserError(f"no tar file matches {pattern}; give paths, globs or URLs as --data.urls.")
@@ -121,148 +161,15 @@ def _expanded(url: str) -> list[str]:
     return [before + number + rest for number in numbers for rest in after]
 
 
-def _is_remote(url: str) -> bool:
-    return "://" in url
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the file system is unknown, or needs a library that is missing
-        raise UserError(f"{url}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file, and the positions of its images."""
-
-    url: str
-    names: NDArray[np.bytes_]
-    """``(N,)`` names of the images in the file."""
-    offsets: NDArray[np.int64]
-    """``(N,)`` position of the first byte of each image."""
-    sizes: NDArray[np.int64]
-    """``(N,)`` number of bytes of each image."""
-    labels: NDArray[np.int64]
-    """``(N,)`` class of each image; -1 is unknown."""
-
-    @classmethod
-    def indexed(cls, url: str, copies: Path, skip: bool) -> "Shard":
-        """Scan a tar file, or read the cached result of an earlier scan.
-
-        Args:
-            url: The tar file.
-            copies: Folder for copies of files behind a URL.
-            skip: Leave out the broken part with a warning, instead of raising an error.
-
-        Raises:
-            UserError: The file is missing or truncated, and ``skip`` is not set.
-        """
-        try:
-            path = local_copy(url, copies)
-            status = path.stat()
-            index = cache_file(f"shard-{url}-{status.st_size}-{status.st_mtime_ns}", ".npz")
-            with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), index.open("rb") as file:
-                arrays = np.load(file)
-                return cls(url, arrays["names"], arrays["offsets"], arrays["sizes"], arrays["labels"])
-            shard, problem = cls._scanned(url, path)
-        except OSError as error:
-            shard, problem = cls(url, *_NO_IMAGES), f"{type(error).__name__}: {error}"
-        if problem:
-            if _is_remote(url):
-                _copy_of(url, copies).unlink(missing_ok=True)  # so that the next run copies it again
-            if not skip:
-                raise UserError(f"{url}: {problem}; replace the file, or set --data.broken_shards=skip.")
-            rank_zero_warn(f"{url}: {problem}; using the {len(shard.names)} whole images in it.")
-        else:
-            write_arrays(index, names=shard.names, offsets=shard.offsets, sizes=shard.sizes, labels=shard.labels)
-        return shard
-
-    @classmethod
-    def _scanned(cls, url: str, path: Path) -> tuple["Shard", str]:
-        """The index of a tar file, and a description of what is wrong with the file, empty if nothing is."""
-        rows: list[tuple[str, int, int]] = []  # name, offset and size of each image
-        labels: dict[str, int] = {}
-        size, problem = path.stat().st_size, ""
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    if member.offset_data + member.size > size:
-                        break
-                    key, extension = _key_and_extension(member.name)
-                    if extension in ("cls", "json"):
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        labels.update(_label(key, extension, content.read()))
-                    elif is_image(f"x.{extension}"):
-                        rows.append((member.name, member.offset_data, member.size))
-            with path.open("rb") as file:
-                file.seek(archive.offset)
-                if file.read(512) != bytes(512):  # tarfile takes an invalid header for the end
-                    problem = f"truncated or damaged at byte {archive.offset:,} of {size:,}"
-        except tarfile.TarError as error:
-            problem = f"truncated or not a tar file ({error})"
-        names, offsets, sizes = zip(*rows, strict=True) if rows else ((), (), ())
-        classes = [labels.get(_key_and_extension(name)[0], -1) for name in names]
-        arrays = np.array(offsets, np.int64), np.array(sizes, np.int64), np.array(classes, np.int64)
-        return cls(url, np.array([os.fsencode(name) for name in names], np.bytes_), *arrays), problem
-
-
-_NO_IMAGES = np.array([], np.bytes_), np.array([], np.int64), np.array([], np.int64), np.array([], np.int64)
-
-
-def _key_and_extension(name: str) -> tuple[str, str]:
-    """``a/b.x.jpg`` as ``a/b`` and ``x.jpg``: members with the same key are parts of the same example."""
-    folder, base = os.path.split(name)
-    stem, _, extension = base.partition(".")
-    return os.path.join(folder, stem), extension.lower()
-
-
-def _label(key: str, extension: str, content: bytes) -> dict[str, int]:
-    """The class of an example under its key; empty if the content has none."""
-    with suppress(ValueError, TypeError):
-        label = json.loads(content)
-        if extension == "json":
-            label = label.get("label", label.get("cls")) if isinstance(label, dict) else None
-        return {key: int(label)}
-    return {}
-
-
-def local_copy(url: str, copies: Path) -> Path:
-    """The path of a local file, or of the local copy of a file behind a URL. Makes the copy if there is none.
-
-    Args:
-        url: Path or URL.
-        copies: Folder for copies.
-
-    Raises:
-        OSError: There is no such file, or it cannot be copied.
-    """
-    if not _is_remote(url):
-        return Path(url)
-    copy = _copy_of(url, copies)
-    if not copy.exists():
-        filesystem, path = _filesystem(url)
-        try:
-            copies.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{copies}: {error.strerror}; set --data.copies to another folder.") from error
-        partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}")
-        try:
-            filesystem.get_file(path, str(partial))
-            os.replace(partial, copy)
-        except Exception as error:  # each file system raises its own
-            raise OSError(f"cannot be copied: {type(error).__name__}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return copy
-
-
-def _copy_of(url: str, copies: Path) -> Path:
-    return copies / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.path.basename(url.partition('?')[0])}"
+def _classes(labels: NDArray[np.str_]) -> NDArray[Any] | None:
+    """The labels that JSON stands for; None if none is known."""
+    texts, positions = np.unique(labels, return_inverse=True)
+    if not (texts != "").any():
+        return None
+    values = np.empty(len(texts), dtype=object)
+    values[:] = [json.loads(text) if text else None for text in texts.tolist()]
+    remedy = "choose what holds the class with --data.label_key, or set it to none for no labels"
+    return as_labels(values[positions], remedy)
 
 
 class ShardImages(Images):
@@ -283,7 +190,7 @@ class ShardImages(Images):
             np.concatenate([getattr(shard, name) for shard in shards])
             for name in ("names", "offsets", "sizes", "labels")
         )
-        self.labels = labels if (labels >= 0).any() else None
+        self.labels = _classes(labels)
         self._files: dict[int, int] = {}  # shard -> descriptor, for open tar files
 
     def __len__(self) -> int:
@@ -332,7 +239,9 @@ class ShardImages(Images):
     def _broken(self, shard: int, problem: str) -> Exception:
         if self.skip:
             return OSError(problem)
-        return UserError(f"{self.urls[shard]}: {problem}; replace the file, or set --data.broken_shards=skip.")
+        return UserError(
+            f"{printable(self.urls[shard])}: {problem}; replace the file, or set --data.broken_shards=skip."
+        )
 
     def _file(self, shard: int) -> int:
         """The descriptor of an open tar file. If too many are open, the one opened first is closed."""

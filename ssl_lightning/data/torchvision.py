@@ -2,13 +2,17 @@
 
 import difflib
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.progress import track
 
 from ssl_lightning.data.base import SSLDataModule
-from ssl_lightning.data.folder import split
 from ssl_lightning.data.images import DatasetImages, ImageArray, Images
+from ssl_lightning.data.labels import as_labels
+from ssl_lightning.data.splits import split
 from ssl_lightning.errors import UserError
 
 
@@ -77,7 +81,17 @@ class TorchvisionData(SSLDataModule):
             raise UserError(
                 f"{self.dataset} has no split {train}; choose the splits with --data.train_split and --data.val_split."
             )
-        return train_set, next((val for choice in choices if (val := self._open(kind, choice)) is not None), None)
+        for choice in choices:
+            try:
+                val_set = self._open(kind, choice)
+            except UserError:
+                if self.val_split is not None:
+                    raise
+                rank_zero_info(f"{self.dataset} in {self.root!r} lacks the files of {choice}.")
+                continue
+            if val_set is not None:
+                return train_set, val_set
+        return train_set, None
 
     def _open(self, kind: Any, split: dict[str, Any]) -> Any:
         """A split, or None if the data set has no such split."""
@@ -93,15 +107,36 @@ class TorchvisionData(SSLDataModule):
             return None
 
     def _as_images(self, dataset: Any) -> Images:
-        names = ("targets", "labels", "_labels", "y")
-        targets = next((np.asarray(getattr(dataset, name)) for name in names if hasattr(dataset, name)), None)
-        labels = targets.astype(np.int64) if targets is not None and targets.ndim == 1 else None
+        labels = _labels(dataset)
         pixels = np.asarray(getattr(dataset, "data", ()))
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
             return DatasetImages(dataset, labels)
         if pixels.ndim == 3:  # gray
             pixels = pixels[..., None].repeat(3, axis=3)
         return ImageArray(pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2), labels)
+
+
+def _labels(dataset: Any) -> Any:
+    """The labels of a data set; None if it has none. Reads no image if the data set lists its labels."""
+    size = len(dataset)
+    for name in ("targets", "labels", "_labels", "y"):
+        labels = getattr(dataset, name, None)
+        if labels is not None and len(labels) == size and np.ndim(labels[0]) == 0:
+            return as_labels(labels)
+    for name in ("_samples", "samples", "index", "_flat_character_images"):  # pairs of an image and a class
+        samples = getattr(dataset, name, None) or []
+        pairs = len(samples) == size and all(isinstance(sample, tuple) and len(sample) == 2 for sample in samples)
+        for place in (1, 0) if pairs else ():
+            labels = [sample[place] for sample in samples]
+            if all(label is None or isinstance(label, int | np.integer) for label in labels):
+                return as_labels(labels)
+    with suppress(Exception):  # anything may be at the place of the labels: captions, masks, other images
+        first = as_labels([dataset[0][1]])
+        if first.ndim > 1:
+            return np.tile(first, (size, 1))
+        if first.dtype.kind == "i":
+            return as_labels([dataset[index][1] for index in track(range(size), "Reading labels", transient=True)])
+    return None
 
 
 class CIFAR10Data(TorchvisionData):

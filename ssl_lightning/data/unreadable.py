@@ -29,7 +29,7 @@ def report_unreadable(
         return
     known.update(new)
     listing.parent.mkdir(parents=True, exist_ok=True)
-    listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(known.items())))
+    listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(known.items())), encoding="utf-8")
     share = len(known) / total
     rank_zero_warn(f"{len(known)} of {total} images are unreadable and skipped; see {listing}")
     if share > limit:

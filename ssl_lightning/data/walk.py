@@ -39,19 +39,23 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
             continue
         for entry in entries:
             path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in _NOT_OF_THE_USER:
                 continue
             if not entry.is_symlink():
                 if entry.is_dir():
                     folders.append((path, entry.path))
-                else:
+                elif entry.is_file():  # no pipe or device, which reading would wait for
                     names.append(entry.name)
             elif os.path.isdir(entry.path):
                 linked_folders.append((path, os.path.realpath(entry.path)))
-            else:
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # a broken link is an unreadable image
                 links.append(path)
         yield folder, names
     yield from _linked_files(root, links, seen_folders)
+
+
+_NOT_OF_THE_USER = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""What operating systems and file servers put next to the files, e.g. small copies of the images."""
 
 
 def _linked_files(

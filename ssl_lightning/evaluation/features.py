@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.cache import cache_file, write_arrays
 from ssl_lightning.checkpoints import Pretrained
 from ssl_lightning.distributed import gather_uneven, reduced, world_size
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed
 
 Corruption = Callable[[Tensor, Tensor], Tensor]
 """Changes images ``(B, 3, S, S)`` in [0, 1], given their indices ``(B,)``."""
@@ -188,6 +189,8 @@ class _LabeledImages(L.LightningDataModule):
             raise UserError("an evaluation needs validation images with labels; give data with a validation split.")
         self.sets = [(data.train_images, data.labelled(self.max_samples))]
         self.sets.append((data.val_images, np.flatnonzero(data.val_images.labels >= 0)))
+        labels, test_labels = (torch.from_numpy(images.labels[indices]) for images, indices in self.sets)
+        self.numbers = shared_classes(labels, test_labels, data.classes, say=not self.test_only)
         self.files = [self._file(images, indices) if trainer.is_global_zero else None for images, indices in self.sets]
         self.known = [_read(file) for file in self.files]
         wanted = [
@@ -249,7 +252,7 @@ def extract(
         The features on the first process, None on the other processes.
 
     Raises:
-        UserError: The data has no labels or no validation images, or their classes differ from the training classes.
+        UserError: The data has no labels or no validation images, or fewer than two classes are in both sets.
     """
     extractor = FeatureExtractor(pretrained, last_blocks, patch_mean, corruption)
     positions = getattr(pretrained.backbone, "rows_first", None)  # which the weights do not show
@@ -265,11 +268,9 @@ def extract(
         features, indices = labeled.known[number] or computed.get(number) or (torch.empty(0), torch.empty(0).long())
         if (file := labeled.files[number]) is not None and number in computed:
             write_arrays(file, features=features.numpy(), indices=indices.numpy())
-        labels = torch.from_numpy(images.labels)[indices]
+        labels = labeled.numbers[torch.from_numpy(images.labels)[indices]]
         sets.append(LabelledFeatures(features[labels >= 0], labels[labels >= 0]))
-    if corruption is None:
-        check_classes(sets[0].labels, sets[1].labels)
-    return Features(sets[0], sets[1], labeled.data.num_classes)
+    return Features(sets[0], sets[1], int(labeled.numbers.max()) + 1)
 
 
 def check_size(network: nn.Module, size: int) -> None:
@@ -295,33 +296,41 @@ def labels_of(data: Any) -> Features:
     Args:
         data: An SSLDataModule.
 
-    Raises:
-        UserError: There are no labels, or the classes differ, as for ``extract``.
     """
     sets = []
     for images in (data.train_images, data.val_images):
         labels = torch.empty(0).long() if images is None or images.labels is None else torch.from_numpy(images.labels)
         sets.append(LabelledFeatures(torch.empty(0), labels[labels >= 0]))
-    check_classes(sets[0].labels, sets[1].labels)
     return Features(sets[0], sets[1], data.num_classes)
 
 
-def check_classes(train_labels: Tensor, test_labels: Tensor) -> None:
-    """Check that training and test images have the same classes.
+def shared_classes(labels: Tensor, test_labels: Tensor, names: list[str] | None, say: bool = True) -> Tensor:
+    """Number the classes that both training and test images have, and say which ones are left out.
 
     Args:
-        train_labels: ``(N,)`` classes.
-        test_labels: ``(M,)`` classes.
+        labels: ``(N,)`` classes of the training images; -1 is unknown.
+        test_labels: ``(M,)`` classes of the test images.
+        names: Names of the classes. None means their numbers.
+        say: Whether to say which classes are left out.
+
+    Returns:
+        ``(C + 1,)`` new number of each of the C classes. -1 is left out, and the last element is for unknown classes.
 
     Raises:
-        UserError: The classes differ, or a class has no images.
+        UserError: Fewer than two classes are in both sets.
     """
-    train, test = set(train_labels.tolist()), set(test_labels.tolist())
+    train, test = (set(part[part >= 0].tolist()) for part in (labels, test_labels))
     if not train or not test:
         raise UserError(f"there are no labeled {'test' if train else 'training'} images.")
-    if missing := sorted(set(range(max(train | test) + 1)) - (train & test)):
-        where = [f"{len(train)} classes in training", f"{len(test)} in the test set"]
+    shared = sorted(train & test)
+    if len(shared) < 2:
         raise UserError(
-            f"training and test images differ in their classes: {' and '.join(where)}. Classes without images in "
-            f"one of them: {', '.join(map(str, missing[:10]))}. Give both the same classes, or leave these classes out."
+            f"training images have {len(train)} classes and test images {len(test)}, but {len(shared)} of them in "
+            "common; an evaluation needs at least 2, so give both the same classes."
         )
+    if say and (missing := sorted(train ^ test)):
+        listing = listed([names[label] if names else str(label) for label in missing])
+        rank_zero_info(f"Evaluating {len(shared)} classes. Left out, as only one of both sets has images: {listing}")
+    numbers = torch.full((max(train | test) + 2,), -1)
+    numbers[shared] = torch.arange(len(shared))
+    return numbers

@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.features import check_size, labels_of
+from ssl_lightning.evaluation.features import check_size, shared_classes
 from ssl_lightning.evaluation.lowshot import choose
 from ssl_lightning.optim import Optim
 
@@ -144,10 +144,16 @@ def labelled_share(data: Any, fraction: float, seed: int) -> Any:
             return
         if data.train_images is None or data.train_images.labels is None:
             raise UserError("training needs labeled images with random access; give data with labels, and no stream.")
-        labels = data.train_images.labels
-        chosen = choose(labels, fraction, seed) if fraction < 1 else np.flatnonzero(labels >= 0)
-        data.train_images, done = data.train_images.subset(chosen), True
-        labels_of(data)
+        if data.val_images is None or data.val_images.labels is None:
+            raise UserError("there are no labeled test images.")
+        labels, test_labels = (torch.from_numpy(images.labels) for images in (data.train_images, data.val_images))
+        numbers = shared_classes(labels, test_labels, data.classes)
+        shared = numbers[labels].numpy()
+        chosen = choose(shared, fraction, seed) if fraction < 1 else np.flatnonzero(shared >= 0)
+        data.train_images = data.train_images.with_labels(shared).subset(chosen)
+        data.val_images, done = data.val_images.with_labels(numbers[test_labels].numpy()), True
+        kept = (numbers[:-1] >= 0).nonzero().flatten().tolist()
+        data.classes = [data.classes[label] if data.classes else str(label) for label in kept]
 
     data.setup = setup
     return data

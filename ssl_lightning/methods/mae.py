@@ -95,7 +95,16 @@ class MAE(SSLModule):
         """
         visible, restore, mask = random_masking(noise, self.mask_ratio)
         grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        return self.decode(self.backbone.encode(images, visible), restore, grid), mask
+        return self.decode(self.encode(images, visible), restore, grid), mask
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Tokens ``(B, prefix + M, embed_dim)`` of the class token and the visible patches.
+
+        Args:
+            images: ``(B, 3, S, S)``.
+            visible: ``(B, M)`` indices of the patches.
+        """
+        return self.backbone.encode(images, visible)
 
     def decode(self, tokens: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pixels ``(B, N, P*P*3)`` of all patches, a mask token in the place of those that the encoder did not see.

@@ -79,6 +79,7 @@ class SyncedBatchNorm(TorchSyncBatchNorm):
         trainer = getattr(model, "_trainer", None)  # ddp moves the model to its device later
         device = next(model.parameters()).device if trainer is None else trainer.strategy.root_device
         on_cpu = device.type == "cpu"
+        kind: type
         plain, activated = (SyncBatchNorm, SyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, TorchSyncBatchNormAct)
         usual = nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward  # a subclass that computes something else stays
         for module in model.modules():

@@ -151,7 +151,8 @@ class SSLCLI(LightningCLI):
     def setup_parser(self, *args: Any) -> None:
         """Name all commands to the parser, for its messages."""
         super().setup_parser(*args)
-        self.parser.further_commands = STANDALONE
+        parser: Any = self.parser
+        parser.further_commands = STANDALONE
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks of every run."""

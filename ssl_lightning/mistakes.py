@@ -238,7 +238,7 @@ def chosen_classes(typed: list[Typed]) -> dict[str, list[type]]:
     return chosen
 
 
-def _below(base: type) -> Iterator[type]:
+def _below(base: type[Any]) -> Iterator[type[Any]]:
     """The classes below one that a user may choose."""
     for kind in base.__subclasses__():
         if not inspect.isabstract(kind):
@@ -251,7 +251,8 @@ def _options_of(kind: type) -> tuple[set[str], set[str], set[str]]:
     """Names of a class's options, of those that are required, and of those below which any name is valid."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "of", fail_untyped=False)
-    names, is_open = set(), set()
+    names: set[str] = set()
+    is_open: set[str] = set()
     for action in parser._actions:
         if not action.dest.startswith("of."):
             continue

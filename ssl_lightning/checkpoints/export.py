@@ -233,7 +233,7 @@ def _onnx(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
         side, patch = pretrained.image_transform["size"], getattr(pretrained.backbone, "patch_side", 1)
         sides = f"sides that {patch} divides" if patch > 1 else "any sides"
         takes = f"images of {sides}" if any_size else f"images of {side} x {side} px only"
-        return lambda file, content=content: file.write(content), (  # type: ignore[misc]
+        return lambda file, content=content: file.write(content), (
             "import onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{output.name}")  # takes {takes}\n'
             'features = session.run(None, {"images": images.numpy()})[0]'

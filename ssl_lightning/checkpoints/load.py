@@ -217,8 +217,8 @@ def weights_for(source: str, backbone: Backbone, backbone_kwargs: dict[str, Any]
         theirs = {key: value for key, value in pretrained.backbone_kwargs.items() if key in _SIZES}
         same_size = {**{key: value for key, value in kwargs.items() if key not in _SIZES}, **theirs}
         if reason := mismatch(pretrained, weights, backbone, same_size):
-            own = f"{pretrained.name} {pretrained.backbone_kwargs}"
-            raise UserError(f"it is a {own}, but a {backbone} {kwargs} is needed: {reason}.")
+            found = f"{pretrained.name} {pretrained.backbone_kwargs}"
+            raise UserError(f"it is a {found}, but a {backbone} {kwargs} is needed: {reason}.")
         model = create_backbone(backbone, **kwargs)
         if changes := resample(weights, model):
             rank_zero_info(f"{source}: resampled {'; '.join(changes)}")

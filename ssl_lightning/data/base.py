@@ -327,7 +327,6 @@ class SSLDataModule(PlainLoaders):
 
     # The run
 
-    @property
     def _own_views(self, transform: Callable[[Any], Any]) -> OwnViews:
         """What is known of the views of a transform after a first call, on the first image that can be read."""
         if self._own is None:

@@ -77,6 +77,10 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[], NDArray[Any]]]] = {
         lambda: deep_png(np.stack([DEEP, DEEP.T.reshape(9, 12), DEEP[::-1]], 2)),
         lambda: np.stack([DEEP, DEEP.T.reshape(9, 12), DEEP[::-1]]),
     ),
+    "color ppm of 16 bits": (
+        lambda: b"P6 # wide\n12 9\n4095\n" + np.stack([DEEP] * 3, 2).astype(">u2").tobytes(),
+        lambda: np.stack([DEEP] * 3),
+    ),
     "npy of half precision": (lambda: saved(np.save, FLOAT.astype(np.float16)), lambda: FLOAT.astype(np.float16)[None]),
     "npy of big endians": (lambda: saved(np.save, DEEP.astype(">u2")), lambda: DEEP[None]),
     "npy, channels first": (lambda: saved(np.save, BANDS), lambda: BANDS),

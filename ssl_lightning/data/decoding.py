@@ -60,6 +60,8 @@ def open_image(data: bytes) -> OpenedImage:
         return opened_already(rasters.read_dicom(data))
     if rasters.is_deep_color_png(data):
         return opened_already(rasters.read_deep_color_png(data))
+    if rasters.is_deep_color_ppm(data):
+        return opened_already(rasters.read_deep_color_ppm(data))
     if rasters.is_heic(data):
         rasters.let_pillow_read_heic()
     with _without_limit():

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,21 @@ def read_deep_color_png(data: bytes) -> Tensor:
 
     pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     return pixels[: len(pixels) - 1] if len(pixels) in (2, 4) else pixels
+
+
+def is_deep_color_ppm(data: bytes) -> bool:
+    """Whether this is a PPM of more than 8 bits, of which Pillow drops the lower ones."""
+    header = _PPM.match(data)
+    return header is not None and int(header[3]) > 255
+
+
+def read_deep_color_ppm(data: bytes) -> Tensor:
+    """The pixels of a PPM with more than 8 bits, ``(3, H, W)``."""
+    header = _PPM.match(data)
+    assert header is not None
+    width, height = int(header[1]), int(header[2])
+    values = np.frombuffer(data, ">u2", count=height * width * 3, offset=header.end())
+    return _bands(np.moveaxis(values.reshape(height, width, 3), -1, 0))
+
+
+_PPM = re.compile(rb"P6(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s")

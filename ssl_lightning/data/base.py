@@ -16,7 +16,7 @@ from ssl_lightning.data.datasets import StreamedViews, ViewDataset
 from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unreadable, fit_in_memory, some_of
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.look import Alike, make_alike
-from ssl_lightning.data.pairs import Pairs, check_positives
+from ssl_lightning.data.pairs import check_positives, pair
 from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.prepared import PreparedImages
@@ -150,10 +150,9 @@ class SSLDataModule(PlainLoaders):
         number_classes(self)
         self.train_images = some_of(self.train_images, self.train_samples)
         self.val_images = some_of(self.val_images, self.val_samples)
-        if self.positives is not None and self.train_stream is None and self.train_images is not None:
-            self.train_images.pairs = pairs = Pairs(self.train_images, self.positives, self.pair_distance)
-            self._pairs = str(pairs)
-            rank_zero_info(f"--data.positives {pairs}")
+        if self.positives is not None:
+            self._pairs = str(pair(self.train_images, self.positives, self.pair_distance))
+            rank_zero_info(f"--data.positives {self._pairs}")
         images = self.train_images or (self.train_stream and self.train_stream.first(32)) or self.val_images
         try:
             if alike is None and images is not None and len(images) > 0:

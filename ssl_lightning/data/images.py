@@ -149,6 +149,8 @@ class _Subset(Images):
             return self.pairs.partner(index, random)
         for _ in range(10):  # a partner may lie outside of the subset
             partner = self.images.partner(int(self.indices[index]), random)
+            if not isinstance(partner, int | np.integer):
+                return partner  # which is reported where it is used
             position = int(np.searchsorted(self.indices, partner))
             if position < len(self) and self.indices[position] == partner:
                 return position

@@ -83,6 +83,23 @@ class Pairs:
         return int(self.order[chosen + (chosen >= position)])
 
 
+def pair(images: Images | None, positives: str, distance: int) -> Pairs:
+    """Give images their partners.
+
+    Args:
+        images: The images; None for a stream.
+        positives: See ``Pairs``.
+        distance: See ``Pairs``.
+
+    Raises:
+        UserError: There are no pairs.
+    """
+    if images is None:
+        raise UserError(f"--data.positives {positives} needs images in any order, not a stream; leave it out.")
+    images.pairs = pairs = Pairs(images, positives, distance)
+    return pairs
+
+
 def check_positives(positives: str | None, distance: int, specs: Sequence[ViewSpec] | None = None) -> None:
     """Reject options of pairs that cannot work for any images, or for these views.
 

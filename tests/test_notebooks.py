@@ -17,7 +17,7 @@ def accuracy(notebook: nbformat.NotebookNode) -> float:
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )
-    return max(float(found) for found in re.findall(r"knn_top1 (\S+)", printed))
+    return max(float(percent) / 100 for percent in re.findall(r"kNN ([\d.]+) %", printed))
 
 
 @pytest.mark.parametrize("path", slow_unless(NOTEBOOKS[:1].__contains__, NOTEBOOKS), ids=lambda path: path.stem)

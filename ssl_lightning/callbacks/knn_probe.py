@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import no_features, no_numbers, plain_features
+from ssl_lightning.callbacks.progress import planned_epochs
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation import knn_predict
@@ -46,7 +47,8 @@ class KNNProbe(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether to run after this epoch."""
         epoch = trainer.current_epoch + 1
-        due = trainer.state.fn != TrainerFn.FITTING or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        fits = trainer.state.fn == TrainerFn.FITTING
+        due = not fits or epoch % self.every_n_epochs == 0 or epoch == planned_epochs(trainer)
         self._wanted = self.num_classes is not None and not trainer.sanity_checking and due
         self._features, self._labels = [no_features(pl_module)], [no_numbers(pl_module)]
 

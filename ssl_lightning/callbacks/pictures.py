@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, plain_features
+from ssl_lightning.callbacks.progress import planned_epochs
 from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import picture_file
@@ -62,7 +63,7 @@ class Pictures(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, if pictures are due. All processes compute features; the first process draws."""
         epoch = trainer.current_epoch + 1
-        if not trainer.loggers or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+        if not trainer.loggers or (epoch % self.every_n_epochs and epoch != planned_epochs(trainer)):
             return
         data: Any = getattr(trainer, "datamodule", None)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []

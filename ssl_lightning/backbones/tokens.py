@@ -159,8 +159,8 @@ def only_size(backbone: nn.Module) -> int | None:
 def layer_scale(name: str, blocks: int, decay: float) -> float:
     """Learning-rate multiplier of a parameter of a ViT: each block has ``decay`` times the rate of the next block.
 
-    Embeddings come before the first block; norm, registers and whatever is no part of the ViT have the full rate, as in
-    DINOv2's released code.
+    Embeddings and registers come before the first block; the norm and whatever is no part of the ViT have the full
+    rate, as in DINOv2's released code (since October 2023; before, its registers had the full rate).
 
     Args:
         name: Name of the parameter in the ViT.
@@ -168,7 +168,7 @@ def layer_scale(name: str, blocks: int, decay: float) -> float:
         decay: Share of the rate of the layer above.
     """
     layer = blocks + 1
-    if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token")):
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token", "reg_token")):
         layer = 0
     elif name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1

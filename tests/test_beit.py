@@ -126,7 +126,7 @@ def test_two_processes_have_masks_and_loss_of_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "resnet18"}, "set --model.backbone to a ViT"),
+        ({"backbone": "resnet18", "backbone_kwargs": {}}, "set --model.backbone to a ViT"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 must lie between 0 and 1"),
         ({"tokenizer": ""}, "train one, e.g. python -m ssl_lightning fit --model ImageTokenizer"),
         ({"tokenizer": "nowhere.ckpt"}, "model.tokenizer=nowhere.ckpt is not the checkpoint of an ImageTokenizer"),

@@ -304,7 +304,7 @@ def test_two_processes_train_as_one(method: type[SSLModule], net: dict[str, Any]
         (
             SwAV,
             [ViewSpec(size=16), ViewSpec(size=32, count=2)],
-            "smaller ones may follow; --data.views gives 16 px, 32",
+            "smaller ones may follow; --data.views or --data.transform gives 16 px, 32",
         ),
     ],
 )

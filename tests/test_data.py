@@ -380,14 +380,14 @@ def test_missing_torchvision_data_says_how_to_get_it(kind: type[SSLDataModule], 
 def test_torchvision_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.datasets as datasets
 
-    class Stored:
+    class Stored(list[None]):
         data, targets = np.zeros((12, 32, 32, 3), np.uint8), [*range(10), 0, 1]
 
-    class StoredSTL:
+    class StoredSTL(list[None]):
         data, labels = np.zeros((12, 3, 96, 96), np.uint8), np.array([0, 1, 2, -1] * 3)
 
-    monkeypatch.setattr(datasets, "CIFAR10", lambda _root, **_split: Stored)
-    monkeypatch.setattr(datasets, "STL10", lambda _root, **_split: StoredSTL)
+    monkeypatch.setattr(datasets, "CIFAR10", lambda _root, **_split: Stored([None] * 12))
+    monkeypatch.setattr(datasets, "STL10", lambda _root, **_split: StoredSTL([None] * 12))
     cifar, stl = CIFAR10Data(batch_size=4), STL10Data(batch_size=4)
     cifar.setup(), stl.setup()
     assert (cifar.num_classes, stl.num_classes) == (10, 3)

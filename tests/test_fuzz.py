@@ -18,7 +18,6 @@ from ssl_lightning.data.images import Images
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore"),  # Pillow warns about metadata, the package about what is left out
 ]
 

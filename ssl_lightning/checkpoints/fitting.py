@@ -69,8 +69,8 @@ def explained(
             f"where it can: torch.save(torch.load({str(path)!r}, weights_only=False).state_dict(), 'weights.pth')."
         )
     first = next(iter(model.state_dict()), "")
-    names = f"It has {', '.join(list(tensors)[:3])}, ..." if tensors else "It has no weights"
-    return f"{len(model.state_dict())} weights are missing, e.g. {first}. {names}"
+    names = f"The file has {', '.join(list(tensors)[:3])}{', ...' * (len(tensors) > 3)}" if tensors else "It has none"
+    return f"{len(model.state_dict())} weights are missing, e.g. {first}. {names}."
 
 
 def check_hidden(path: str | Path, checkpoint: dict[str, Any], tensors: Weights, prefix: str) -> None:

@@ -28,7 +28,7 @@ from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
 from ssl_lightning.evaluation.supervised import labelled_share, named_protocol
 from ssl_lightning.loggers import AppendingCSVLogger
-from ssl_lightning.runs import new_evaluation, read_config, run_of
+from ssl_lightning.runs import data_of_run, new_evaluation
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
 
@@ -68,13 +68,8 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
         return words
     place = options.index("--checkpoint")
     checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
-    folder = run_of(checkpoint)
-    data = read_config(folder).get("data") if folder is not None and checkpoint.is_file() else None
-    if not isinstance(data, dict) or "class_path" not in data:
-        return words
-    for training_only in ("views", "transform", "positives"):
-        data.get("init_args", {}).pop(training_only, None)
-    return [words[0], "--data", json.dumps(data), *words[1:]]
+    data = data_of_run(checkpoint)
+    return words if data is None else [words[0], "--data", json.dumps(data), *words[1:]]
 
 
 class Evaluation:

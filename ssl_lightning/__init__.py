@@ -40,6 +40,7 @@ from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
+from ssl_lightning.messages import drop_noise
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.beit import BEiT
@@ -68,6 +69,8 @@ from ssl_lightning.optim import LARC, LARS, Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
+
+drop_noise()
 
 __all__ = [
     "BYOL",

@@ -6,8 +6,10 @@ import sys
 import warnings
 from typing import Any
 
+_ADVERTISEMENT = "💡 Tip"
+
 _UNHELPFUL = (
-    "💡 Tip",
+    _ADVERTISEMENT,
     "GPU available",
     "TPU available",
     "HPU available",
@@ -24,10 +26,11 @@ _UNHELPFUL = (
 )
 """Beginnings of Lightning's messages about what the first lines of a run say better, and of its advertisements."""
 
+_ABOUT_LIGHTNING = (".*LeafSpec.* is deprecated", ".*isinstance\\(treespec, LeafSpec\\)")
+"""Warnings about how Lightning is written."""
+
 _IGNORED_WARNINGS = (
-    # about how Lightning and jsonargparse are written
-    ".*LeafSpec.* is deprecated",
-    ".*isinstance\\(treespec, LeafSpec\\)",
+    *_ABOUT_LIGHTNING,
     "It is recommended to use .*sync_dist=True",  # what is logged is the same on all processes, or the loss of one
     ".*log_every_n_steps",
     "(?s).*does not have many workers",
@@ -62,6 +65,17 @@ class _LaterStderr(logging.StreamHandler):
 
 def _helpful(record: logging.LogRecord) -> bool:
     return not re.sub(r"^\[rank: \d+\] ", "", record.getMessage()).startswith(_UNHELPFUL)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_ADVERTISEMENT)
+
+
+def drop_noise() -> None:
+    """Drop Lightning's advertisements and its warnings about itself, also in notebooks; the rest is the user's."""
+    for pattern in _ABOUT_LIGHTNING:
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
 
 def quiet() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -34,6 +35,11 @@ class Steps(L.Callback):
 
     def __init__(self) -> None:
         self._loaded_seed: int | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Convert to double precision before a checkpoint is loaded; Lightning converts after it, which rounds."""
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Agree on the seed, and hook into the optimizer."""

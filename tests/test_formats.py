@@ -167,6 +167,25 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         suffixes.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content"), [(".tif", b"II*\0 broken"), (".jpg", b"text"), (".npy", b"\x93NUMPY"), (".png", b"")]
+)
+def test_a_folder_without_a_readable_image_says_so(tmp_path: Path, suffix: str, content: bytes) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=r"none of 3 images can be read, e\.g\. .*0\..{3}: (?!.*0x)"):
+        ImageFolderData(str(tmp_path), **{**SMALL, "max_unreadable": 1.0}).setup()
+
+
+def test_the_only_readable_image_takes_the_place_of_all_others(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.png").write_bytes(b"broken")
+    np.save(tmp_path / "good.npy", BANDS)
+    data = ImageFolderData(str(tmp_path), **{**SMALL, "max_unreadable": 1.0, "in_memory": False})
+    assert {index for batch in data.train_dataloader() for index in batch.indices.tolist()} == {40}
+    assert data.preview(2, 4).blank == 0
+
+
 # Depth
 
 

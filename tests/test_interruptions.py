@@ -28,13 +28,15 @@ from ssl_lightning import (
     LastCheckpoint,
     LinearProbe,
     MoCoV2,
+    Optim,
     SimCLR,
     SSLModule,
     SwAV,
     UserError,
 )
+from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.checkpoints import AtomicCheckpointIO
-from tests.processes import FORKSERVER
+from tests.processes import FORKSERVER, run_processes
 from tests.small import VIT, data, slow_unless, small, trainer
 
 # Killed at any moment
@@ -360,3 +362,45 @@ def test_a_run_taken_up_after_every_batch_ends_as_the_uninterrupted(options: dic
     assert again.global_step == whole.global_step
     assert loops[0]._batches_that_stepped == loops[1]._batches_that_stepped  # what the loggers count by
     assert loops[0].batch_progress.total == loops[1].batch_progress.total
+
+
+# Resumed on another number of processes
+
+
+class StopAt(L.Callback):
+    """Ends the training after a step, as if it were killed."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def _part(rank: int, processes: int, method: Any, net: Any, folder: Path, stop: int | None, start: Any) -> Any:
+    """Train in double precision, 16 images per global batch, four steps an epoch; returns the weights."""
+    L.seed_everything(1, verbose=False)
+    last = LastCheckpoint(every_n_train_steps=1, dirpath=str(folder))
+    options: dict[str, Any] = {"max_epochs": 2, "precision": "64-true", "enable_checkpointing": True}
+    if processes > 1:
+        options |= {"strategy": "ddp", "devices": processes, "sync_batchnorm": True, "plugins": [SyncedBatchNorm()]}
+    running = trainer(folder, callbacks=[last, StopAt(stop)], num_sanity_val_steps=0, **options)
+    sgd = Optim("sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0)  # AdamW would enlarge what is rounded otherwise
+    module = small(method, net, optim=sgd)
+    with suppress(InterruptedError):
+        running.fit(module, data(method, batch_size=16 // processes), ckpt_path=start)
+    assert running.global_step == (stop or 8)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "net"), [(BYOL, {}), (DINO, VIT)])
+def test_a_run_goes_on_within_an_epoch_on_another_number_of_processes(method: Any, net: Any, tmp_path: Path) -> None:
+    whole = run_processes(_part, 1, 1, method, net, tmp_path / "whole", None, None)[0]
+    start = None
+    for processes, stop in ((1, 3), (2, 6), (1, None)):
+        end = run_processes(_part, processes, processes, method, net, tmp_path / "parts", stop, start)[0]
+        start = tmp_path / "parts" / "last.ckpt"
+    for name, value in whole.items():
+        torch.testing.assert_close(end[name], value, atol=1e-9, rtol=1e-9, msg=name)

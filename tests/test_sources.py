@@ -187,9 +187,33 @@ def test_images_of_four_channels_take_the_geometric_part(tmp_path: Path) -> None
     trainer(tmp_path, max_steps=2).fit(simclr(backbone_kwargs={"channels": [8, 8, 8, 8], "in_chans": 4}), data)
 
 
-def test_arrays_with_channels_last_say_how_to_turn_them() -> None:
-    with pytest.raises(UserError, match=r"transpose\(0, 3, 1, 2\)"):
-        ArrayData(np.zeros((4, 32, 32, 3), np.uint8))
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((4, 32, 32, 3), np.uint8), r"transpose\(0, 3, 1, 2\)"),
+        (np.zeros((4, 32, 32, 13), np.float32), r"transpose\(0, 3, 1, 2\)"),
+        (np.empty((4, 3, 8, 8), object), r"numbers of shape .* not object"),
+        (np.zeros((4, 3, 0, 8), np.uint8), r"not uint8 \(4, 3, 0, 8\)"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.complex64), "not torch.complex64"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ArrayData(images)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.linspace(0, 1, 4 * 3 * 8 * 8, dtype=np.longdouble).reshape(4, 3, 8, 8),
+        torch.linspace(0, 1, 4 * 3 * 8 * 8).view(4, 3, 8, 8).requires_grad_(),
+        [np.full((3, 8, 8), number, np.uint16) for number in range(4)],
+    ],
+)
+def test_arrays_of_any_kind_are_scaled(images: Any) -> None:
+    data = ArrayData(images, **SMALL)
+    data.setup()
+    assert len(data.image_transform["value_range"]) == 2
 
 
 # Hugging Face
@@ -295,8 +319,24 @@ def test_a_stream_trains_and_is_watched_by_the_probes(photos: Path, tmp_path: Pa
 def test_wrong_hugging_face_data_says_what_to_change(parquet: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns are picture, label"):
         HuggingFaceData("parquet", data_files=parquet, image_column="image", **SMALL).setup()
+    with pytest.raises(UserError, match=r"--data\.image_column label holds no images"):
+        HuggingFaceData("parquet", data_files=parquet, image_column="label", **SMALL).setup()
     with pytest.raises(UserError, match="'parquet'"):
         HuggingFaceData("parquet", data_files=str(tmp_path / "none.parquet"), **SMALL).setup()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hugging_face_arrays_are_images(tmp_path: Path, streaming: bool) -> None:
+    import datasets
+
+    features = datasets.Features({"pixels": datasets.Array3D((2, 8, 8), "uint8"), "label": datasets.Value("int64")})
+    images = np.random.default_rng(0).integers(90, size=(8, 2, 8, 8), dtype=np.uint8)
+    columns = {"pixels": [*images], "label": [300, 301] * 4}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path))
+    data = HuggingFaceData(str(tmp_path), image_column="pixels", streaming=streaming, num_workers=0, batch_size=4)
+    next(iter(data.train_dataloader()))
+    assert data.image_transform["channels"] == 2
+    assert "value_range" not in data.image_transform  # 8 bits stay as they are
 
 
 # Tar files

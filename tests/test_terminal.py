@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -73,3 +74,17 @@ def test_a_log_file_has_a_line_for_every_epoch_and_no_control_characters(capfd: 
     said = "".join(capfd.readouterr())
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", said)
     check([line for line in said.splitlines() if line])
+
+
+@pytest.mark.slow  # starts Python and everything once more
+def test_a_notebook_sees_lightnings_messages_without_its_advertisements(tmp_path: Path) -> None:
+    code = """
+import lightning as L
+from ssl_lightning import DigitsData, SimCLR
+trainer = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_progress_bar=False)
+trainer.fit(SimCLR(backbone="resnet10_cifar"), DigitsData(batch_size=16, train_samples=32))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "GPU available" in done.stderr  # the user's to silence
+    assert not [noise for noise in ("Tip: ", "LeafSpec") if noise in done.stderr], done.stderr

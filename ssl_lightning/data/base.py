@@ -192,7 +192,7 @@ class SSLDataModule(PlainLoaders):
             if self.in_memory:
                 raise
             return images
-        self._report(unreadable, len(images))
+        self._report(unreadable, self._train_size + len(self.val_images or []))
         return array
 
     @property

@@ -14,6 +14,7 @@ from ssl_lightning.data.batches import PlainImages, RawViews
 from ssl_lightning.data.crops import ViewMaker, resize
 from ssl_lightning.data.decoding import OpenedImage, open_example, opened_already
 from ssl_lightning.data.images import ImageArray, Images, Unreadable
+from ssl_lightning.data.look import LOOKED_AT
 from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.prepared import prepared
 from ssl_lightning.data.sampler import BatchKey
@@ -65,7 +66,7 @@ class ViewDataset(Dataset[RawViews]):
             check_pixels: Whether an image counts as readable only if all its pixels can be decoded.
         """
         unreadable: list[Unreadable] = []
-        opened = [self._first_readable(int(index), check_pixels, unreadable) for index in indices]
+        opened = [self.first_readable(int(index), check_pixels, unreadable) for index in indices]
         images, read = [image for image, _ in opened], np.array([index for _, index in opened])
         if self.paired:
             partners = self.partners(epoch, indices, read)
@@ -76,9 +77,17 @@ class ViewDataset(Dataset[RawViews]):
         crops, augmentations = self.maker.crop(epoch, indices, images)
         return RawViews(None, crops, augmentations, _labels(self.images, read), torch.from_numpy(read), unreadable)
 
-    def _first_readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> tuple[OpenedImage, int]:
-        for step in range(len(self.images).bit_length() + 1):  # in growing steps: a whole folder or shard may be gone
-            candidate = (index + 2**step - 1) % len(self.images)
+    def first_readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> tuple[OpenedImage, int]:
+        """Open an image, or another one in its place if that fails. Returns the image and its index.
+
+        Args:
+            index: The image.
+            check_pixels: Whether an image counts as readable only if all its pixels can be decoded.
+            unreadable: List that unreadable images are added to.
+        """
+        count = len(self.images)  # in growing steps: a whole folder or shard may be gone; then all over the data set
+        steps = ((index + 2**step - 1) % count for step in range(count.bit_length() + 1))
+        for candidate in itertools.chain(steps, map(int, self.images.sample(LOOKED_AT))):
             if (image := self.readable(candidate, check_pixels, unreadable)) is not None:
                 return image, candidate
         black = torch.zeros(self.images.channels, 8, 8, dtype=self.images.dtype)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ssl_lightning.data import rasters
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # tifffile reads what Pillow complains about
+for _name in ("PIL.TiffImagePlugin", "tifffile"):  # what they complain about is read all the same, or listed
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class OpenedImage(NamedTuple):
@@ -79,8 +80,11 @@ def _without_limit() -> Iterator[None]:
 
 
 def _open_with_pillow(data: bytes) -> OpenedImage:
-    with Image.open(io.BytesIO(data)) as image:
-        return open_pil_image(image)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return open_pil_image(image)
+    except UnidentifiedImageError:  # its message holds an address in memory
+        raise OSError("not an image that can be read" if data else "the file is empty") from None
 
 
 def _open_tiff(data: bytes) -> OpenedImage:
@@ -97,7 +101,8 @@ def _open_tiff(data: bytes) -> OpenedImage:
                 more = samples > len(image.getbands()) or image.mode == "RGBX"
                 return opened._replace(bands=functools.partial(rasters.read_tiff, data)) if more else opened
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        return opened_already(rasters.read_tiff(data, str(error)[:80]))
+        reason = "not known to Pillow" if isinstance(error, UnidentifiedImageError) else str(error)[:80]
+        return opened_already(rasters.read_tiff(data, reason))
     return opened_already(rasters.read_tiff(data, "of several bands, or signed"))
 
 

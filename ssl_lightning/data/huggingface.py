@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import get_worker_info
 
@@ -149,6 +150,8 @@ class HuggingFaceData(SSLDataModule):
         labels = classes + [name for name in ("label", "labels", "cls") if name in usable]
         image = self.image_column or (images or [None])[0]
         label = self.label_column or (labels or [None])[0]
+        if image is None:
+            raise UserError(f"no column holds images; choose one with --data.image_column: {', '.join(features)}.")
         if image not in features or (label is not None and label not in features):
             raise UserError(
                 f"--data.image_column {image} or --data.label_column {label} is not a column; the columns are "
@@ -161,7 +164,7 @@ class HuggingFaceData(SSLDataModule):
         return image, label
 
     def _images(self, dataset: Any, image: str, label: str | None) -> DatasetImages:
-        dataset = dataset.cast_column(image, _library().Image(decode=False))
+        dataset = _undecoded(dataset, image)
         if self.streaming:  # validation: read once, and kept in memory as encoded
             dataset = list(dataset if self.val_samples is None else dataset.take(self.val_samples))
             classes = [example[label] for example in dataset] if label is not None else []
@@ -189,8 +192,8 @@ class HuggingFaceStream(ImageStream):
         feature = (dataset.features or {}).get(label)
         self.num_classes = getattr(feature, "num_classes", None)
         self.length, self.image, self.label = length, image, label
-        self.files = dataset.num_shards
-        dataset = dataset.cast_column(image, _library().Image(decode=False))
+        self.files, self.dtype = dataset.num_shards, _of_array(dataset, image)
+        dataset = _undecoded(dataset, image)
         self.dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
 
     def __len__(self) -> int:
@@ -210,8 +213,26 @@ class HuggingFaceStream(ImageStream):
         part = f"epoch {epoch}, process {rank}, worker {0 if worker is None else worker.id}"
         for number, example in enumerate(dataset):
             image, label = example[self.image], example[self.label] if self.label is not None else None
+            image = image if self.dtype is None else image.astype(self.dtype)
             name = (image.get("path") if isinstance(image, dict) else None) or f"{part}, example {number}"
             yield Example(image, -1 if label is None else int(label), name)
+
+
+def _of_array(dataset: Any, column: str) -> Any:
+    """Type of the pixels of a column of arrays; None for a column of encoded images."""
+    datasets, feature = _library(), (dataset.features or {}).get(column)
+    return np.dtype(feature.dtype) if isinstance(feature, datasets.Array2D | datasets.Array3D) else None
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """A data set whose images stay encoded, or are arrays of numpy."""
+    datasets = _library()
+    if (dtype := _of_array(dataset, column)) is not None:
+        if isinstance(dataset, datasets.IterableDataset):
+            return dataset.with_format("numpy")
+        return dataset.with_format("numpy", columns=[column], output_all_columns=True, dtype=dtype)
+    with _one_line(f"--data.image_column {column} holds no images"):
+        return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 @contextmanager

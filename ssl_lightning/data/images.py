@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
 from ssl_lightning.data.labels import Labels, as_labels
-from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.preparation import Preparation, as_batch
 from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError, printable
 
@@ -247,19 +247,7 @@ class ImageArray(Images):
         names: NDArray[np.str_] | None = None,
         preparation: Preparation | None = None,
     ) -> None:
-        if isinstance(images, np.ndarray) and (images.dtype == np.float16 or not images.dtype.isnative):
-            images = images.astype(np.float32 if images.dtype.kind == "f" else images.dtype.newbyteorder("="))
-        self.images = torch.as_tensor(images)
-        if self.images.ndim != 4 or self.images.is_complex():
-            kind = f"{self.images.dtype} {tuple(self.images.shape)}"
-            raise UserError(f"images must be of shape (N, C, H, W), not {kind}; convert them.")
-        if self.images.dtype == torch.bool:
-            self.images = self.images.to(torch.uint8) * 255
-        if self.images.shape[1] > 4 and self.images.shape[3] <= 4:
-            raise UserError(
-                f"images of shape {tuple(self.images.shape)} have their channels last; put them first with "
-                "images.transpose(0, 3, 1, 2)."
-            )
+        self.images = as_batch(images)
         self.preparation = preparation
         self.channels = self.images.shape[1] if preparation is None else preparation.channels
         self.dtype = self.images.dtype if preparation is None else preparation.dtype

@@ -14,8 +14,9 @@ from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.images import ImageArray, Images
 from ssl_lightning.data.preparation import Preparation, robust_range
 from ssl_lightning.data.prepared import mixed_channels, prepared
+from ssl_lightning.data.stream import StreamStart
 from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, color_operations
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, printable
 
 LOOKED_AT = 256
 """Number of images to look at, evenly spread over the data set, so that every process sees the same ones."""
@@ -76,6 +77,8 @@ def make_alike(
         UserError: The images do not fit each other or the backbone.
     """
     look = look_at(images, may_differ=channels is not None)
+    if not look.example and not isinstance(images, StreamStart):  # further examples of a stream may be readable
+        raise _none_readable(images)
     wanted = checkpoint.get("channels") if wanted is None else wanted
     number = number_of_channels(look, channels, wanted, trains=not checkpoint)
     example = f"e.g. {look.example}"
@@ -206,6 +209,17 @@ def _opened(images: Images) -> Iterator[tuple[str, OpenedImage]]:
         except Exception:
             continue
         yield images.name(int(index)), image
+
+
+def _none_readable(images: Images) -> UserError:
+    """The error about a data set none of whose images can be read, with the reason for the first of them."""
+    index, reason = int(images.sample(LOOKED_AT)[0]), "unreadable"
+    try:
+        images.read(index)
+    except Exception as error:
+        reason = printable(str(error))
+    name = printable(images.name(index))
+    return UserError(f"none of {len(images):,} images can be read, e.g. {name}: {reason}; give other images.")
 
 
 def _some(pixels: Tensor) -> Tensor:

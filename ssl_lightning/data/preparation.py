@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssl_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -63,6 +65,36 @@ class Preparation:
 
 def _between(values: Tensor, low: float, high: float) -> Tensor:
     return ((values - low) * (255 / (high - low))).clamp_(0, 255).float()
+
+
+def as_batch(images: NDArray[Any] | Tensor) -> Tensor:
+    """Images in memory as a tensor ``(N, C, H, W)``.
+
+    Args:
+        images: Their pixels, of any real dtype.
+
+    Raises:
+        UserError: They are no images, or their channels come last.
+    """
+    if isinstance(images, Tensor):
+        images, is_real = images.detach().cpu(), not images.is_complex()
+    else:
+        images = np.asarray(images)
+        is_real = images.dtype.kind in "biuf"
+    if not is_real or len(images.shape) != 4 or 0 in images.shape[1:]:
+        kind = f"{images.dtype} {tuple(images.shape)}"
+        raise UserError(f"images must be numbers of shape (N, C, H, W), not {kind}; convert them.")
+    if isinstance(images, np.ndarray):
+        odd = images.dtype.kind == "f" and images.dtype.itemsize not in (4, 8)  # half precision holds 11 bits
+        images = images.astype(np.float32 if odd else images.dtype.newbyteorder("="), copy=False)
+    channels, height, width = images.shape[1:]
+    if channels > 4 >= width or channels == height > width:
+        raise UserError(
+            f"images of shape {tuple(images.shape)} have their channels last; put them first with "
+            "images.transpose(0, 3, 1, 2)."
+        )
+    images = torch.as_tensor(images)
+    return images.to(torch.uint8) * 255 if images.dtype == torch.bool else images
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:

@@ -53,6 +53,9 @@ class PreparedImages(Images):
     def subset(self, indices: NDArray[np.int64]) -> "PreparedImages":
         return PreparedImages(self.images.subset(indices), self.preparation, self.example)
 
+    def sample(self, count: int) -> NDArray[np.int64]:
+        return self.images.sample(count)
+
     def fingerprint(self) -> str | None:
         return self.images.fingerprint()
 

@@ -113,7 +113,7 @@ def _batches(loader: Loader, num_images: int) -> Iterator[tuple[NDArray[np.int64
 def _originals(dataset: ViewDataset | StreamedViews) -> Callable[[int], Tensor]:
     """A function that returns the original of an image; call it for the images of the batches in their order."""
     if isinstance(dataset, ViewDataset):
-        return dataset.images.read
+        return lambda index: (image := dataset.first_readable(index, True, [])[0]).decode(image.height)
     stream = dataset.decoded()
     return lambda _: next(stream)[0].decode(0)
 

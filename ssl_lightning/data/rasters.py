@@ -66,6 +66,8 @@ def read_tiff(data: bytes, reason: str = "Pillow cannot decode it") -> Tensor:
     except ImportError as error:
         raise UserError(f"the images hold a TIFF file that needs tifffile ({reason}): {install('tiff')}.") from error
     with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if not file.series:
+            raise ValueError(f"a TIFF file without an image ({reason})")
         series = file.series[0]
         axes = series.axes
         if "S" not in axes and "C" not in axes:  # pages: an array of a single image, or a stack of images

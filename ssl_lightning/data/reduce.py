@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from ssl_lightning.data import rasters
 from ssl_lightning.data.crops import resize
@@ -71,12 +71,9 @@ def _decoded(data: bytes) -> tuple[NDArray[Any], bool]:
     upright = True
     with suppress(Exception), Image.open(io.BytesIO(data)) as image:  # else it is no file of Pillow's
         upright = image.getexif().get(ExifTags.Base.Orientation) not in range(2, 9)
-    try:
-        opened = open_image(data)
-        has_bands = opened.bands is not None and rasters.is_tiff(data)  # else they are the transparency
-        pixels = opened.bands() if has_bands and opened.bands is not None else opened.decode(opened.height)
-    except UnidentifiedImageError:  # its message holds an address in memory
-        raise OSError("not an image that can be read" if data else "the file is empty") from None
+    opened = open_image(data)
+    has_bands = opened.bands is not None and rasters.is_tiff(data)  # else they are the transparency
+    pixels = opened.bands() if has_bands and opened.bands is not None else opened.decode(opened.height)
     return pixels.permute(1, 2, 0).numpy(), upright
 
 

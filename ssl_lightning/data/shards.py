@@ -209,8 +209,9 @@ class ShardImages(Images):
 
     def sample(self, count: int) -> NDArray[np.int64]:
         """Evenly spread images of at most eight tar files, each of which may have to be copied first."""
-        shards = spread(np.arange(len(self.urls)), min(8, len(self.urls)))
         starts = np.concatenate([[0], self.ends[:-1]])
+        shards = np.flatnonzero(starts < self.ends)  # a broken tar file has no images
+        shards = spread(shards, min(8, len(shards)))
         images = np.concatenate([np.arange(starts[shard], self.ends[shard]) for shard in shards])
         return spread(images, min(count, len(images)))
 

@@ -40,10 +40,12 @@ class ImageStream(ABC):
 
     def first(self, count: int) -> Images:
         """The first images of the stream, the same on every process."""
-        return _Examples([*itertools.islice(self.examples(0, 0, 1), count)])
+        return StreamStart([*itertools.islice(self.examples(0, 0, 1), count)])
 
 
-class _Examples(Images):
+class StreamStart(Images):
+    """Some examples of a stream, kept in memory."""
+
     def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
 

@@ -261,6 +261,16 @@ def test_a_folder_says_what_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFi
         load_backbone(tmp_path)
 
 
+def test_positions_that_only_moco_v3_has_say_the_number_of_heads(tmp_path: Path) -> None:
+    kwargs = {**VIT, "embed_dim": 48, "num_heads": 12}
+    model: Any = source("vit_small_patch16_224", kwargs)
+    model.fix_positions(rows_first=True)
+    torch.save({"state_dict": named("module.", dict(model.state_dict()))}, tmp_path / "x.pth")
+    del kwargs["num_heads"]
+    loaded = load_backbone(tmp_path / "x.pth", "vit_small_patch16_224", kwargs)
+    torch.testing.assert_close(loaded(IMAGES), model(IMAGES))
+
+
 def test_shapes_that_leave_no_doubt_name_the_backbone(tmp_path: Path) -> None:
     torch.save({"model": named("enc.", dict(create_backbone("resnet18").state_dict()))}, tmp_path / "x.pth")
     assert open_backbone(str(tmp_path / "x.pth")).name == "resnet18"

@@ -115,9 +115,9 @@ class DenseTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the settings that rebuild the same network without the original checkpoint."""
-        settings: dict[str, Any] = {"checkpoint": "untrained", "backbone": self.pretrained.name}
-        settings |= {"backbone_kwargs": self.pretrained.backbone_kwargs, "branch": None, "num_classes": self.num_classes}
-        checkpoint["hyper_parameters"] |= settings
+        built: dict[str, Any] = {"backbone": self.pretrained.name, "backbone_kwargs": self.pretrained.backbone_kwargs}
+        settings = {"checkpoint": "untrained", "branch": None, "num_classes": self.num_classes}
+        checkpoint["hyper_parameters"] |= {**settings, **built}
         for layout in _LAYOUT:
             checkpoint[layout] = getattr(self.pretrained.backbone, layout, None)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

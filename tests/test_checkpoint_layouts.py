@@ -63,6 +63,7 @@ def numbered(w: Weights) -> Weights:
 
 def officially_swin(w: Weights) -> Weights:
     index = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16).long()}
+    index |= {"layers.0.blocks.0.attn.relative_coords_table": torch.zeros(1, 7, 7, 2)}  # of version 2
     return {**replaced(w, {r"layers\.(\d)\.downsample": _stage(-1, "layers.{}.downsample")}), **index}
 
 
@@ -129,6 +130,7 @@ def of_transformers(w: Weights) -> Weights:
 LAYOUTS: dict[str, tuple[str, dict[str, Any], Callable[[Weights], Weights]]] = {
     "ResNet by number": ("resnet18", RESNET, numbered),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN, officially_swin),
+    "Swin v2": ("swinv2_tiny_window8_256", SWIN, officially_swin),
     "mmpretrain's Swin": ("swin_tiny_patch4_window7_224", SWIN, mmpretrains_swin),
     "mmpretrain's ViT": ("vit_small_patch16_224", VIT, mmpretrains_vit),
     "registers": ("vit_small_patch14_reg4_dinov2", VIT, with_registers),
@@ -153,6 +155,8 @@ BRANCHES: dict[str, Any] = {
     "Lightning's average": {"state_dict": named("net.", FIRST), "current_model_state": named("net.", SECOND)},
     "teacher": {"state_dict": {**named("a.student_net.", SECOND), **named("a.teacher_net.", FIRST)}},
     "backbone is the teacher": {"state_dict": {**named("backbone.", FIRST), **named("student_backbone.", SECOND)}},
+    "mixed case": {"state_dict": {**named("studentNet.", SECOND), **named("teacherNet.", FIRST)}},
+    "running average": {"opt_state": SECOND, "avg_model": FIRST, "model": SECOND},
     "query": {"state_dict": {**named("module.encoder_k.", SECOND), **named("module.encoder_q.", FIRST)}},
     "momentum": {"state_dict": {**named("momentum_backbone.", SECOND), **named("backbone.", FIRST)}},
     "online": {**named("target_encoder.net.", SECOND), **named("online_encoder.net.", FIRST), **named("net.", FIRST)},
@@ -179,7 +183,7 @@ def test_names_that_say_nothing_need_a_branch(tmp_path: Path) -> None:
         load_backbone(tmp_path / "x.pth", "resnet18", RESNET)
     with pytest.raises(UserError, match="has no branch 'middle'; choose from left, right"):
         load_backbone(tmp_path / "x.pth", "resnet18", RESNET, branch="middle")
-    loaded = open_backbone(str(tmp_path / "x.pth"), "resnet18", RESNET, "right").backbone
+    loaded = open_backbone(str(tmp_path / "x.pth"), "resnet18", RESNET, "state_dict.module.right").backbone
     torch.testing.assert_close(loaded(IMAGES), source("resnet18", RESNET, 1)(IMAGES))
 
 
@@ -250,6 +254,21 @@ def test_a_folder_says_what_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "is taken for a vit_base_patch16_224" in caplog.text
     assert pretrained.image_transform["mean"] == (0.5, 0.5, 0.5)
     torch.testing.assert_close(pretrained.backbone(IMAGES), model(IMAGES))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit_msn", "hidden_act": "gelu"}))
+    torch.testing.assert_close(load_backbone(tmp_path)(IMAGES), model(IMAGES))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(UserError, match="the activation relu; timm's has gelu"):
+        load_backbone(tmp_path)
+
+
+def test_positions_that_only_moco_v3_has_say_the_number_of_heads(tmp_path: Path) -> None:
+    kwargs = {**VIT, "embed_dim": 48, "num_heads": 12}
+    model: Any = source("vit_small_patch16_224", kwargs)
+    model.fix_positions(rows_first=True)
+    torch.save({"state_dict": named("module.", dict(model.state_dict()))}, tmp_path / "x.pth")
+    del kwargs["num_heads"]
+    loaded = load_backbone(tmp_path / "x.pth", "vit_small_patch16_224", kwargs)
+    torch.testing.assert_close(loaded(IMAGES), model(IMAGES))
 
 
 def test_shapes_that_leave_no_doubt_name_the_backbone(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from ssl_lightning.cli import main
 from tests.processes import FORKSERVER
 from tests.small import BACKBONE, DINOV3, SWIN, VIT, Viewed, data, slow_unless, small, trainer
 
+REGISTERS: dict[str, Any] = {"backbone": "vit_small_patch14_reg4_dinov2", "backbone_kwargs": VIT["backbone_kwargs"]}
 RESNET18: dict[str, Any] = {"backbone": "resnet18", "backbone_kwargs": {}}
 SOURCES: dict[str, tuple[type[SSLModule], dict[str, Any]]] = {
     "ResNet with the CIFAR stem": (SimCLR, BACKBONE),
@@ -141,6 +142,7 @@ def test_fixed_positions_stay_fixed_at_other_sizes(method: type[SSLModule], tmp_
     [
         (VIT, [(32, 32), (48, 48), (24, 40)], "images of sides that 8 divides"),
         pytest.param(DINOV3, [(32, 32), (48, 48), (24, 40)], "sides that 8 divides", marks=pytest.mark.slow),
+        pytest.param(REGISTERS, [(32, 32), (48, 48), (24, 40)], "sides that 8 divides", marks=pytest.mark.slow),
         pytest.param(BACKBONE, [(32, 32), (37, 37), (24, 41)], "images of any sides", marks=pytest.mark.slow),
         pytest.param(SWIN, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),
         pytest.param({"backbone": Viewed}, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),

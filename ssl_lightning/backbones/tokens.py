@@ -200,21 +200,23 @@ def sincos_positions(dim: int, grid: tuple[int, int], rows_first: bool, device: 
         return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches])[None].float().to(device)
 
 
-def interpolated(table: Tensor, grid: tuple[int, int]) -> Tensor:
+def interpolated(table: Tensor, grid: tuple[int, int], antialiased: bool = False) -> Tensor:
     """A table ``(rows, columns, D)`` of positions, interpolated to a grid, ``(height, width, D)``.
 
-    The same as ``F.interpolate`` with DINO's scale, or as the table itself for its own grid; by operations that a graph
-    repeats for any grid.
+    The same as ``F.interpolate`` with DINO's scale or with antialiasing, or as the table itself for its own grid; by
+    operations that a graph repeats for any grid.
 
     Args:
         table: Positions.
         grid: Rows and columns; unknown while a graph is exported.
+        antialiased: Whether with antialiasing and to the exact grid.
     """
     sides = [torch.arange(side, dtype=torch.float32) for side in grid]
     counts = [torch.ones_like(places).sum() for places in sides]
     other = (counts[0] != table.shape[0]) | (counts[1] != table.shape[1])
+    weights, added = (_antialiased_weights, 0.0) if antialiased else (_cubic_weights, 0.1)
     down, across = (
-        _cubic_weights(places, (count + 0.1 * other) / length, length)
+        weights(places, (count + added * other) / length, length)
         for places, count, length in zip(sides, counts, table.shape[:2], strict=True)
     )
     return torch.einsum("wc,hcd->hwd", across, torch.einsum("hr,rcd->hcd", down, table))
@@ -233,6 +235,16 @@ def _cubic_weights(places: Tensor, scale: Tensor, table: int) -> Tensor:
         here = (index[:, None] == torch.arange(table, dtype=torch.float32)).float()  # (length, table)
         weights = weights + torch.where(distance <= 1, near, far)[:, None] * here
     return weights
+
+
+def _antialiased_weights(places: Tensor, scale: Tensor, table: int) -> Tensor:
+    """Weights ``(length, table)`` of the bicubic interpolation along one side with antialiasing, as torch's."""
+    offsets = torch.arange(table, dtype=torch.float32) + 0.5 - ((places + 0.5) / scale)[:, None]  # (length, table)
+    distance = offsets.abs() * scale.clamp(max=1)
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def input_channels(module: Any) -> int | None:

@@ -156,7 +156,7 @@ class AnySizeViT(VisionTransformer, TimmViT):
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         rows, columns = self.patch_embed.grid_size
         table = self.pos_embed[0, prefix:].unflatten(0, (rows, columns))  # (rows, columns, D)
-        grid = interpolated(table, (height, width)).flatten(0, 1)
+        grid = interpolated(table, (height, width), self.antialiased).flatten(0, 1)
         return torch.cat([self.pos_embed[:, :prefix], grid[None]], dim=1)
 
     def encode(self, images: Tensor, kept: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def tensors_in(checkpoint: dict[str, Any]) -> Weights:
             return
         items = tensors_of_module(value) or (value if isinstance(value, dict) else {})
         for key, item in items.items():
-            if isinstance(key, str) and not (path == () and re.match(r"optim|opt$", key)):
+            if isinstance(key, str) and not (path == () and re.match(r"optim|opt($|_)", key)):
                 collect(item, (*path, *key.split(".")))
 
     collect(checkpoint, ())
@@ -89,8 +89,10 @@ def choose(prefixes: Iterable[str], tensors: Weights, branch: str | None, path: 
     """
     prefixes = list(dict.fromkeys(prefixes))
     if branch is not None:
-        named = [prefix for prefix in prefixes if branch.strip(".") in (prefix[:-1], *prefix.split("."))]
-        named = named or [prefix for prefix in prefixes if branch in re.split(r"[._]", prefix)]
+        wanted = ".".join(part for part in branch.split(".") if part and part not in _NOISE)
+        named = [prefix for prefix in prefixes if wanted in (prefix[:-1], shown(prefix))]
+        named = named or [prefix for prefix in prefixes if f".{wanted}." in f".{prefix}"]
+        named = named or [prefix for prefix in prefixes if wanted.lower() in _words(prefix)]
         if not named:
             raise UserError(f"{path} has no branch {branch!r}; choose from {', '.join(map(shown, prefixes))}.")
         prefixes = named
@@ -108,12 +110,16 @@ def choose(prefixes: Iterable[str], tensors: Weights, branch: str | None, path: 
     return best[0]
 
 
+def _words(prefix: str) -> set[str]:
+    """The words in a prefix, also ``teacher`` in ``teacherNet``."""
+    return {word.lower() for word in re.split(r"[._]|(?<=[a-z])(?=[A-Z])", prefix) if word}
+
+
 def _rank(prefix: str, prefixes: list[str], tensors: Weights) -> int:
     """How likely it is that the project evaluates a network, by the words in its name."""
-    words = {word.lower() for word in re.split(r"[._]", prefix) if word}
-    others = {word.lower() for other in prefixes for word in re.split(r"[._]", other)}
+    words, others = _words(prefix), {word for other in prefixes for word in _words(other)}
     rank = 0
-    if words & {"ema", "averaged", "swa"}:  # torchvision, timm and BEiT release and evaluate the average
+    if words & {"ema", "averaged", "average", "avg", "swa"}:  # torchvision, timm and BEiT release the average
         rank += 3
     if "teacher" in words:
         rank += 2
@@ -123,7 +129,7 @@ def _rank(prefix: str, prefixes: list[str], tensors: Weights) -> int:
         rank += 2 if is_ijepa else -2
     if words & {"student", "anchor"}:
         rank -= 1
-    if words & {"momentum", "key", "k"}:
+    if words & {"momentum", "key", "k", "m"}:
         rank -= 2
     if words & {"gram", "callbacks", "current", "raw"}:  # Lightning's WeightAveraging keeps the raw weights apart
         rank -= 4

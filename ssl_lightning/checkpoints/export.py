@@ -53,8 +53,6 @@ def export(
             writes a folder for that library.
         output: File or, for transformers, folder to write; the model card gets the same name with the suffix ``.md``,
             or README.md in the folder. Not needed with ``push``.
-        push: Repository of the Hugging Face hub, e.g. ``me/simclr``, which is created if needed. It gets the weights
-            with a configuration that timm and ``load_backbone`` read, or that transformers reads, and the model card.
         backbone: Name of the timm or torchvision model; only for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
         branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.

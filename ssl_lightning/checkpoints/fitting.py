@@ -79,6 +79,11 @@ def check_hidden(path: str | Path, checkpoint: dict[str, Any], tensors: Weights,
     Raises:
         UserError: The file says so elsewhere.
     """
+    config = checkpoint.get("config.json", {})
+    kinds = {"resnet": "relu", "aimv2": "silu", "aimv2_vision_model": "silu"}
+    usual = kinds.get(config.get("model_type", ""), "silu" if config.get("use_gated_mlp") else "gelu")
+    if (activation := config.get("hidden_act", usual)) != usual:
+        raise UserError(f"{path} holds a network with the activation {activation}; timm's has {usual}.")
     stem = tensors.get(f"{prefix}conv1.weight")
     if stem is None:
         stem = tensors.get(f"{prefix}embedder.embedder.convolution.weight")
@@ -86,7 +91,7 @@ def check_hidden(path: str | Path, checkpoint: dict[str, Any], tensors: Weights,
         return
     meta = checkpoint.get("meta")
     caffe = isinstance(meta, dict) and re.search(r"style\W+caffe", str(meta.get("cfg")))
-    if caffe or checkpoint.get("config.json", {}).get("downsample_in_bottleneck"):
+    if caffe or config.get("downsample_in_bottleneck"):
         raise UserError(
             f"{path} holds a ResNet with strides in its first 1x1 convolutions (style='caffe'), which timm and "
             "torchvision do not have."

@@ -62,12 +62,13 @@ def from_config(config: dict[str, Any]) -> Guess | None:
         name = _RESNETS.get((tuple(config["depths"]), bottleneck), "resnet50" if bottleneck else "resnet18")
         widths = [width // (4 if bottleneck else 1) for width in config["hidden_sizes"]]
         return name, _other({"layers": config["depths"], "channels": widths, **_channels(config)}, name)
-    if kind in ("convnext", "dinov3_convnext"):
-        return "convnext_tiny", {"depths": config["depths"], "dims": config["hidden_sizes"], **_channels(config)}
+    if kind in ("convnext", "convnextv2", "dinov3_convnext"):
+        arguments = {"depths": config["depths"], "dims": config["hidden_sizes"], **_channels(config)}
+        return f"{kind.removeprefix('dinov3_')}_tiny", arguments
     if kind == "swin":
         arguments = {name: config[name] for name in ("embed_dim", "depths", "num_heads", "window_size", "patch_size")}
         return "swin_tiny_patch4_window7_224", {"img_size": config["image_size"], **arguments, **_channels(config)}
-    if kind not in ("vit", "vit_mae", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit"):
+    if kind not in ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "beit"):
         return None if kind != "data2vec-vision" else from_config({**config, "model_type": "beit"})
     arguments = {
         "img_size": config["image_size"],
@@ -214,7 +215,7 @@ def _vit(weights: Weights) -> Guess | None:
         return (f"vit_{size}_patch14_{'reg4_' if registers is not None else ''}dinov2", arguments) if known else None
     if registers is not None:
         return None
-    if size == "small" and _is_mocos(weights["pos_embed"], rows):
+    if size == "small" and is_mocos(weights["pos_embed"]):
         return None  # twelve heads or six
     if "cls_token" not in weights:
         arguments |= _GAP
@@ -223,7 +224,14 @@ def _vit(weights: Weights) -> Guess | None:
     return f"vit_{size}_patch{14 if size == 'huge' else 16}_224", {**arguments, "patch_size": side}
 
 
-def _is_mocos(positions: Any, rows: int) -> bool:
-    """Whether positions are fixed in MoCo v3's order."""
+def is_mocos(positions: Any) -> bool:
+    """Whether positions are fixed in the order that only MoCo v3 has.
+
+    Args:
+        positions: Of a ViT.
+    """
+    if positions.ndim != 3 or positions.shape[2] % 4:
+        return False
+    rows = math.isqrt(positions.shape[1] - 1)
     fixed = sincos_positions(positions.shape[2], (rows, rows), True)
     return positions.shape == fixed.shape and fixed.allclose(positions.float(), atol=0.01)

@@ -12,7 +12,7 @@ from ssl_lightning.backbones.names import create_backbone, is_vit
 from ssl_lightning.backbones.own import Backbone, is_own, name_of, without_wrapper
 from ssl_lightning.checkpoints.encoders import choose, shown, tensors_in, under
 from ssl_lightning.checkpoints.fitting import check_hidden, explained, fits_of, misfit
-from ssl_lightning.checkpoints.guess import from_config, from_weights
+from ssl_lightning.checkpoints.guess import from_config, from_weights, is_mocos
 from ssl_lightning.checkpoints.layouts import LAYOUTS, Weights
 from ssl_lightning.checkpoints.pretrained import Pretrained, facts_of, image_transform_of, native_size
 from ssl_lightning.checkpoints.resampling import resample
@@ -86,7 +86,11 @@ def _read(
     from ssl_lightning.backbones.vit import AnySizeViT
 
     tensors = tensors_in(checkpoint)
-    is_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(".base_encoder." in f".{n}" for n in tensors)
+    is_ours = "method" in checkpoint or "saved_facts" in checkpoint
+    is_moco_v3 = "MoCoV3" in checkpoint.get("method_bases", []) or any(
+        ".base_encoder." in f".{name}" or (not is_ours and name.endswith("pos_embed") and is_mocos(value))
+        for name, value in tensors.items()
+    )
     named, kwargs = named_in(checkpoint)
     if backbone is None:
         backbone = named
@@ -121,7 +125,6 @@ def _read(
         is_mae_or_ijepa = any(_OF_MAE_AND_IJEPA.match(name) for name in tensors)
         if is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions"):
             model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
-        is_ours = "method" in checkpoint or "saved_facts" in checkpoint
         model.antialiased = checkpoint.get("antialiased", model.reg_token is not None and not is_ours)
     transform = checkpoint.get("image_transform") or image_transform_of(model, described=checkpoint)
     return Pretrained(model, backbone, kwargs, transform, facts_of(checkpoint))

@@ -105,10 +105,9 @@ class Evaluation:
     ) -> None:
         self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
         self.branch, self.data, self.max_samples, self.seed = branch, data, max_samples, seed
-        self.trainer = trainer or {}
         if output is not None and os.path.exists(output) and not os.path.isdir(output):
             raise UserError(f"--output {output} is a file; give a folder.")
-        self.output = output
+        self.output, self.trainer = output, trainer or {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
@@ -177,8 +176,7 @@ class Evaluation:
                     "number, or choose another --protocol, e.g. simclr."
                 )
             return self._trained("linear", LinearClassifier, chosen, parameters, batch_size=batch_size)
-        features = self._features(chosen.last_blocks, chosen.patch_mean)
-        if features is None:
+        if (features := self._features(chosen.last_blocks, chosen.patch_mean)) is None:
             return None
         parameters["batch_size"] = min(chosen.batch_size, len(features.train.labels))
         top1, rows = best_head(*features, chosen, self.seed, self._device)

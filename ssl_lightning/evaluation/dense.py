@@ -13,6 +13,9 @@ from ssl_lightning.checkpoints import open_backbone, settle_progress
 from ssl_lightning.errors import UserError
 from ssl_lightning.optim import Optim
 
+_LAYOUT = "rows_first", "antialiased"
+"""Attributes of a ViT that say how its positions follow the size of images."""
+
 
 class DenseTask(L.LightningModule):
     """Base of the dense tasks: a subclass writes ``build`` and ``body``, and calls ``configure_model``.
@@ -24,6 +27,7 @@ class DenseTask(L.LightningModule):
         num_classes: Number of classes. None takes the number from the data module.
         frozen: Whether the backbone is not trained, and stays in eval mode.
         optim: Optimizer and learning-rate schedule.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
     """
 
     mean: Tensor
@@ -37,12 +41,13 @@ class DenseTask(L.LightningModule):
         num_classes: int | None,
         frozen: bool,
         optim: Optim,
+        branch: str | None = None,
     ) -> None:
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
         self.save_hyperparameters(ignore=["optim"])
         self.save_hyperparameters({"optim": asdict(self.optim)})
-        self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs)
+        self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
         self.pretrained.backbone.requires_grad_(not frozen)
         self.num_classes, self.frozen, self._built = num_classes, frozen, False
         for name in ("mean", "std"):
@@ -110,15 +115,18 @@ class DenseTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the settings that rebuild the same network without the original checkpoint."""
-        settings = {"checkpoint": "untrained", "backbone": self.pretrained.name, "num_classes": self.num_classes}
-        checkpoint["hyper_parameters"] |= {**settings, "backbone_kwargs": self.pretrained.backbone_kwargs}
-        checkpoint["rows_first"] = getattr(self.pretrained.backbone, "rows_first", None)
+        built: dict[str, Any] = {"backbone": self.pretrained.name, "backbone_kwargs": self.pretrained.backbone_kwargs}
+        settings = {"checkpoint": "untrained", "branch": None, "num_classes": self.num_classes}
+        checkpoint["hyper_parameters"] |= {**settings, **built}
+        for layout in _LAYOUT:
+            checkpoint[layout] = getattr(self.pretrained.backbone, layout, None)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint["loops"]["fit_loop"], self.trainer.fit_loop)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the layout of a ViT's positions, which the weights do not show."""
-        self.pretrained.backbone.rows_first = checkpoint["rows_first"]
+        backbone: Any = self.pretrained.backbone
+        backbone.rows_first, backbone.antialiased = (checkpoint.get(layout) for layout in _LAYOUT)
 
 
 class PatchMap(nn.Module):

@@ -39,6 +39,7 @@ class ObjectDetector(DenseTask):
         detector_kwargs: Further arguments of torchvision's ``FasterRCNN``, e.g. ``{box_detections_per_img: 300}``.
         optim: Optimizer and learning-rate schedule. The default has the learning rate of torchvision's reference, 0.02
             for 16 images.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class ObjectDetector(DenseTask):
         max_size: int = 1333,
         detector_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("sgd", base_lr=0.32, weight_decay=1e-4, warmup_epochs=1.0),
+        branch: str | None = None,
     ) -> None:
-        super().__init__(checkpoint, backbone, backbone_kwargs, num_classes, frozen, optim)
+        super().__init__(checkpoint, backbone, backbone_kwargs, num_classes, frozen, optim, branch)
         if frozen_batch_norm is None:
             frozen_batch_norm = self.hparams["frozen_batch_norm"] = checkpoint != "untrained"
         sizes = {"min_size": min_size, "max_size": max_size}

@@ -256,6 +256,8 @@ def extract(
     """
     extractor = FeatureExtractor(pretrained, last_blocks, patch_mean, corruption)
     positions = getattr(pretrained.backbone, "rows_first", None)  # which the weights do not show
+    if getattr(pretrained.backbone, "antialiased", False):
+        positions = "antialiased"
     how = f"{positions} {last_blocks} {patch_mean} {trainer.precision}"
     key = f"{pretrained.hash} {how}" if corruption is None else None
     labeled = _LabeledImages(data, key, max_samples, test_only=corruption is not None)

@@ -29,6 +29,7 @@ class SemanticSegmenter(DenseTask):
         head: ``linear``: BatchNorm and a convolution of 1 px; ``fcn``: torchvision's FCN head.
         frozen: Whether the backbone is not trained, and stays in eval mode.
         optim: Optimizer and learning-rate schedule.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class SemanticSegmenter(DenseTask):
         head: Literal["linear", "fcn"] = "linear",
         frozen: bool = True,
         optim: Optim = Optim("adamw", base_lr=1e-3, lr_scaling="none", weight_decay=1e-4, warmup_epochs=0.0),
+        branch: str | None = None,
     ) -> None:
-        super().__init__(checkpoint, backbone, backbone_kwargs, num_classes, frozen, optim)
+        super().__init__(checkpoint, backbone, backbone_kwargs, num_classes, frozen, optim, branch)
         self.backbone, self.head_name = stages(self.pretrained.backbone, self.pretrained.name, first=4), head
         self.configure_model()
 

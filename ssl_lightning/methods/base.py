@@ -37,9 +37,10 @@ class SSLModule(StepTools):
             changes the random numbers of stochastic depth.
         checkpoint_blocks: Whether a ViT keeps only the inputs of its blocks and recomputes the rest in the backward
             pass: less memory, a third more time, the same result.
-        init_from: Where the backbone and its teacher get their first weights: a checkpoint of this package or a paper's
-            official one, or the name of a timm or torchvision model. Read when a training or an evaluation starts
-            without ``ckpt_path``. Heads, optimizer and schedules start as usual.
+        init_from: Where the backbone and its teacher get their first weights: a checkpoint of this package or another
+            project, a folder of timm or transformers, ``hf-hub:NAME``, or the name of a timm or torchvision model.
+            Read when a training or an evaluation starts without ``ckpt_path``; positions, patches and the first layer
+            of another size are resampled. Heads, optimizer and schedules start as usual.
     """
 
     # What the paper prescribes

@@ -5,7 +5,7 @@ from torch import nn
 from ssl_lightning.checkpoints.layouts.layout import Layout, Weights
 from ssl_lightning.checkpoints.layouts.tokens import fit_tokens
 
-UNUSED = {r"relative_position_index$|attn_mask$|\.periods$|local_cls_norm\.": None}
+UNUSED = {r"relative_position_index$|relative_coords_table$|attn_mask$|\.periods$|local_cls_norm\.": None}
 """Buffers that models compute by themselves, and what no evaluation reads."""
 
 OFFICIAL = Layout(

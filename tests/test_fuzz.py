@@ -1,5 +1,6 @@
 """Damaged image files, tar files and odd folders: nothing crashes or hangs, and what cannot be read is listed."""
 
+import functools
 import io
 import os
 import tarfile
@@ -14,7 +15,6 @@ from PIL import Image
 
 from ssl_lightning import ImageFolderData, ShardsData, UserError
 from ssl_lightning.data.formats import suffixes
-from ssl_lightning.data.images import Images
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,6 +22,18 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def two_more_gigabytes() -> Iterator[None]:
+    """Headers that claim a huge image meet a limit of memory here, instead of the machine's."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@functools.cache
 def samples() -> list[tuple[str, bytes]]:
     """A small image in each format that Pillow writes and in some modes, and as an array of numpy."""
     random = np.random.default_rng(0)
@@ -73,15 +85,6 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def read_all(images: Images) -> Iterator[str]:
-    """Read each image; yields the names of those that cannot be read. Any exception counts, no crash."""
-    for index in range(len(images)):
-        try:
-            images.read(index)
-        except Exception:
-            yield images.name(index)
-
-
 def test_mutated_image_files_are_read_or_listed(tmp_path: Path) -> None:
     random, originals = np.random.default_rng(0), samples()
     assert len({suffix for suffix, _ in originals}) > 25
@@ -90,9 +93,8 @@ def test_mutated_image_files_are_read_or_listed(tmp_path: Path) -> None:
         folder = tmp_path / f"{number % 50:02}"
         folder.mkdir(exist_ok=True)
         (folder / f"{number}{suffix}").write_bytes(mutated(content, random))
-    data = ImageFolderData(
-        str(tmp_path), batch_size=250, image_size=8, num_workers=0, in_memory=False, max_unreadable=1.0, val_fraction=0
-    )
+    options: Any = {"batch_size": 250, "image_size": 8, "num_workers": 0, "in_memory": False, "val_fraction": 0}
+    data = ImageFolderData(str(tmp_path), channels=3, max_unreadable=1.0, **options)
     data._run_folder = tmp_path / "run"  # where the listing goes
     try:
         data.setup()
@@ -128,7 +130,6 @@ def test_mutated_tar_files_are_read_or_named(tmp_path: Path, monkeypatch: pytest
         else:
             assert data.train_images is not None
             outcomes.append("read")
-            [*read_all(data.train_images)]
         path.unlink()
     assert 50 < outcomes.count("read") < 450
     assert not any("\n" in outcome for outcome in outcomes)

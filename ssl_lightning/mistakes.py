@@ -48,8 +48,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
         name: What the user typed.
         names: All valid names.
     """
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}? " if near else ""
+    by_letters = {valid.lower(): valid for valid in names}
+    near = difflib.get_close_matches(name.lower(), by_letters, n=1)
+    return f"did you mean {by_letters[near[0]]}? " if near else ""
 
 
 def nearest_option(name: str, names: Iterable[str]) -> str | None:
@@ -122,7 +123,7 @@ def answer(parser: Any, words: list[str], message: str) -> str | None:
             near = nearest_option(option.name, names)
             hint = f"did you mean {'--' if option.file is None else ''}{near}?" if near else "--help lists the options."
             return f"{option}: no such option; {hint}"
-    return _missing(typed, needed, message) or _wrong_value(typed, message)
+    return _missing(typed, needed, message) or _wrong_value(typed, message) or _not_given(parser, message)
 
 
 def _missing(typed: list[Typed], needed: set[str], message: str) -> str | None:
@@ -135,6 +136,17 @@ def _missing(typed: list[Typed], needed: set[str], message: str) -> str | None:
         if missing := sorted(name for name in needed - given if name.rpartition(".")[2] in last):
             value = "PHOTOS" if missing[0] == "data.root" else "VALUE"
             return f"missing: {', '.join(f'--{name}' for name in missing)}. For example: --{missing[0]} {value}"
+    return None
+
+
+def _not_given(parser: Any, message: str) -> str | None:
+    """Names what has no value as it is typed: options with dashes."""
+    if without := re.search(r"argument (?:-\w/)?(--\S+): expected one argument", message):
+        return f"{without[1]}: a value is missing."
+    if required := re.search(r"arguments are required: (.+)", message):
+        options = {action.dest for action in parser._actions if action.option_strings}
+        names = [name.rpartition(".")[2] if name not in options else name for name in required[1].split(", ")]
+        return f"missing: {', '.join(f'--{name}' if name in options else name for name in names)}."
     return None
 
 
@@ -162,7 +174,7 @@ def typed_options(words: list[str]) -> Iterator[Typed]:
     """
     for index, word in enumerate(words):
         name, equals, value = word.removeprefix("--").partition("=")
-        if word == "-c" or (word.startswith("--") and len(name) > 1):
+        if word == "-c" or (word.startswith("--") and name):
             value = value if equals else next(iter(words[index + 1 : index + 2]), "")
             name = (
                 "config"

@@ -466,6 +466,24 @@ def test_the_command_line_imports_no_more_than_lightning() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("prepare", "missing: --root, --output."),
+        ("prepare --root", "--root: a value is missing."),
+        ("export", "missing: --checkpoint."),
+        ("compare", "missing: runs."),
+        ("evaluate knn --data DigitsData", "missing: --checkpoint."),
+        ("evaluate knn --checkpoint pixels --data DigitsData --k many", "--k many: expected a whole number or a list"),
+        ("fit --model simclr --data DigitsData", "did you mean SimCLR?"),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--model", "SimCLEAR", "--data", "DigitsData"], "did you mean SimCLR?"),
         (["--model", "SimCLR", "--model.backbone", "resnet19", "--data", "DigitsData"], "did you mean resnet18"),
         (["--model", "SimCLR", "--model.temprature", "1", "--data", "DigitsData"], "did you mean --model.temperature?"),

@@ -4,6 +4,7 @@ import lightning as L
 
 from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 
 
@@ -27,5 +28,10 @@ def run(
     datamodule.backbone_channels = input_channels(model)
     datamodule.method = model
     preview = datamodule.preview(num_rows, num_images)
-    preview.sheet.save(output)
+    try:
+        preview.sheet.save(output)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"--output {output}: {error}; give a file such as views.png in a folder that exists."
+        ) from error
     print(f"{output}\n{preview}")

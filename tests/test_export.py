@@ -140,10 +140,10 @@ def test_fixed_positions_stay_fixed_at_other_sizes(method: type[SSLModule], tmp_
 @pytest.mark.parametrize(
     ("net", "sizes", "said"),
     [
-        (VIT, [(32, 32), (48, 48), (24, 40)], "images of sides that 8 divides"),
+        pytest.param(VIT, [(32, 32), (48, 48), (24, 40)], "images of sides that 8 divides", marks=pytest.mark.slow),
         pytest.param(DINOV3, [(32, 32), (48, 48), (24, 40)], "sides that 8 divides", marks=pytest.mark.slow),
         pytest.param(REGISTERS, [(32, 32), (48, 48), (24, 40)], "sides that 8 divides", marks=pytest.mark.slow),
-        pytest.param(BACKBONE, [(32, 32), (37, 37), (24, 41)], "images of any sides", marks=pytest.mark.slow),
+        (BACKBONE, [(32, 32), (37, 37), (24, 41)], "images of any sides"),
         pytest.param(SWIN, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),
         pytest.param({"backbone": Viewed}, [(32, 32)], "images of 32 x 32 px only", marks=pytest.mark.slow),
     ],

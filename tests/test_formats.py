@@ -21,7 +21,7 @@ from ssl_lightning.data.augment import contrast
 from ssl_lightning.data.decoding import OpenedImage, open_image, opened_already
 from ssl_lightning.data.folder import find_images
 from ssl_lightning.data.formats import is_image, passed_over, suffixes
-from ssl_lightning.data.preparation import Preparation, robust_range, with_channels
+from ssl_lightning.data.pixels import Preparation, robust_range, with_channels
 from tests.small import simclr, trainer
 
 SMALL: dict[str, Any] = {"batch_size": 4, "image_size": 32, "num_workers": 0, "val_fraction": 0.0}

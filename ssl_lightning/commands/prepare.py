@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
-from ssl_lightning.data.prepare import prepare
+from ssl_lightning.data.smaller_copy import prepare
 
 
 def run(words: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from ssl_lightning.data.images import ImageArray, Images, MixedSizesError, Unrea
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.look import Alike, make_alike
 from ssl_lightning.data.pairs import check_positives, pair
+from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.plain import PlainLoaders
-from ssl_lightning.data.preparation import Preparation
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.sampler import RepeatedBatches, ShuffledBatches

@@ -15,7 +15,7 @@ from ssl_lightning.data.crops import ViewMaker, resize
 from ssl_lightning.data.decoding import OpenedImage, open_example, opened_already
 from ssl_lightning.data.images import ImageArray, Images, Unreadable
 from ssl_lightning.data.look import LOOKED_AT
-from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.prepared import prepared
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.stream import Example, ImageStream

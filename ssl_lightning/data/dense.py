@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from ssl_lightning.data.images import ImageFiles
 from ssl_lightning.data.loader import Loader
-from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.process import DataModule
 from ssl_lightning.data.randomness import uniforms

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage, open_example, open_image, opened_already
 from ssl_lightning.data.labels import Labels, as_labels
-from ssl_lightning.data.preparation import Preparation, as_batch
+from ssl_lightning.data.pixels import Preparation, as_batch
 from ssl_lightning.data.sampler import spread
 from ssl_lightning.errors import UserError, printable
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.images import ImageArray, Images
-from ssl_lightning.data.preparation import Preparation, robust_range
+from ssl_lightning.data.pixels import Preparation, robust_range
 from ssl_lightning.data.prepared import mixed_channels, prepared
 from ssl_lightning.data.stream import StreamStart
 from ssl_lightning.data.views import IMAGENET_MEAN, Statistics, ViewSpec, color_operations

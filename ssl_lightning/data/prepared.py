@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.images import Images
-from ssl_lightning.data.preparation import Preparation
+from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.errors import UserError
 
 

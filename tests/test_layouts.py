@@ -174,16 +174,26 @@ def test_each_class_is_on_both_sides(sizes: list[int]) -> None:
     assert parts[0].val_images.labels.tolist() == parts[1].val_images.labels.tolist()
 
 
-def test_evaluation_takes_the_classes_of_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        ("knn", {"k": 3}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("lowshot", {"draws": 2}), ("finetune", {"epochs": 1}))
+        ),
+    ],
+)
+def test_evaluation_takes_the_classes_of_both_sides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, protocol: str, options: Any
+) -> None:
     random = np.random.default_rng(0)
     images, val = (random.integers(256, size=(count, 3, 32, 32), dtype=np.uint8) for count in (24, 12))
     data = ArrayData(images, list("abcd") * 6, val, list("bcde") * 3, num_workers=0, batch_size=4)
     evaluation = Evaluation("untrained", data, **BACKBONE, output=str(tmp_path), trainer={"accelerator": "cpu"})
     with caplog.at_level("INFO"):
-        results = {"knn": evaluation.knn(k=3), "lowshot": evaluation.lowshot(draws=2)}
-        results["finetune"] = evaluation.finetune(epochs=1)
-    assert all(result.data["classes"] == 3 for result in results.values() if result is not None)
-    assert all(result.data["test_images"] == 9 for result in results.values() if result is not None)
+        result = getattr(evaluation, protocol)(**options)
+    assert (result.data["classes"], result.data["test_images"]) == (3, 9)
     assert "Evaluating 3 classes. Left out, as only one of both sets has images: a" in caplog.text
     evaluation.data = ArrayData(images, list("abab") * 6, val, list("aeff") * 3, num_workers=0)
     with pytest.raises(UserError, match="1 of them in common"):

@@ -109,7 +109,10 @@ def answer(parser: Any, words: list[str], message: str) -> str | None:
     # parts of Lightning's that have options of their own
     is_open = {action.dest for action in parser._actions if _is_open(action)} - _CLASSES.keys()
     needed: set[str] = set()
-    for key, classes in chosen_classes(typed).items():
+    chosen = chosen_classes(typed)
+    for base in {"model", "data"} - chosen.keys():  # not chosen, or misspelt: what every such class has
+        names |= {f"{base}.{name}" for kind in _below(_CLASSES[base]) for name in inspect.signature(kind).parameters}
+    for key, classes in chosen.items():
         for kind in classes:
             below, required, free = _options_of(kind)
             names |= {f"{key}.{name}" for name in below}

@@ -125,7 +125,7 @@ def test_no_step_waits_for_the_device(method: type[SSLModule], tmp_path: Any) ->
         assert counter.counts.total() > 100
         assert not counter.synchronisations
     shown = callbacks[-1].get_metrics(quiet, quiet.lightning_module)  # type: ignore[attr-defined]
-    assert {"loss", "images/s"} <= shown.keys()
+    assert {"loss", "rate"} <= shown.keys()
 
 
 @pytest.mark.parametrize("model", slow_unless(lambda model: model in ("SimCLR", "MoCoV3"), NARROW))

@@ -297,7 +297,10 @@ class Evaluation:
     def _trainer(self, **arguments: Any) -> L.Trainer:
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         options = {"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
-        return L.Trainer(**options)
+        try:
+            return L.Trainer(**options)
+        except TypeError as error:
+            raise UserError(f"--trainer: {str(error).rpartition('() ')[2]}.") from error
 
     @cached_property
     def _device(self) -> torch.device:

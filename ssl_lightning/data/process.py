@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from ssl_lightning.data.reduce import reduce_command
+from ssl_lightning.errors import UserError
 
 
 class DataModule(L.LightningDataModule):
@@ -19,6 +20,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(self, num_workers: int | None = None, seed: int | None = None) -> None:
         super().__init__()
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"--data.num_workers {num_workers}: give 0 or more.")
         self.method: Any = None
         """The method to load images for, if there is no trainer that knows it."""
         self.num_workers, self.seed = num_workers, seed

@@ -35,7 +35,8 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
         try:
             entries = [*os.scandir(real)]
         except OSError as error:
-            rank_zero_warn(f"{os.path.join(root, folder)} cannot be read and is left out: {error.strerror}")
+            if folder or os.path.exists(root):  # a missing root is reported by its data module
+                rank_zero_warn(f"{os.path.join(root, folder)} cannot be read and is left out: {error.strerror}")
             continue
         for entry in entries:
             path = os.path.join(folder, entry.name)

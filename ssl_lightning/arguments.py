@@ -68,6 +68,7 @@ def _shortened(message: str) -> str:
     """A message of jsonargparse without its internals."""
     transform = r'Parser key "transform":\s+- (Type \S+ \S+ expects .*?: )?'
     message = re.sub(transform, "--data.transform takes a callable such as my_module.MyTransform. ", message)
+    message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
     noise = ("Subtypes: ", "Errors:", "Given value", "Does not validate", "- Expected a <class 'NoneType'>")
     lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if "is not accepted" in message:

@@ -53,6 +53,17 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"did you mean {by_letters[near[0]]}? " if near else ""
 
 
+_USUAL_NAMES = {
+    "epochs": "max_epochs",
+    "gpus": "devices",
+    "learning_rate": "base_lr",
+    "lr": "base_lr",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+"""What other programs call some options, which no spelling resembles."""
+
+
 def nearest_option(name: str, names: Iterable[str]) -> str | None:
     """The valid option that a misspelt option stands for; None if none is similar.
 
@@ -61,9 +72,11 @@ def nearest_option(name: str, names: Iterable[str]) -> str | None:
         names: All valid options.
     """
     names = sorted(names)
+    above, _, last = name.rpartition(".")
+    if (usual := _USUAL_NAMES.get(last)) and (same := [option for option in names if option.endswith(f".{usual}")]):
+        return max(same, key=lambda option: difflib.SequenceMatcher(None, f"{above}.{usual}", option).ratio())
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
         return near[0]
-    last = name.rpartition(".")[2]
     ends = {option.rpartition(".")[2] for option in names}
     if same := difflib.get_close_matches(last, ends, n=1, cutoff=0.75):
         among = [option for option in names if option.rpartition(".")[2] == same[0]]
@@ -146,6 +159,10 @@ def _not_given(parser: Any, message: str) -> str | None:
     """Names what has no value as it is typed: options with dashes."""
     if without := re.search(r"argument (?:-\w/)?(--\S+): expected one argument", message):
         return f"{without[1]}: a value is missing."
+    if stray := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
+        kinds = {kind.__name__: key for key in ("model", "data") for kind in _below(_CLASSES[key])}
+        hint = f"did you mean --{kinds[stray[1]]} {stray[1]}?" if stray[1] in kinds else "no such option; options begin with --."
+        return f"{stray[1]}: {hint}"
     if required := re.search(r"arguments are required: (.+)", message):
         options = {action.dest for action in parser._actions if action.option_strings}
         names = [name.rpartition(".")[2] if name not in options else name for name in required[1].split(", ")]
@@ -229,6 +246,11 @@ def chosen_classes(typed: list[Typed]) -> dict[str, list[type]]:
     """
     chosen: dict[str, list[type]] = {}
     for option in typed:
+        if option.name == "data" and isinstance(option.value, str) and re.search(r"[/\\~]", option.value):
+            raise UserError(
+                f"{option} {option.value}: no such class; a folder of images is --data ImageFolderData --data.root "
+                f"{option.value}."
+            )
         if option.name in _CLASSES and isinstance(option.value, str) and option.value.isidentifier():
             below = {kind.__name__: kind for kind in _below(_CLASSES[option.name]) if not kind.__name__.startswith("_")}
             if option.value not in below:

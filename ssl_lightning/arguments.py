@@ -12,6 +12,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from ssl_lightning.errors import UserError
 from ssl_lightning.mistakes import answer, did_you_mean
 
+_IN_USAGE = 20
+"""Number of options up to which the first line of the help names all of them."""
+
 
 class SSLArgumentParser(LightningArgumentParser):
     """Reports a mistake in a few lines, where jsonargparse would print every option."""
@@ -21,6 +24,20 @@ class SSLArgumentParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self) -> str:
+        """The help, with what people set first at the top, and without a usage line that names a hundred options."""
+        if len(self._actions) > _IN_USAGE:
+            self.usage = "%(prog)s [--OPTION VALUE ...]"
+        first = ("model", "data", "trainer")
+        builtin = self._action_groups[:2]
+
+        def place(group: Any) -> int:
+            parts = {action.dest.partition(".")[0] for action in group._group_actions}
+            return 0 if group in builtin else next((1 + i for i, name in enumerate(first) if name in parts), 9)
+
+        self._action_groups = [*builtin, *sorted(self._action_groups[2:], key=place)]
+        return super().format_help()
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse, and remember the words for the report of a mistake.

@@ -161,7 +161,8 @@ def _not_given(parser: Any, message: str) -> str | None:
         return f"{without[1]}: a value is missing."
     if stray := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
         kinds = {kind.__name__: key for key in ("model", "data") for kind in _below(_CLASSES[key])}
-        hint = f"did you mean --{kinds[stray[1]]} {stray[1]}?" if stray[1] in kinds else "no such option; options begin with --."
+        key = kinds.get(stray[1])
+        hint = f"did you mean --{key} {stray[1]}?" if key else "no such option; options begin with --."
         return f"{stray[1]}: {hint}"
     if required := re.search(r"arguments are required: (.+)", message):
         options = {action.dest for action in parser._actions if action.option_strings}

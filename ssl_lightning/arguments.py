@@ -25,8 +25,12 @@ class SSLArgumentParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def format_help(self) -> str:
-        """The help, with what people set first at the top, and without a usage line that names a hundred options."""
+    def format_help(self, *args: Any) -> str:
+        """The help, with what people set first at the top, and without a usage line that names a hundred options.
+
+        Args:
+            args: Arguments of jsonargparse's.
+        """
         if len(self._actions) > _IN_USAGE:
             self.usage = "%(prog)s [--OPTION VALUE ...]"
         first = ("model", "data", "trainer")
@@ -37,7 +41,7 @@ class SSLArgumentParser(LightningArgumentParser):
             return 0 if group in builtin else next((1 + i for i, name in enumerate(first) if name in parts), 9)
 
         self._action_groups = [*builtin, *sorted(self._action_groups[2:], key=place)]
-        return super().format_help()
+        return super().format_help(*args)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse, and remember the words for the report of a mistake.

@@ -35,9 +35,19 @@ from ssl_lightning import (
     UserError,
 )
 from ssl_lightning.batch_norm import SyncedBatchNorm
+from ssl_lightning.callbacks.processes import Preemption
 from ssl_lightning.checkpoints import AtomicCheckpointIO
 from tests.processes import FORKSERVER, run_processes
 from tests.small import VIT, data, slow_unless, small, trainer
+
+# Signals
+
+
+def test_after_a_training_signals_do_what_they_did_before(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer(tmp_path, callbacks=[Preemption()], max_steps=1).fit(small(SimCLR), data(SimCLR))
+    assert signal.getsignal(signal.SIGTERM) == before
+
 
 # Killed at any moment
 

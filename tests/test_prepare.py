@@ -16,7 +16,7 @@ from PIL import Image
 
 from ssl_lightning import ImageFolderData, ShardsData, UserError, ViewSpec
 from ssl_lightning.callbacks.progress import Throughput
-from ssl_lightning.data import prepare as module
+from ssl_lightning.data import smaller_copy as module
 from ssl_lightning.data.reduce import reduced
 from ssl_lightning.data.smaller_copy import prepare
 from tests.conftest import DATA

@@ -45,11 +45,16 @@ class Preemption(L.Callback):
         self._step = 0
         self._before: dict[signal.Signals, Any] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remember the signal handlers from before Lightning's, which it takes away before ``teardown``."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Handle the signals instead of Lightning."""
         self._signal, self._step = 0, trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        for number in self._before:
+            signal.signal(number, self._remember)
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
 

@@ -58,7 +58,7 @@ VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
     "backbone_kwargs": {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3},
 }
-# Its layer scale of 1e-5 would make all images nearly alike, and BatchNorm would enlarge the rounding of the difference.
+# Its layer scale of 1e-5 would make all images nearly alike, and BatchNorm would enlarge rounding errors.
 DINOV3: dict[str, Any] = {
     **VIT,
     "backbone": "vit_small_patch16_dinov3",

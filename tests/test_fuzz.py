@@ -107,7 +107,9 @@ def test_mutated_image_files_are_read_or_listed(tmp_path: Path) -> None:
     assert len((tmp_path / "run" / "unreadable-0.txt").read_text("utf-8").splitlines()) == broken
 
 
-def test_mutated_tar_files_are_read_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutated_tar_files_are_read_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("SSL_LIGHTNING_CACHE", str(tmp_path / "cache"))
     random, originals = np.random.default_rng(1), samples()
     outcomes: list[str] = []
@@ -133,6 +135,7 @@ def test_mutated_tar_files_are_read_or_named(tmp_path: Path, monkeypatch: pytest
         path.unlink()
     assert 50 < outcomes.count("read") < 450
     assert not any("\n" in outcome for outcome in outcomes)
+    caplog.text.encode()  # raises if a message holds what a terminal cannot show
 
 
 def odd_name(random: np.random.Generator) -> str:

@@ -208,7 +208,7 @@ def _opened(images: Images) -> Iterator[tuple[str, OpenedImage]]:
             raise
         except Exception:
             continue
-        yield images.name(int(index)), image
+        yield printable(images.name(int(index))), image
 
 
 def _none_readable(images: Images) -> UserError:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ssl_lightning.data.images import Images
 from ssl_lightning.data.views import ViewSpec
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, listed
 
 
 class Pairs:
@@ -58,7 +58,7 @@ class Pairs:
         if self.single == len(names):
             raise UserError(
                 f"--data.positives {positives} finds no two images that belong together among {len(names):,}, such as "
-                f"{', '.join(names[:2])}; give folder, next, or a regular expression whose first group they share."
+                f"{listed(names[:2])}; give folder, next, or a regular expression whose first group they share."
             )
 
     def __str__(self) -> str:

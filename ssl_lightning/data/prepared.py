@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.images import Images
 from ssl_lightning.data.pixels import Preparation
-from ssl_lightning.errors import UserError
+from ssl_lightning.errors import UserError, printable
 
 
 class PreparedImages(Images):
@@ -88,7 +88,7 @@ def prepared(
     if own != preparation.channels and (wants_bands or (example is not None and not image.is_photo)):
         other, channels = example or ("what is wanted", None)
         if channels != own and (wants_bands or channels is not None or own not in (1, 3)):
-            raise mixed_channels(name(), own, other, preparation.channels if channels is None else channels)
+            raise mixed_channels(printable(name()), own, other, preparation.channels if channels is None else channels)
     return preparation(pixels)
 
 

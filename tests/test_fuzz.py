@@ -146,7 +146,7 @@ def odd_name(random: np.random.Generator) -> str:
     return os.fsdecode(letters.replace(b"/", b".")).strip(".") or "x"
 
 
-def test_folders_of_odd_names_are_read(tmp_path: Path) -> None:
+def test_folders_of_odd_names_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     random, content = np.random.default_rng(2), samples()[0][1]
     suffix = samples()[0][0]
     outcomes: list[str] = []
@@ -181,3 +181,4 @@ def test_folders_of_odd_names_are_read(tmp_path: Path) -> None:
             names = [images.name(index) for images in sides for index in range(len(images))]
             assert len(names) == len(set(names))
     assert outcomes.count("read") > 200
+    caplog.text.encode()  # raises if a message holds what a terminal cannot show

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from ssl_lightning.errors import printable
+
 _NO_STILL_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow registers and cannot decode by itself: documents, containers of data, and video."""
 
@@ -64,7 +66,8 @@ def passed_over(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     if not total:
         return ""
-    parts = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in Counter(counts).most_common(_NAMED)]
+    most = Counter(counts).most_common(_NAMED)
+    parts = [f"{count:,} {printable(suffix) or 'without a suffix'}" for suffix, count in most]
     if len(counts) > _NAMED:
         parts.append(f"and others ending in {len(counts) - _NAMED} more suffixes")
     needed = [extra for extra, (_, names) in _EXTRAS.items() if set(names) & counts.keys()]

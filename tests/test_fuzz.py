@@ -23,8 +23,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def two_more_gigabytes() -> Iterator[None]:
+def two_more_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Headers that claim a huge image meet a limit of memory here, instead of the machine's."""
+    monkeypatch.chdir(tmp_path)  # where unreadable files are listed
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])

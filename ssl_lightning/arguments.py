@@ -47,7 +47,7 @@ class SSLArgumentParser(LightningArgumentParser):
         """Parse, and remember the words for the report of a mistake.
 
         Args:
-            args: The words of the command line; None takes those of this process.
+            args: The words of the command line; None takes the words that this process was started with.
             rest: As for jsonargparse.
             kwargs: As for jsonargparse.
         """

@@ -223,7 +223,7 @@ class SSLCLI(LightningCLI):
             self.save_config_callback = None  # nothing is kept
             return []
         version = version or new_version(folder, dry=bool(config["fast_dev_run"]))
-        if given is False:  # the checkpoints are found where those of other runs are
+        if given is False:  # so that checkpoints lie in a folder of the run, as usual
             config["default_root_dir"] = str(folder / version)
             return []
         where: dict[str, Any] = {"save_dir": folder.parent, "name": folder.name, "version": version}

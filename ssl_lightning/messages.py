@@ -31,7 +31,7 @@ _ABOUT_LIGHTNING = (".*LeafSpec.* is deprecated", ".*isinstance\\(treespec, Leaf
 
 _IGNORED_WARNINGS = (
     *_ABOUT_LIGHTNING,
-    "It is recommended to use .*sync_dist=True",  # what is logged is the same on all processes, or the loss of one
+    "It is recommended to use .*sync_dist=True",  # all processes log the same, or each its own loss
     ".*log_every_n_steps",
     "(?s).*does not have many workers",
     "(?s).*Unable to serialize instance",

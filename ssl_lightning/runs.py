@@ -121,7 +121,7 @@ def removed_if_refused() -> Iterator[None]:
 
 
 def _this_fit() -> dict[str, Any]:
-    """What tells this ``fit`` from the others of its SLURM job: its command line, and its step if srun started it."""
+    """Distinguishes this ``fit`` from others of its SLURM job: its command line, and its step if srun started it."""
     return {"command": sys.argv[1:], "step": os.environ.get("SLURM_STEP_ID")}
 
 

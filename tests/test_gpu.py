@@ -55,7 +55,7 @@ class Pinned(L.LightningDataModule):
 
 
 class NoStepWaits(L.Callback):
-    """Refuses whatever makes the host wait for the device, from the start of the second step to that of the last."""
+    """Refuses whatever makes the host wait for the device, from the second step to the last."""
 
     def __init__(self) -> None:
         self.steps = 0

@@ -34,7 +34,7 @@ class Measure(L.Callback):
             self.measured.append(
                 {
                     "process": _memory(os.getpid()),
-                    "workers": max(map(_memory, sorted(workers)[:2])),  # those of training live on
+                    "workers": max(map(_memory, sorted(workers)[:2])),  # the workers of training live on
                     "number of workers": len(workers),
                     "files": len(os.listdir("/proc/self/fd")),
                 }

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -168,10 +169,9 @@ def example_images(network: nn.Module, size: int) -> Tensor:
         network: A backbone.
         size: Side in pixels.
     """
-    convolutions = (part.in_channels for part in network.modules() if isinstance(part, nn.Conv2d))
     stated = getattr(without_wrapper(network), "in_chans", None)
     weight = next((value for value in network.parameters() if value.is_floating_point()), torch.empty(0))
-    shape = 2, stated if isinstance(stated, int) else next(convolutions, 3), size, size
+    shape = 2, stated if isinstance(stated, int) else input_channels(network) or 3, size, size
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
 

@@ -86,7 +86,7 @@ def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token:
 
 
 def kept_tokens(tokens: Tensor, kept: Tensor, prefix: int) -> Tensor:
-    """The first tokens and those of some patches, ``(B, prefix + M, D)``.
+    """The tokens before the patches, and the tokens of some patches, ``(B, prefix + M, D)``.
 
     Args:
         tokens: ``(B, prefix + N, D)``.

@@ -51,6 +51,12 @@ class TimmViT(ViT):
 
     patch_embed: Any
     blocks: Any
+    reg_token: Any
+
+    def _with_prefix(self, patches: Tensor) -> Tensor:
+        """The class token and the registers, as far as there are any, before the patches ``(B, N, D)``."""
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in tokens), patches], dim=1)
 
     @property
     def patch_side(self) -> int:  # type: ignore[override] # read only
@@ -169,8 +175,7 @@ class AnySizeViT(VisionTransformer, TimmViT):
         tokens = x.flatten(1, 2)  # (B, height * width, D)
         if self.no_embed_class:
             tokens = tokens + positions
-        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
-        tokens = torch.cat([*prefix, tokens], dim=1)
+        tokens = self._with_prefix(tokens)
         return self.pos_drop(tokens if self.no_embed_class else tokens + positions)
 
 
@@ -196,9 +201,7 @@ class RotaryViT(Eva, TimmViT):
         return self.norm(tokens)
 
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
-        tokens = torch.cat([*prefix, x.flatten(1, 2)], dim=1)
-        return self.pos_drop(tokens), self._rotations(*x.shape[1:3])
+        return self.pos_drop(self._with_prefix(x.flatten(1, 2))), self._rotations(*x.shape[1:3])
 
     def _rotations(self, rows: int, columns: int) -> Tensor:
         """Sines and cosines ``(rows * columns, 2 * D / heads)`` of a grid of patches."""

@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ssl_lightning.messages import duration, number
+from ssl_lightning.optim import steps_per_epoch
 
 
 class Throughput(L.Callback):
@@ -46,7 +47,7 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks, because a run that resumes within an epoch does not call ``on_train_epoch_start``."""
         self._begin, self._begin_step = time.perf_counter(), trainer.global_step
-        self._step = trainer.global_step
+        self._step, self._planned = trainer.global_step, trainer.estimated_stepping_batches
         self._busy = self._wait = 0.0
         self._warned = False
         self._split = _TimeSplit(pl_module.device)
@@ -85,7 +86,7 @@ class Throughput(L.Callback):
         self._split.mark("optimizer")
         self._images += len(batch[0][0]) * trainer.world_size
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        planned = trainer.estimated_stepping_batches
+        planned = self._planned
         # like loggers, count steps across epochs
         due = stepped and (self._step % self.every_n_steps == 0 or self._step >= planned)
         if due or trainer.is_last_batch:
@@ -283,7 +284,7 @@ def planned_epochs(trainer: L.Trainer) -> int | None:
     steps, batches = trainer.max_steps, trainer.num_training_batches
     ends = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
     if steps >= 0 and 0 < batches < float("inf"):
-        ends.append(math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches)))
+        ends.append(math.ceil(steps / steps_per_epoch(trainer)))
     return min(ends, default=None)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ssl_lightning.callbacks.progress import planned_epochs
 from ssl_lightning.messages import duration
+from ssl_lightning.optim import steps_per_epoch
 from ssl_lightning.runs import run_folder
 
 
@@ -93,8 +94,8 @@ def _millions(module: nn.Module) -> str:
 
 
 def _length(trainer: Any) -> str:
-    epochs, batches, steps = planned_epochs(trainer), trainer.num_training_batches, trainer.estimated_stepping_batches
-    each = f" of {_counted(-(-batches // trainer.accumulate_grad_batches), 'step')}" if batches < float("inf") else ""
+    epochs, in_each, steps = planned_epochs(trainer), steps_per_epoch(trainer), trainer.estimated_stepping_batches
+    each = f" of {_counted(int(in_each), 'step')}" if in_each < float("inf") else ""
     parts = [f"{_counted(epochs, 'epoch')}{each}" if epochs is not None else f"epochs{each} without a last one"]
     if 0 < steps < float("inf"):
         parts.append(f"{_counted(int(steps), 'step')} in all")

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.machine import processors
 from ssl_lightning.runs import ENVIRONMENT_FILE, WARNINGS_FILE, read_starts, run_folder
 
 _PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "numpy")
@@ -139,8 +140,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         hardware |= {"device": properties.name, "device memory, GB": round(properties.total_memory / 1e9, 1)}
         hardware |= {"devices of this machine": torch.cuda.device_count(), "CUDA": torch.version.cuda}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware |= {"processors": cores, "processor": platform.processor() or platform.machine()}
+    hardware |= {"processors": processors(), "processor": platform.processor() or platform.machine()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         hardware["memory, GB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     return hardware

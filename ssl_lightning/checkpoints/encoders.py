@@ -41,7 +41,7 @@ def tensors_in(checkpoint: dict[str, Any]) -> Weights:
 
 
 def foreign_objects(value: Any) -> list[str]:
-    """Names of the classes whose objects in a checkpoint were passed over, without those of configurations.
+    """Names of the classes whose objects in a checkpoint were passed over, without classes of configurations.
 
     Args:
         value: What the file holds.

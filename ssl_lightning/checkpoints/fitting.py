@@ -96,9 +96,9 @@ def check_hidden(path: str | Path, checkpoint: dict[str, Any], tensors: Weights,
             f"{path} holds a ResNet with strides in its first 1x1 convolutions (style='caffe'), which timm and "
             "torchvision do not have."
         )
-    beside = {name.split(".")[1] for name in tensors if name.startswith("state_dict.")}
-    is_solos = "classifier" in beside and beside & {"projector", "momentum_backbone"}
-    if stem.shape[-1] == 3 and is_solos and not checkpoint.keys() & {"evaluated_backbone", "method"}:
+    parts = {name.split(".")[1] for name in tensors if name.startswith("state_dict.")}
+    is_of_solo = "classifier" in parts and parts & {"projector", "momentum_backbone"}
+    if stem.shape[-1] == 3 and is_of_solo and not checkpoint.keys() & {"evaluated_backbone", "method"}:
         raise UserError(
             f"{path} looks like a checkpoint of solo-learn, whose 3x3 stem has a padding of 2. No model of timm has "
             "such a stem, and with a padding of 1 the same weights give other features. If yours has 1, save only the "

@@ -24,7 +24,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_mode
 
 
 def is_source(source: str) -> bool:
-    """Whether weights are read from a file, a folder or the hub, rather than those of a model of that name.
+    """Whether weights are read from a file, a folder or the hub. Otherwise the source names a pretrained model.
 
     Args:
         source: As for ``open_backbone``.
@@ -118,8 +118,8 @@ def _saved_facts(metadata: dict[str, str] | None) -> dict[str, Any]:
     """The metadata of a file that this package exported, in the form of a checkpoint; empty for other files."""
     if metadata is None or "backbone_kwargs" not in metadata:
         return {}
-    told = {key: value for key, value in metadata.items() if key != "format"}  # which transformers asks for
-    facts: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in told.items()}
+    ours = {key: value for key, value in metadata.items() if key != "format"}  # which transformers asks for
+    facts: dict[str, Any] = {key: value if key in TEXT else json.loads(value) for key, value in ours.items()}
     transform: dict[str, Any] = facts.pop("image_transform")
     return {
         "hyper_parameters": {key: facts.pop(key) for key in ("backbone", "backbone_kwargs")},

@@ -1,7 +1,6 @@
 """Backbones as folders of transformers: ViT, I-JEPA's ViT, DINOv2, DINOv3 and ResNet."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_lightning.checkpoints.layouts import Weights
+from ssl_lightning.checkpoints.layouts.layout import Weights, renamed
 from ssl_lightning.checkpoints.pretrained import Pretrained
 from ssl_lightning.errors import UserError
 
@@ -22,22 +21,19 @@ _TOKENS = {
     r"\.(?:ls|gamma_)([12])(?:\.gamma)?$": r".layer_scale\1.lambda1",
 }
 
-_VIT = {
-    **_TOKENS,
-    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
-    r"^blocks\.": "encoder.layer.",
-    r"\.norm1\.": ".layernorm_before.",
-    r"\.norm2\.": ".layernorm_after.",
-    r"\.mlp\.fc1\.": ".intermediate.dense.",
-    r"\.mlp\.fc2\.": ".output.dense.",
-    r"^norm\.": "layernorm.",
-}
-
 _DINOV2 = {
     **_TOKENS,
     r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
     r"^blocks\.": "encoder.layer.",
     r"^norm\.": "layernorm.",
+}
+
+_VIT = {
+    **_DINOV2,
+    r"\.norm1\.": ".layernorm_before.",
+    r"\.norm2\.": ".layernorm_after.",
+    r"\.mlp\.fc1\.": ".intermediate.dense.",
+    r"\.mlp\.fc2\.": ".output.dense.",
 }
 
 _DINOV2_GATED = {**_DINOV2, r"\.mlp\.fc1\.": ".mlp.weights_in.", r"\.mlp\.fc2\.": ".mlp.weights_out."}
@@ -89,7 +85,7 @@ def write_folder(pretrained: Pretrained, folder: Path, name: str, metadata: dict
         ) from error
     model: Any = pretrained.backbone
     config, table, features, read = _described(pretrained)
-    weights = _renamed(_separated(dict(model.state_dict()), config), table)
+    weights = renamed(_separated(dict(model.state_dict()), config), table)
     weights = {key: value.contiguous() for key, value in weights.items()}
     save_file(weights, folder / "model.safetensors", {**metadata, "format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -207,16 +203,6 @@ def _separated(weights: Weights, config: dict[str, Any]) -> Weights:
         shape = (1, 1, config["hidden_size"]) if kind == "dinov3_vit" else (1, config["hidden_size"])
         separate["mask_token"] = torch.zeros(shape)
     return separate
-
-
-def _renamed(weights: Weights, table: dict[str, Any]) -> Weights:
-    renamed = {}
-    for name, value in weights.items():
-        new = name
-        for old, replacement in table.items():
-            new = re.sub(old, replacement, new)
-        renamed[new] = value
-    return renamed
 
 
 def _preparation(pretrained: Pretrained) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class SSLDataModule(PlainLoaders):
         channels: Convert the images to gray (1) or to color (3). None keeps the channels of the files, but converts
             gray and color images to what the backbone takes.
         value_range: The values that become black and white in images of more than 8 bits, for all images alike.
-            ``auto`` finds them in up to 256 images, or takes those of the evaluated checkpoint.
+            ``auto`` finds them in up to 256 images, or takes the range of the evaluated checkpoint.
         transform: Your own augmentation in place of ``views``: a class such as my_module.MyTransform or
             lightly.transforms.DINOTransform with its arguments, or in Python any callable. It takes a Pillow image (a
             tensor ``(C, H, W)`` unless there are 1 or 3 channels; albumentations get an array) and returns a list of
@@ -267,15 +267,15 @@ class SSLDataModule(PlainLoaders):
             )
             self.batch_size = batch_size
         images = self.train_stream or self._training_images
-        check_positives(self.positives, self.pair_distance, self.view_specs)
         workers, specs = self._workers(images), self.view_specs
+        check_positives(self.positives, self.pair_distance, specs)
         if isinstance(images, ImageStream):
             parts = batch_size, self._seed, self._rank, world_size
             stream = StreamedViews(images, specs, *parts, self._preparation, self._own)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         batches = RepeatedBatches if getattr(self.trainer, "overfit_batches", 0) else ShuffledBatches
         order = batches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
-        dataset = ViewDataset(images, self.view_specs, self._seed, self._own)
+        dataset = ViewDataset(images, specs, self._seed, self._own)
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 
     def _workers(self, images: Images | ImageStream) -> int:

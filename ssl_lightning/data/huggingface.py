@@ -242,7 +242,7 @@ def _one_line(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # those of the hub, of the network, of file formats, ...
+    except Exception as error:  # of the hub, the network, file formats, ...
         reason = printable((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if "script" in reason.lower():

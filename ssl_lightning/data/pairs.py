@@ -43,7 +43,7 @@ class Pairs:
         if positives == "next":
             order = np.array(sorted(order.tolist(), key=lambda index: _natural(names[index])))
         self.order = order[np.argsort(groups[order], kind="stable")]
-        """``(N,)`` the images, those of a group one after the other."""
+        """``(N,)`` the images, group by group."""
         self.positions = np.empty(len(names), np.int64)
         """``(N,)`` where each image stands in ``order``."""
         self.positions[self.order] = np.arange(len(names))

@@ -8,6 +8,7 @@ import torch
 
 from ssl_lightning.data.reduce import reduce_command
 from ssl_lightning.errors import UserError
+from ssl_lightning.machine import processors
 
 
 class DataModule(L.LightningDataModule):
@@ -30,8 +31,7 @@ class DataModule(L.LightningDataModule):
     def _loading_processes(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores)
+        return min(8, processors())
 
     @property
     def _seed(self) -> int:

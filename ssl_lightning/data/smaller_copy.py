@@ -7,14 +7,12 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +26,7 @@ from ssl_lightning.data.sampler import spread
 from ssl_lightning.data.shards import ShardsData
 from ssl_lightning.data.views import preset
 from ssl_lightning.errors import UserError
+from ssl_lightning.machine import processors, single_thread
 
 _IMAGES_PER_SHARD = 1000
 _SETTINGS, _UNREADABLE = "prepare.json", "unreadable.txt"
@@ -104,7 +103,7 @@ def prepare(
         raise UserError(f"--output {output} lies in --root {root}, so its images would count twice; choose another.")
     parts = _parts(source, by_name=format == "folder")
     _claim(target, {"root": str(source.resolve()), "size": size, "format": format, "quality": quality}, parts)
-    workers = _processors() if num_workers is None else num_workers
+    workers = processors() if num_workers is None else num_workers
     unreadable = _listed(target)
     total = sum(len(part.images) for part in parts)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -306,25 +305,11 @@ def _rate(images: Images, view_size: int) -> float:
     """How many images per second a worker prepares for training, on a sample."""
     dataset = ViewDataset(images, preset("simclr", view_size), seed=0)
     sample = spread(np.arange(len(images)), min(32, len(images)))
-    with _single_thread():
+    with single_thread():
         dataset[0, sample[:2]]
         start = time.perf_counter()
         dataset[1, sample]
         return len(sample) / (time.perf_counter() - start)
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bytes(file: Path) -> int:

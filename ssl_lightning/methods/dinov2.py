@@ -109,10 +109,8 @@ class DINOv2(SSLModule):
             self.defer(means=teacher.mean(0).to(self.center.dtype), patch_sums=patch_sums.to(self.center.dtype))
 
         tokens = masked_tokens(self.backbone, crops, self.random_to_device(mask), self.mask_token)
-        features, patches = (
-            self.backbone.forward_head(tokens),
-            patch_tokens(self.backbone, tokens),
-        )  # (2B, D), (2B, N, D)
+        features = self.backbone.forward_head(tokens)  # (2B, D)
+        patches = patch_tokens(self.backbone, tokens)  # (2B, N, D)
         student = self.projector(features)
         if len(views) > 2:
             student = torch.cat([student, self.projector(multi_crop(self.backbone, views[2:]))])  # (V * B, K)

@@ -1,8 +1,8 @@
-"""ConvNeXt: the official names, which DINOv3 has as well, and those of transformers."""
+"""ConvNeXt: the official names, which DINOv3 has as well, and transformers' names."""
 
 from torch import nn
 
-from ssl_lightning.checkpoints.layouts.layout import Layout, New, Weights
+from ssl_lightning.checkpoints.layouts.layout import Layout, New, Weights, take_from_outside
 
 BLOCKS: dict[str, New | None] = {
     r"\.(dwconv|depthwise_conv)\.": ".conv_dw.",
@@ -17,9 +17,7 @@ BLOCKS: dict[str, New | None] = {
 
 def _finish(weights: Weights, model: nn.Module, outer: Weights) -> None:
     """The last norm may lie outside; some models of timm have convolutions for linear layers."""
-    for part in ("weight", "bias"):
-        if f"head.norm.{part}" not in weights and f"layer_norm.{part}" in outer:
-            weights[f"head.norm.{part}"] = outer[f"layer_norm.{part}"]
+    take_from_outside(weights, outer, "head.norm", "layer_norm")
     for name, value in model.state_dict().items():
         if ".mlp." in name and name in weights and weights[name].numel() == value.numel():
             weights[name] = weights[name].reshape(value.shape)

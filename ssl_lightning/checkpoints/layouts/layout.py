@@ -23,10 +23,11 @@ class Layout:
     Args:
         name: What to call it in messages.
         first: Name of the first weight, as a regular expression. What stands before it is the prefix of the network.
-        sign: A regular expression that another name matches from its beginning; tells layouts apart that begin alike.
+        sign: A regular expression that another name matches from its beginning. It distinguishes layouts whose first
+            weights have the same name.
         renamed: What takes the place of each part of a name, applied one after the other. None drops the weight.
-        finish: What is no renaming. Changes the weights in place to those of a model; gets the weights around the
-            network, too.
+        finish: What is no renaming. Changes the weights in place until they fit a model; it also gets the weights
+            around the network.
         refused: Why no model gives the features of such a network; empty if one does.
     """
 
@@ -59,14 +60,38 @@ class Layout:
         Args:
             weights: By name, without the prefix.
         """
-        renamed = {}
-        for name, value in weights.items():
-            new = name
-            for old, replacement in self.renamed.items():
-                if replacement is not None:
-                    new = re.sub(old, replacement, new)
-                elif re.search(old, new):
-                    break
-            else:
-                renamed[new] = value
-        return renamed
+        return renamed(weights, self.renamed)
+
+
+def renamed(weights: Weights, table: Mapping[str, New | None]) -> Weights:
+    """Weights under other names.
+
+    Args:
+        weights: By name.
+        table: As ``Layout.renamed``.
+    """
+    result = {}
+    for name, value in weights.items():
+        new = name
+        for old, replacement in table.items():
+            if replacement is not None:
+                new = re.sub(old, replacement, new)
+            elif re.search(old, new):
+                break
+        else:
+            result[new] = value
+    return result
+
+
+def take_from_outside(weights: Weights, outer: Weights, name: str, outer_name: str) -> None:
+    """Take the last norm from around the network, where some projects have it.
+
+    Args:
+        weights: Of the network; changed in place.
+        outer: Of what is around it.
+        name: What the norm is called in the network.
+        outer_name: What it is called around it.
+    """
+    for part in ("weight", "bias"):
+        if f"{name}.{part}" not in weights and f"{outer_name}.{part}" in outer:
+            weights[f"{name}.{part}"] = outer[f"{outer_name}.{part}"]

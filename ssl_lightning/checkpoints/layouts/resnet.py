@@ -1,4 +1,4 @@
-"""ResNets: torchvision's names, lightly's numbers, and those of transformers."""
+"""ResNets: torchvision's names, lightly's numbers, and transformers' names."""
 
 from ssl_lightning.checkpoints.layouts.layout import Layout
 

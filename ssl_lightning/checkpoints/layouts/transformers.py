@@ -5,7 +5,7 @@ The names of its files, and the other ones that ``state_dict()`` gives since ver
 
 from torch import nn
 
-from ssl_lightning.checkpoints.layouts.layout import Layout, New, Weights
+from ssl_lightning.checkpoints.layouts.layout import Layout, New, Weights, take_from_outside
 from ssl_lightning.checkpoints.layouts.tokens import fit_tokens
 
 BLOCKS: dict[str, New | None] = {
@@ -42,9 +42,7 @@ TOKENS: dict[str, New | None] = {
 
 def _with_last_norm(weights: Weights, model: nn.Module, outer: Weights) -> None:
     """The last norm may lie outside: in BEiT for masked images."""
-    for part in ("weight", "bias"):
-        if f"norm.{part}" not in weights and f"layernorm.{part}" in outer:
-            weights[f"norm.{part}"] = outer[f"layernorm.{part}"]
+    take_from_outside(weights, outer, "norm", "layernorm")
     fit_tokens(weights, model, outer)
 
 

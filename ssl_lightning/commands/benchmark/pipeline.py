@@ -17,6 +17,7 @@ from ssl_lightning.data.datasets import ViewDataset
 from ssl_lightning.data.folder import ImageFolderData
 from ssl_lightning.data.images import ImageArray, Images
 from ssl_lightning.data.views import ViewSpec
+from ssl_lightning.machine import single_thread
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,6 @@ def pipeline(
         num_images: Images per pass.
         passes: Number of passes; the median is reported.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     data = ImageFolderData(
         root,
         labels="none",
@@ -120,10 +119,8 @@ def pipeline(
         train_samples=num_images,
         num_workers=num_workers,
     )
-    try:
+    with single_thread():
         return _measured(data, views, passes)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measured(data: SSLDataModule, views: str, passes: int) -> PipelineResult:

@@ -112,7 +112,7 @@ def step(
         model_kwargs: Further arguments of the method, e.g. ``{"queue_length": 4096}``.
 
     Raises:
-        UserError: No method has that name,.
+        UserError: No method has that name.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = _method(model, {**({"backbone": backbone} if backbone else {}), **(model_kwargs or {})}).to(device)

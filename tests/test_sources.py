@@ -39,7 +39,7 @@ def batches_of(
 ) -> list[RawViews]:
     """What one of several processes loads."""
     kind = type(data)
-    data.__class__ = type(kind.__name__, (kind,), {"_rank": rank, "_world_size": world_size})
+    data.__class__ = type(f"{kind.__name__}OfAProcess", (kind,), {"_rank": rank, "_world_size": world_size})
     loader = data.train_dataloader()
     loader.sampler.epoch, loader.sampler.start = epoch, start
     return list(loader)

@@ -149,7 +149,8 @@ def reference_view(image: Tensor, spec: ViewSpec, draws: Draws, row: int) -> Ten
     for operation, amount in zip(numbers.operations[row].tolist(), numbers.amounts[row].tolist(), strict=True):
         if operation >= 0:
             jitter = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-            x = jitter[operation](x, amount)
+            added = spec.additive_brightness and operation == 0
+            x = (x + amount).clamp(0, 1) if added else jitter[operation](x, amount)
     if numbers.grayscale[row] and not spec.grayscale_first:
         x = TF.rgb_to_grayscale(x, 3)
     if numbers.sigmas[row] > 0:
@@ -239,6 +240,19 @@ def test_jitter_takes_every_order_and_the_whole_range() -> None:
         assert low - 1e-6 <= amounts.min() < low + 0.01
         assert high - 0.01 < amounts.max() <= high + 1e-6
         assert abs(amounts.mean() - (low + high) / 2) < 0.02
+
+
+def test_byol_adds_to_the_brightness_of_its_views() -> None:
+    for spec in PRESETS["byol"]:
+        numbers = drawn(spec, 4000).augmentation
+        shifts = numbers.amounts[numbers.operations == 0]
+        assert (shifts.min(), shifts.max(), shifts.mean()) == pytest.approx((-0.4, 0.4, 0.0), abs=0.02)
+        assert shifts.std() == pytest.approx(0.8 / 12**0.5, rel=0.03)
+    (spec, _), (multiplied, _) = preset("byol", 64), preset("byol", 32)  # solo-learn's are those of PyTorch
+    for spec, brighter in ((spec, 0.4), (multiplied, 0.0)):  # of 80 % half get a positive number
+        black = torch.zeros(400, 3, spec.size, spec.size, dtype=torch.uint8)
+        views = ours.augment(black, drawn(spec, 400).augmentation, replace(spec, mean=(0.0,), std=(1.0,)))
+        assert (views.mean((1, 2, 3)) > 1e-3).float().mean() == pytest.approx(brighter, abs=0.08)
 
 
 def test_jitter_leaves_out_what_has_no_range() -> None:

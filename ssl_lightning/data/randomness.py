@@ -85,7 +85,8 @@ class Augmentation(NamedTuple):
     operations: NDArray[np.int8]
     """``(N, 4)`` color operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
     amounts: NDArray[np.float32]
-    """``(N, 4)`` factor of each operation; for hue the shift, as a fraction of the color circle."""
+    """``(N, 4)`` factor of each operation; for hue the shift, as a fraction of the color circle, and for additive
+    brightness what to add."""
     grayscale: NDArray[np.bool_]
     """``(N,)`` whether to convert to grayscale."""
     sigmas: NDArray[np.float32]
@@ -182,6 +183,8 @@ def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
 
     strongest = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
     factors = _between(strengths[:, :3], np.maximum(0, 1 - strongest[:3]), 1 + strongest[:3])
+    if spec.additive_brightness:
+        factors[:, 0] = _between(strengths[:, 0], -spec.brightness, spec.brightness)
     turns = _between(strengths[:, 3:], -spec.hue, spec.hue)
     operations = order.argsort(axis=1)  # (N, 4): a random permutation
     amounts = np.take_along_axis(np.concatenate([factors, turns], axis=1), operations, axis=1)

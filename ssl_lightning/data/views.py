@@ -35,7 +35,9 @@ class ViewSpec:
         rotation: Probability of a rotation by any angle, bilinear. Corners from outside the crop become black.
         rotation_degrees: Smallest and largest angle of the rotation, counterclockwise.
         jitter: Probability of color jitter: the next four operations in random order.
-        brightness: Largest relative change of brightness.
+        brightness: Largest relative change of brightness; with ``additive_brightness`` the largest shift, where white
+            is 1.
+        additive_brightness: Whether to add to all pixel values (DeepMind's BYOL) instead of multiplying them.
         contrast: Largest relative change of contrast.
         saturation: Largest relative change of saturation.
         hue: Largest shift of the hue, as a fraction of the color circle. 0.5 in both directions is the whole circle.
@@ -67,6 +69,7 @@ class ViewSpec:
     rotation_degrees: tuple[float, float] = (-180.0, 180.0)
     jitter: float = 0.0
     brightness: float = 0.0
+    additive_brightness: bool = False
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
@@ -127,7 +130,7 @@ class ViewSpec:
 
 
 _BARLOW = ViewSpec(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2, blur=1.0)
-_BYOL = replace(_BARLOW, single_draw=True)
+_BYOL = replace(_BARLOW, single_draw=True, additive_brightness=True)
 _MOCO_V3 = replace(_BARLOW, interpolation="bilinear")
 _DINO = replace(_BARLOW, scale=(0.4, 1.0))
 _DINO_LOCAL = replace(_BARLOW, size=96, count=8, scale=(0.05, 0.4), blur=0.5)

@@ -248,8 +248,8 @@ def test_byol_adds_to_the_brightness_of_its_views() -> None:
         shifts = numbers.amounts[numbers.operations == 0]
         assert (shifts.min(), shifts.max(), shifts.mean()) == pytest.approx((-0.4, 0.4, 0.0), abs=0.02)
         assert shifts.std() == pytest.approx(0.8 / 12**0.5, rel=0.03)
-    (spec, _), (multiplied, _) = preset("byol", 64), preset("byol", 32)  # solo-learn's are those of PyTorch
-    for spec, brighter in ((spec, 0.4), (multiplied, 0.0)):  # of 80 % half get a positive number
+    for size, brighter in ((64, 0.4), (32, 0.0)):  # of 80 % half get a positive number; solo-learn's multiply
+        spec = preset("byol", size)[0]
         black = torch.zeros(400, 3, spec.size, spec.size, dtype=torch.uint8)
         views = ours.augment(black, drawn(spec, 400).augmentation, replace(spec, mean=(0.0,), std=(1.0,)))
         assert (views.mean((1, 2, 3)) > 1e-3).float().mean() == pytest.approx(brighter, abs=0.08)
@@ -276,6 +276,40 @@ def test_crops_are_distributed_as_torchvision(size: tuple[int, int]) -> None:
     areas, expected_areas = boxes[:, 2] * boxes[:, 3], expected[:, 2] * expected[:, 3]
     assert ks_2samp(areas, expected_areas).pvalue > 1e-3
     assert ks_2samp(boxes[:, 3] / boxes[:, 2], expected[:, 3] / expected[:, 2]).pvalue > 1e-3
+
+
+def tensorflow_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """``tf.image.sample_distorted_bounding_box`` with SimCLR's arguments, for one image."""
+    image = height * width
+    for _ in range(100):
+        ratio = random.uniform(3 / 4, 4 / 3)
+        low, high = (round((share * image / ratio) ** 0.5) for share in (0.08, 1.0))
+        high = next(h for h in range(min(high, height), 0, -1) if round(h * ratio) <= width)
+        h = int(random.integers(min(low, high), high + 1))
+        h += h * round(h * ratio) < 0.08 * image
+        h -= h * round(h * ratio) > image
+        w = round(h * ratio)
+        if 0.1 * image <= h * w <= image and w <= width and h <= height:
+            top, left = (int(random.integers(max(free, 1))) for free in (height - h, width - w))
+            return top, left, h, w
+    return 0, 0, height, width
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "whole"),
+    [((375, 500), 3000, 0.0), ((32, 32), 3000, 0.0), ((50, 500), 500, 0.0), ((500, 38), 300, 0.56)],
+)
+def test_simclrs_crops_are_distributed_as_tensorflows(size: tuple[int, int], count: int, whole: float) -> None:
+    random = np.random.default_rng(0)
+    boxes = drawn(PRESETS["simclr"][0], count, size=size).boxes
+    expected = np.array([tensorflow_crop(*size, random) for _ in range(count)])
+    for values, theirs in [*zip(boxes.T, expected.T, strict=True), (boxes[:, 2:].prod(1), expected[:, 2:].prod(1))]:
+        assert ks_2samp(values, theirs).pvalue > 1e-3
+    areas = boxes[:, 2:].prod(1) / (size[0] * size[1])
+    assert areas.min() >= 0.1
+    assert (areas == 1).mean() == pytest.approx(whole, abs=0.12)  # a hundred attempts failed
+    if size == (375, 500):
+        assert np.median(areas) == pytest.approx(0.353, abs=0.01)  # torchvision's: 0.418
 
 
 def test_single_draw_clamps_the_crop_to_the_image() -> None:

@@ -24,9 +24,11 @@ class ViewSpec:
         size: Side of the view in pixels.
         count: Number of views of this kind for each image.
         scale: Smallest and largest area of the crop, as a fraction of the image.
-        ratio: Smallest and largest width / height of the crop, drawn log-uniformly.
+        ratio: Smallest and largest width / height of the crop, drawn log-uniformly; with ``tensorflow_crop`` uniformly.
         single_draw: Draw area and ratio once and clamp the crop to the image (BYOL), instead of up to ten times until
             the crop fits (torchvision).
+        tensorflow_crop: Draw the ratio, then the height among those whose area fits, and reject areas below a tenth of
+            the image (SimCLR); after a hundred attempts the whole image.
         interpolation: Interpolation of the resize, always with antialiasing.
         flip: Probability of a horizontal flip.
         vertical_flip: Probability of a vertical flip.
@@ -61,6 +63,7 @@ class ViewSpec:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     single_draw: bool = False
+    tensorflow_crop: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = 0.5
     vertical_flip: float = 0.0
@@ -101,6 +104,8 @@ class ViewSpec:
                 raise UserError(f"view: {name}={low, high} must be two positive numbers, the smaller one first.")
         if self.scale[1] > 1:
             raise UserError(f"view: scale={self.scale} is a fraction of the image's area; give numbers up to 1.")
+        if self.single_draw and self.tensorflow_crop:
+            raise UserError("view: single_draw and tensorflow_crop are two ways to draw a crop; set one of them.")
         if self.rotation_degrees[0] > self.rotation_degrees[1]:
             raise UserError(f"view: rotation_degrees={self.rotation_degrees} must have the smaller angle first.")
         if not 0 <= self.hue <= 0.5:
@@ -168,7 +173,8 @@ _ROTNET = ViewSpec(interpolation="bilinear")
 # The released code scales the shorter side to 256 px and crops a square of 255 px at a random position.
 _JIGSAW = ViewSpec(size=255, scale=(0.6, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", grayscale=0.66)
 # Inputs stay in [0, 1].
-_SIMCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+_NNCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+_SIMCLR = replace(_NNCLR, tensorflow_crop=True)
 
 
 def _second(first: ViewSpec) -> ViewSpec:
@@ -186,7 +192,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_BYOL, replace(_second(_BYOL), solarize_threshold=127.5)),
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
-    "nnclr": (_SIMCLR,),
+    "nnclr": (_NNCLR,),
     "swav": (_SWAV, _SWAV_LOCAL),
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
@@ -225,7 +231,8 @@ _CIFAR_FIRST = replace(_cifar(_BARLOW), blur=0.0)
 _CIFAR_SECOND = replace(_CIFAR_FIRST, solarize=0.2)
 
 CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
-    "simclr": (replace(_CIFAR_SYMMETRIC, mean=_SIMCLR.mean, std=_SIMCLR.std),),  # strength 0.5, no blur
+    # Strength 0.5, no blur.
+    "simclr": (replace(_CIFAR_SYMMETRIC, tensorflow_crop=True, mean=_SIMCLR.mean, std=_SIMCLR.std),),
     "moco_v2": (_CIFAR_SYMMETRIC,),
     "simsiam": (replace(_CIFAR_SYMMETRIC, scale=(0.2, 1.0)),),
     "moco_v3": (_CIFAR_FIRST, _CIFAR_SECOND),

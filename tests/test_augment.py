@@ -338,6 +338,11 @@ PAPERS = {
         (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.1, 0.2),
         (96, 8, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
     ],
+    "ibot": [
+        (224, 1, 0.25, 1.0, "bicubic", SOFT, 1.0, 0.0),
+        (224, 1, 0.25, 1.0, "bicubic", SOFT, 0.1, 0.2),
+        (96, 10, 0.05, 0.25, "bicubic", SOFT, 0.5, 0.0),
+    ],
     "dinov2": [
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.0, 0.0),
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.9, 0.2),
@@ -372,7 +377,6 @@ def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
 
 
 def test_presets_for_small_images() -> None:
-    assert PRESETS["ibot"] == PRESETS["dino"]
     assert PRESETS["deepcluster_v2"] == PRESETS["swav"]
     (simclr,) = preset("simclr", 32)
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)

@@ -139,6 +139,7 @@ _BYOL = replace(_BARLOW, single_draw=True, additive_brightness=True)
 _MOCO_V3 = replace(_BARLOW, interpolation="bilinear")
 _DINO = replace(_BARLOW, scale=(0.4, 1.0))
 _DINO_LOCAL = replace(_BARLOW, size=96, count=8, scale=(0.05, 0.4), blur=0.5)
+_IBOT = replace(_BARLOW, scale=(0.25, 1.0))
 _DINOV2 = replace(_BARLOW, scale=(0.32, 1.0), blur_kernel=9)
 _DINOV2_LOCAL = replace(_DINO_LOCAL, scale=(0.05, 0.32), blur_kernel=9)
 _LEJEPA = replace(_BARLOW, count=2, scale=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
@@ -196,7 +197,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "swav": (_SWAV, _SWAV_LOCAL),
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
-    "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
+    "ibot": (_IBOT, _second(_IBOT), replace(_DINO_LOCAL, count=10, scale=(0.05, 0.25))),  # for ViT-S
     # The released code swaps the probabilities of keeping and of blurring; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
     # The anchor sees the global crops at twice the size, without color changes.

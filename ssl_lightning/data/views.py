@@ -215,7 +215,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "simmim": (ViewSpec(size=192, scale=(0.67, 1.0), interpolation="bilinear"),),
     "ijepa": (ViewSpec(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0),),
     # Jitter and flip come before the crop in the released code.
-    "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, mean=(0.5,) * 3, std=(0.5,) * 3),),
+    "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4),),
     "npid": (_NPID,),
     "linear": (ViewSpec(),),
     "finetune": (ViewSpec(rand_augment="rand-m9-mstd0.5-inc1"),),

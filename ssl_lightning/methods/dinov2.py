@@ -23,7 +23,8 @@ class DINOv2(SSLModule):
     """DINOv2: DINO on class tokens, iBOT on masked patches, and features spread evenly.
 
     Oquab et al. 2023, Learning Robust Visual Features without Supervision, https://arxiv.org/abs/2304.07193. For ViTs
-    of timm. The probes read the teacher. Defaults: the released code's ViT-L/16, whose epoch has 1,250 steps.
+    of timm. The probes read the teacher. Defaults: the released code's ViT-L/16, whose epoch has 1,250 steps; it drops
+    paths of an exact share of the batch, we by chance.
 
     Args:
         num_prototypes: Number of outputs K of the head.

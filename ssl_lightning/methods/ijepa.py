@@ -1,5 +1,6 @@
 """I-JEPA."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -139,9 +140,9 @@ class IJEPA(SSLModule):
             len(images) * world_size(), grid_of(self.backbone, images), self.targets, *scales, self.min_context, seed
         )
         contexts, lengths, targets = (own_part(part) for part in drawn)
-        lengths, counts = lengths.unique_consecutive(return_counts=True)
-        parts = zip(contexts.split(counts.tolist()), lengths.tolist(), strict=True)
-        return [self.random_to_device(part[:, :length]) for part, length in parts], self.random_to_device(targets)
+        runs = [(length, len([*same])) for length, same in itertools.groupby(lengths.tolist())]
+        parts = zip(contexts.split([count for _, count in runs]), runs, strict=True)
+        return [self.random_to_device(part[:, :length]) for part, (length, _) in parts], self.random_to_device(targets)
 
     @property
     def evaluated_backbone(self) -> nn.Module:

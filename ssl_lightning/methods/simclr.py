@@ -24,7 +24,7 @@ class SimCLR(SSLModule):
 
     Args:
         temperature: Divides the cosine similarities; 0.1 on ImageNet, 0.5 on CIFAR-10.
-        projector_layers: Linear layers of the projector: 2 in v1, 3 in v2.
+        projector_layers: Linear layers of the projector: 2 in v1, 3 in v2 and by default in the released scripts.
         projector_dim: Width of the projections.
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
         optim: Optimizer and learning-rate schedule.

@@ -155,6 +155,17 @@ class SimMIM(SSLModule):
         predicted = torch.where(hidden, self.reconstruct(images, units).to(images.dtype), images)
         return {"visible": images.masked_fill(hidden, 0.0), "predicted": predicted}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load; earlier versions kept the mask token, the first of all parameters, among the undecayed ones."""
+        super().on_load_checkpoint(checkpoint)
+        decayed = sum(group["decayed"] * len(group["params"]) for group in self.optim.create(self, 256).param_groups)
+        for state in checkpoint.get("optimizer_states", ()):
+            first, *others = state["param_groups"]
+            if others and (token := len(first["params"])) + 1 == decayed:
+                numbers = {token: 0, **{number: number + 1 for number in range(token)}}
+                state["state"] = {numbers.get(number, number): value for number, value in state["state"].items()}
+                first["params"], others[0]["params"] = [*range(token + 1)], others[0]["params"][1:]
+
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Error of the masked pixels without drop path."""
         return {"masked_patch_error": self.training_loss(views)}

@@ -408,6 +408,7 @@ def test_unknown_preset_names_the_nearest() -> None:
     [
         *({"flip": 1.5}, {"scale": (0.5, 0.1)}, {"scale": (0.1, 2.0)}, {"hue": 0.7}, {"blur_kernel": 4}),
         *({"vertical_flip": -1}, {"quarter_turn": 2}, {"rotation": 90}, {"rotation_degrees": (30, -30)}),
+        {"single_draw": True, "tensorflow_crop": True},
     ],
 )
 def test_impossible_views_are_refused(wrong: dict[str, object]) -> None:

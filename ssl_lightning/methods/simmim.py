@@ -52,7 +52,7 @@ class SimMIM(SSLModule):
     views = "simmim"
     remedies = "a lower learning rate or a longer warm-up, mask units of a sixth to an eighth of the view's side"
     global_views = 1
-    undecayed = ("cls_token", "pos_embed")  # and the mask token of a Swin
+    undecayed: tuple[str, ...] = ("cls_token", "pos_embed")  # and the mask token of a Swin
 
     def __init__(
         self,

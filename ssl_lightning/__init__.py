@@ -40,6 +40,7 @@ from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
+from ssl_lightning.lars import LARC, LARS
 from ssl_lightning.messages import drop_noise
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
@@ -65,7 +66,7 @@ from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.methods.vicreg import VICReg
-from ssl_lightning.optim import LARC, LARS, Optim
+from ssl_lightning.optim import Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"

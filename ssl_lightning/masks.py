@@ -149,13 +149,14 @@ def multi_block(
     context_scale: tuple[float, float],
     min_context: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:
+    group: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of patches to predict, and the context: one block to predict them from, without the patches to predict.
 
     Assran et al. 2023, I-JEPA, section 3 and its released code. All images share the sizes of the blocks, and one
     random number sets both area and aspect. No block touches the last row or column, as the code draws corners below an
-    exclusive bound. All blocks are cut to the shortest by dropping their last patches. Where a context stays too small
-    after 20 draws, it may overlap the last target, then also the one before, and so on.
+    exclusive bound. The contexts of a group of images are cut to the shortest by dropping their last patches. Where a
+    context stays too small after 20 draws, it may overlap the last target, then also the one before, and so on.
 
     Args:
         images: Number of images.
@@ -166,12 +167,16 @@ def multi_block(
         context_scale: Smallest and largest share of patches in the context before targets are removed; it is a square.
         min_context: Contexts with no more patches than this are drawn again.
         seed: Seed of the random numbers.
+        group: Number of consecutive images whose contexts have the same length; the last group may be smaller.
 
     Returns:
-        Indices ``(images, C)`` of the context and ``(images, targets, P)`` of the patches to predict, ascending.
+        Indices ``(images, C)`` of the context, of which the first ``(images,)`` count, and indices
+        ``(images, targets, P)`` of the patches to predict; both ascending.
 
     Example:
-        >>> contexts, targets = multi_block(2, (16, 16), 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10, seed=0)
+        >>> contexts, lengths, targets = multi_block(2, (16, 16), 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10, seed=0)
+        >>> lengths[0] == lengths[1] == contexts.shape[1]
+        tensor(True)
         >>> targets.shape[:2]
         torch.Size([2, 4])
         >>> [set(context.tolist()) & set(blocks.flatten().tolist()) for context, blocks in zip(contexts, targets)]
@@ -188,7 +193,10 @@ def multi_block(
             covered = blocks[small, :avoided].any(1)
             contexts[small] = _blocks(grid, context_size, (len(small),), random) & ~covered
             small = small[contexts[small].sum((1, 2)) <= min_context]
-    return _indices(contexts.reshape(images, -1)), _indices(blocks.reshape(images, targets, -1))
+    counts = np.split(contexts.sum((1, 2)), range(group, images, group))
+    lengths = np.concatenate([np.full(len(numbers), numbers.min()) for numbers in counts])
+    order = _indices(contexts.reshape(images, -1), lengths.max())
+    return order, torch.from_numpy(lengths), _indices(blocks.reshape(images, targets, -1), blocks[0, 0].sum())
 
 
 def _block_size(
@@ -212,10 +220,9 @@ def _blocks(
     return inside[0][..., :, None] & inside[1][..., None, :]
 
 
-def _indices(masks: np.ndarray) -> Tensor:
-    """Indices of the first true entries along the last axis, cut to the length of the mask with the fewest."""
-    order = np.argsort(~masks, axis=-1, kind="stable")
-    return torch.from_numpy(order[..., : masks.sum(-1).min()])
+def _indices(masks: np.ndarray, count: int) -> Tensor:
+    """Indices of the first ``count`` true entries along the last axis."""
+    return torch.from_numpy(np.argsort(~masks, axis=-1, kind="stable")[..., :count])
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:

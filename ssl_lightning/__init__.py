@@ -59,8 +59,10 @@ from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.npid import NPID
+from ssl_lightning.methods.resa import ReSA
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simdino import SimDINO
 from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
@@ -120,6 +122,7 @@ __all__ = [
     "Optim",
     "Pictures",
     "ProgressBar",
+    "ReSA",
     "RotNet",
     "RunRecord",
     "SSLDataModule",
@@ -128,6 +131,7 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimDINO",
     "SimMIM",
     "SimSiam",
     "SwAV",

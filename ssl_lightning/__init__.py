@@ -63,6 +63,7 @@ from ssl_lightning.methods.resa import ReSA
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
 from ssl_lightning.methods.simdino import SimDINO
+from ssl_lightning.methods.simdinov2 import SimDINOv2
 from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
@@ -132,6 +133,7 @@ __all__ = [
     "ShardsData",
     "SimCLR",
     "SimDINO",
+    "SimDINOv2",
     "SimMIM",
     "SimSiam",
     "SwAV",

@@ -37,6 +37,7 @@ from ssl_lightning import (
     ReSA,
     SimCLR,
     SimDINO,
+    SimDINOv2,
     SimMIM,
     SimSiam,
     SSLModule,
@@ -114,13 +115,14 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
     NPID: {"nce_k": 32, "projector_dim": 16},
     SimDINO: {**BACKBONE, "hidden_dim": 32, "projector_dim": 16},
+    SimDINOv2: {**VIT, "hidden_dim": 32, "projector_dim": 16},
     SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimDINOv2, SimMIM}
 """Methods that train no CNN."""
 
 CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [

@@ -295,6 +295,7 @@ PUBLISHED = {
             "jigsaw",
             "lejepa",
             "simdino",
+            "simdinov2",
             "simmim",
         )
     },

@@ -76,6 +76,7 @@ OWN = {
     ImageTokenizer: {"reconstruction_error", "prototypes_in_use"},
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
+VANISHING = Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
     MoCoV2: {"temperature": 100.0},
@@ -86,14 +87,14 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SwAV: {"epsilon": 10.0},
     DINO: {"student_temperature": 10.0, "teacher_temperature": 10.0, "warmup_teacher_temperature": 10.0},
     MAE: {"optim": DECAYED},
-    BarlowTwins: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
-    VICReg: {"optim": Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)},
+    BarlowTwins: {"optim": VANISHING},
+    VICReg: {"optim": VANISHING},
     SimSiam: {"optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},
     RotNet: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     IJEPA: {"momentum": 0.0, "optim": DECAYED},
     LeJEPA: {"optim": DECAYED},
-    SimDINO: {"epsilon": 10.0, "optim": DECAYED},
-    SimDINOv2: {"epsilon": 10.0, "optim": DECAYED},
+    SimDINO: {"epsilon": 10.0, "optim": VANISHING},
+    SimDINOv2: {"epsilon": 10.0, "optim": VANISHING},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},

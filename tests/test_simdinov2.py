@@ -12,7 +12,7 @@ from tests.small import VIT, small
 from tests.test_simdino import plain_rate
 
 
-def test_the_cosine_of_patches_is_a_mean_over_an_image_and_then_over_images() -> None:
+def test_the_cosine_patch_cosines_is_a_mean_over_an_image_and_then_over_images() -> None:
     torch.manual_seed(0)
     student = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
@@ -97,8 +97,8 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
         rates = [plain_rate((s_cls[g] + t_cls[g]) / 2, 0.05) for g in range(2)]
         loss = -0.7 * torch.stack(cosines).mean() - (4 + 16) / (4 * 16) * torch.stack(rates).mean()
         t_patch = head(t[:, 5:], weights, "teacher_projector").detach()
-        of_patches = (head(s[:, 5:], weights, "projector") * t_patch).sum(-1)
-        return loss - sum(of_patches[i][mask[i]].mean() for i in range(8) if mask[i].any()) / 8
+        patch_cosines = (head(s[:, 5:], weights, "projector") * t_patch).sum(-1)
+        return loss - sum(patch_cosines[i][mask[i]].mean() for i in range(8) if mask[i].any()) / 8
 
     def clipped(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         result = {}

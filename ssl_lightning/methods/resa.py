@@ -78,10 +78,10 @@ class ReSA(SSLModule):
         Each view has its own forward pass and so its own BatchNorm statistics.
         """
         features = [self.backbone(view) for view in views]  # (B, embed_dim) each
-        embeddings = torch.stack([self.predictor(self.projector(of_view)) for of_view in features])  # (V, B, E)
+        embeddings = torch.stack([self.predictor(self.projector(h)) for h in features])  # (V, B, E)
         with torch.no_grad():
             teacher_features = [self.teacher_backbone(view) for view in views[:2]]
-            teacher = torch.stack([gather(self.teacher_projector(of_view)) for of_view in teacher_features])
+            teacher = torch.stack([gather(self.teacher_projector(h)) for h in teacher_features])  # (2, N, E)
         assignments = self._assignments(features[0], teacher_features[0])  # (B, N), N over all processes
         return losses.resa(embeddings, teacher, assignments, self.temperature)
 

@@ -60,8 +60,11 @@ from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.npid import NPID
+from ssl_lightning.methods.resa import ReSA
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simdino import SimDINO
+from ssl_lightning.methods.simdinov2 import SimDINOv2
 from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
@@ -121,6 +124,7 @@ __all__ = [
     "Optim",
     "Pictures",
     "ProgressBar",
+    "ReSA",
     "RotNet",
     "RunRecord",
     "SSLDataModule",
@@ -129,6 +133,8 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimDINO",
+    "SimDINOv2",
     "SimMIM",
     "SimSiam",
     "SwAV",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 
 
@@ -119,6 +120,41 @@ def random_masks(grid: tuple[int, int], counts: Iterable[int], seeds: Iterable[i
         ``(B, rows * columns)`` bool on the CPU, true where masked.
     """
     return torch.stack([random_mask(grid, count, seed) for count, seed in zip(counts, seeds, strict=True)]).flatten(1)
+
+
+def global_crop_masks(
+    grid: tuple[int, int], images: int, mask_ratio: tuple[float, float], masked_share: float, generator: torch.Generator
+) -> Tensor:
+    """Mask rectangles in some of the two global crops of each image, with ratios that are spread evenly.
+
+    Oquab et al. 2023, DINOv2. The number of masked crops is exact over all processes.
+
+    Args:
+        grid: Rows and columns of patches.
+        images: Images B of this process.
+        mask_ratio: Smallest and largest share of patches to mask in a masked crop.
+        masked_share: Share of the crops that are masked.
+        generator: Random numbers, the same on every process.
+
+    Returns:
+        ``(2B, rows * columns)`` bool on the CPU, true where masked.
+
+    Example:
+        >>> masks = global_crop_masks((14, 14), 4, (0.1, 0.5), 0.5, torch.Generator().manual_seed(0))
+        >>> masks.shape, masks.any(1).sum()
+        (torch.Size([8, 196]), tensor(4))
+    """
+    patches, crops = grid[0] * grid[1], 2 * images * world_size()
+    bins = torch.linspace(*mask_ratio, int(crops * masked_share) + 1)
+    ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=generator) * bins.diff()  # one ratio per bin
+    ratios = torch.cat([ratios, ratios.new_zeros(crops - len(ratios))])
+    ratios = ratios[torch.randperm(crops, generator=generator)]
+    masks = []
+    for ratios_of_view in ratios.chunk(2):
+        seeds = own_part(torch.randint(2**62, (crops // 2,), generator=generator)).tolist()
+        counts = [int(ratio * patches) for ratio in own_part(ratios_of_view).tolist()]
+        masks.append(block_masks(grid, counts, 4, patches // 2, seeds))
+    return torch.cat(masks)
 
 
 def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:

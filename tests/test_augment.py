@@ -343,10 +343,24 @@ PAPERS = {
         (224, 1, 0.25, 1.0, "bicubic", SOFT, 0.1, 0.2),
         (96, 10, 0.05, 0.25, "bicubic", SOFT, 0.5, 0.0),
     ],
+    "simdino": [
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 1.0, 0.0),
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.1, 0.2),
+        (96, 10, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "simdinov2": [
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.0, 0.0),
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.9, 0.2),
+        (96, 10, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
+    ],
     "dinov2": [
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.0, 0.0),
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.9, 0.2),
         (96, 8, 0.05, 0.32, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "resa": [
+        (224, 1, 0.2, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0),
+        (224, 1, 0.2, 1.0, "bicubic", SOFT, 0.5, 0.2),
     ],
     "lejepa": [
         (224, 2, 0.3, 1.0, "bilinear", SOFT, 0.5, 0.2),
@@ -382,6 +396,9 @@ def test_presets_for_small_images() -> None:
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
     first, second = preset("byol", 32)
     assert (first.blur, first.solarize, second.blur, second.solarize) == (0.0, 0.0, 0.0, 0.2)
+    weak, strong = preset("resa", 32)
+    assert (weak.scale, weak.jitter, weak.grayscale, weak.solarize) == ((0.2, 1.0), 0.0, 0.0, 0.0)
+    assert (strong.scale, strong.jitter, strong.blur, strong.solarize) == ((0.2, 1.0), 0.8, 0.0, 0.2)
     assert {spec.size for specs in CIFAR_PRESETS.values() for spec in specs} == {32}
 
 

@@ -170,6 +170,8 @@ _MOCO_V2 = ViewSpec(
     blur=0.5,
 )
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
+_RESA_WEAK = ViewSpec(scale=(0.2, 1.0), interpolation="bilinear")
+_RESA_STRONG = replace(_BARLOW, scale=(0.2, 1.0), blur=0.5, solarize=0.2)
 _ROTNET = ViewSpec(interpolation="bilinear")
 # The released code scales the shorter side to 256 px and crops a square of 255 px at a random position.
 _JIGSAW = ViewSpec(size=255, scale=(0.6, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", grayscale=0.66)
@@ -198,8 +200,14 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
     "ibot": (_IBOT, _second(_IBOT), replace(_DINO_LOCAL, count=10, scale=(0.05, 0.25))),  # for ViT-S
+    "simdino": (_DINO, _second(_DINO), replace(_DINO_LOCAL, count=10)),
     # The released code swaps the probabilities of keeping and of blurring; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
+    "simdinov2": (
+        replace(_DINOV2, scale=(0.4, 1.0), blur=0.0),
+        replace(_DINOV2, scale=(0.4, 1.0), blur=0.9, solarize=0.2),
+        replace(_DINOV2_LOCAL, count=10, scale=(0.05, 0.4)),
+    ),
     # The anchor sees the global crops at twice the size, without color changes.
     "gram_anchoring": (
         replace(_DINOV2, blur=0.0),
@@ -207,6 +215,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
         _DINOV2_LOCAL,
         ViewSpec(size=448, count=2, same_crop_as=0),
     ),
+    "resa": (_RESA_WEAK, _RESA_STRONG),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
@@ -227,6 +236,8 @@ def _cifar(spec: ViewSpec) -> ViewSpec:
     return replace(spec, size=32, scale=(0.08, 1.0), interpolation="bicubic", mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
+_RESA_CIFAR_STRONG = replace(_cifar(_RESA_STRONG), scale=(0.2, 1.0), blur=0.0)
+_RESA_CIFAR_WEAK = replace(_cifar(_RESA_WEAK), scale=(0.2, 1.0), interpolation="bilinear")
 _CIFAR_SYMMETRIC = replace(_cifar(_MOCO_V2), blur=0.0)
 _CIFAR_FIRST = replace(_cifar(_BARLOW), blur=0.0)
 _CIFAR_SECOND = replace(_CIFAR_FIRST, solarize=0.2)
@@ -245,6 +256,8 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "swav": (_cifar(_SWAV),),
     "deepcluster_v2": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "simdino": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "resa": (_RESA_CIFAR_WEAK, _RESA_CIFAR_STRONG),
     "mae": (_cifar(ViewSpec()),),
     # The released code pads the image by 4 px and crops 32 px; here the crops have at least 28 px.
     "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),

@@ -11,9 +11,9 @@ from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.tokens import ViT, called_blocks, layer_scale, masked_tokens, multi_crop, patch_tokens
-from ssl_lightning.distributed import gather, own_part, reduced, world_size
+from ssl_lightning.distributed import gather, reduced
 from ssl_lightning.heads import DINOHead
-from ssl_lightning.masks import block_masks, masked_patches
+from ssl_lightning.masks import global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_together, steps_per_epoch
 from ssl_lightning.schedules import Warmup, cosine
@@ -172,16 +172,8 @@ class DINOv2(SSLModule):
             crops: ``(2B, 3, S, S)``.
         """
         rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
-        patches, everywhere = rows * columns, len(crops) * world_size()
-        bins = torch.linspace(*self.mask_ratio, int(everywhere * self.masked_share) + 1)
-        ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=self.generator) * bins.diff()  # one ratio per bin
-        ratios = torch.cat([ratios, ratios.new_zeros(everywhere - len(ratios))])
-        ratios = ratios[torch.randperm(everywhere, generator=self.generator)]
-        masks = []
-        for ratios_of_view in ratios.chunk(2):
-            counts = [int(ratio * patches) for ratio in own_part(ratios_of_view).tolist()]
-            masks.append(block_masks((rows, columns), counts, 4, patches // 2, self.seeds_of_images(len(counts))))
-        return torch.cat(masks)
+        images = len(crops) // 2
+        return global_crop_masks((rows, columns), images, self.mask_ratio, self.masked_share, self.generator)
 
     @property
     def current_teacher_temperature(self) -> float:

@@ -65,6 +65,7 @@ from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.methods.vicreg import VICReg
+from ssl_lightning.methods.visreg import VISReg
 from ssl_lightning.optim import LARC, LARS, Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
@@ -135,6 +136,7 @@ __all__ = [
     "TorchvisionData",
     "UserError",
     "VICReg",
+    "VISReg",
     "VOCDetectionData",
     "VOCSegmentationData",
     "ViewGrid",

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 
 def mlp(
-    widths: Sequence[int], bias: bool = False, last_bias: bool = False, last_norm: nn.Module | None = None
+    widths: Sequence[int],
+    bias: bool = False,
+    last_bias: bool = False,
+    last_norm: nn.Module | None = None,
+    gelu: bool = False,
 ) -> nn.Sequential:
     """Linear layers with BatchNorm and ReLU between them: the projector and predictor of most methods.
 
@@ -21,6 +25,7 @@ def mlp(
         bias: Whether the hidden linear layers have a bias.
         last_bias: Whether the last linear layer has a bias.
         last_norm: Module after the last linear layer, if the paper has one.
+        gelu: Whether GELU takes the place of ReLU.
 
     Example:
         >>> projector = mlp([2048, 4096, 256], bias=True)  # BYOL's
@@ -29,7 +34,8 @@ def mlp(
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths[:-1]):
-        layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
+        activation = nn.GELU() if gelu else nn.ReLU(inplace=True)
+        layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), activation]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm is not None:
         layers.append(last_norm)

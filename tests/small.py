@@ -41,6 +41,7 @@ from ssl_lightning import (
     SwAV,
     VICReg,
     ViewSpec,
+    VISReg,
 )
 
 METHODS: list[type[SSLModule]] = [
@@ -113,6 +114,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
+    VISReg: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 

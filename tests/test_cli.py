@@ -294,6 +294,7 @@ PUBLISHED = {
             "jigsaw",
             "lejepa",
             "simmim",
+            "visreg",
         )
     },
 }

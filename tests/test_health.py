@@ -41,6 +41,7 @@ from ssl_lightning import (
     UserError,
     VICReg,
     ViewSpec,
+    VISReg,
 )
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
@@ -53,6 +54,7 @@ OWN = {
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     IJEPA: {"teacher_agreement", "masked_patch_error"},
     LeJEPA: {"prediction_error", "sigreg"},
+    VISReg: {"prediction_error", "visreg"},
     DINOv2: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     SwAV: {"teacher_entropy", "prototypes_in_use"},
     MoCoV2: {"teacher_agreement", "queue_age"},
@@ -85,6 +87,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     RotNet: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     IJEPA: {"momentum": 0.0, "optim": DECAYED},
     LeJEPA: {"optim": DECAYED},
+    VISReg: {"optim": DECAYED},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},

@@ -64,6 +64,15 @@ def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     return torch.cat([backbone(torch.cat(group)) for group in groups])
 
 
+def full_size(views: Sequence[Tensor]) -> int:
+    """Number of views at the start that have the size of the first: the global ones.
+
+    Args:
+        views: ``(B, 3, S, S)`` each.
+    """
+    return len(list(next(groupby(views, key=lambda view: view.shape[-1]))[1]))
+
+
 def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
     """Tokens after the last norm, a learned token in the place of masked patches.
 

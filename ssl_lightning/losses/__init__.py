@@ -28,7 +28,7 @@ from ssl_lightning.losses.contrastive import (
 )
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
-from ssl_lightning.losses.regularizers import gram, koleo, sigreg
+from ssl_lightning.losses.regularizers import gram, koleo, sigreg, visreg
 
 __all__ = [
     "accuracy",
@@ -62,4 +62,5 @@ __all__ = [
     "swav",
     "vector_quantization",
     "vicreg",
+    "visreg",
 ]

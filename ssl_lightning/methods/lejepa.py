@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_lightning import losses
 from ssl_lightning.backbones.names import Backbone, vit_defaults
-from ssl_lightning.backbones.tokens import multi_crop
+from ssl_lightning.backbones.tokens import full_size, multi_crop
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -19,8 +19,8 @@ class LeJEPA(SSLModule):
     """LeJEPA: all views predict the mean of the global ones, and embeddings become an isotropic Gaussian.
 
     Balestriero & LeCun 2025, LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics,
-    https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. For ResNets
-    the authors decay less: ``optim.weight_decay`` 5e-4.
+    https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. The views of
+    full size are the global ones, two or more. For ResNets the authors decay less: ``optim.weight_decay`` 5e-4.
 
     Args:
         sigreg_weight: Weight of the regularizer; the prediction error has weight 1 minus it.
@@ -76,7 +76,7 @@ class LeJEPA(SSLModule):
         directions = torch.randn(embeddings.shape[2], self.num_slices, generator=self.generator)
         directions = self.random_to_device(directions)
         regularizer = torch.stack([losses.sigreg(of_view, directions) for of_view in embeddings]).mean()
-        return losses.lejepa(embeddings, 2), regularizer
+        return losses.lejepa(embeddings, full_size(views)), regularizer
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Both parts of the loss."""

@@ -45,6 +45,7 @@ from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.beit import BEiT
 from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.capi import CAPI
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
@@ -75,6 +76,7 @@ drop_noise()
 
 __all__ = [
     "BYOL",
+    "CAPI",
     "DINO",
     "IBOT",
     "IJEPA",

@@ -132,6 +132,34 @@ class IBOTHead(DINOHead):
         return self._logits(features, self.patch_prototypes, self.patch_prototype_norms)
 
 
+class PrototypeHead(nn.Module):
+    """Similarities of vectors, scaled to unit norm, to prototypes whose norms are learned.
+
+    The head of CAPI's student: DINO's last layer without the layers before it.
+
+    Args:
+        embed_dim: Width of the vectors.
+        num_prototypes: Number of outputs K.
+
+    Example:
+        >>> head = PrototypeHead(8, num_prototypes=32)
+        >>> logits = head(torch.randn(2, 5, 8))  # cosine similarities, as the norms begin at 1
+        >>> logits.shape, bool(logits.abs().max() < 1.001)
+        (torch.Size([2, 5, 32]), True)
+    """
+
+    def __init__(self, embed_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, embed_dim))  # their direction
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Logits ``(..., K)`` of vectors ``(..., embed_dim)``."""
+        prototypes = F.normalize(self.prototypes, dim=1) * self.prototype_norms  # (K, embed_dim)
+        return F.linear(F.normalize(vectors, dim=-1), prototypes)
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into patches, row by row; inside a patch the order is (row, column, channel).
 

@@ -181,9 +181,9 @@ class Optim:
         momentum: Momentum; ignored by optimizers without it.
         warmup_epochs: Epochs of linear warm-up; the learning rate rises at every optimizer step.
         warmup_start_factor: Learning rate of the first warm-up step, as a share of the peak.
-        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO). If false, the
-            step after it is the first.
+        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO), not the next.
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
+        cosine_share: Share of that cosine that is run; with less than 1 the learning rate ends higher (CAPI).
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
         step_factor: Multiplies the learning rate at each milestone.
@@ -206,6 +206,7 @@ class Optim:
     warmup_start_factor: float = 0.0
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
+    cosine_share: float = 1.0
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
     per_epoch: bool = False
@@ -238,7 +239,8 @@ class Optim:
             return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
-        return cosine(1.0, self.end_lr_factor, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        progress = self.cosine_share * (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return cosine(1.0, self.end_lr_factor, progress)
 
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Set the weight decay of the decayed parameters, where it follows a schedule.
@@ -250,7 +252,7 @@ class Optim:
         if self.end_weight_decay is not None:
             for group in optimizer.param_groups:
                 if group["decayed"]:
-                    group["weight_decay"] = self.weight_decay_at(progress)
+                    group["weight_decay"] = group.get("decay_scale", 1.0) * self.weight_decay_at(progress)
 
     def weight_decay_at(self, progress: float) -> float:
         """Weight decay of the decayed parameters.
@@ -367,16 +369,12 @@ class Optim:
             return self.lr_factor(step, int(total_steps), steps)
 
         groups = optimizer.param_groups
-        factors: list[Callable[[int], float]] = [factor if g.get("scheduled", True) else _unchanged for g in groups]
+        factors = [factor if group.get("scheduled", True) else lambda _step: 1.0 for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters
-
-
-def _unchanged(_step: int) -> float:
-    return 1.0
 
 
 def _optimizer_class(name: str) -> Any:

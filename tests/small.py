@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ssl_lightning
 from ssl_lightning import (
     BYOL,
+    CAPI,
     DINO,
     IBOT,
     IJEPA,
@@ -88,6 +89,7 @@ TOKENIZER = _tokenizer()
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
+    CAPI: {**VIT, "num_prototypes": 16, "predicted_share": 0.25, "predictor_depth": 1},
     BEiT: {
         "tokenizer": TOKENIZER,
         "num_tokens": 32,
@@ -118,7 +120,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {CAPI, BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
 """Methods that train no CNN."""
 
 CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [

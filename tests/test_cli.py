@@ -286,6 +286,7 @@ PUBLISHED = {
         method: {"imagenet_"}
         for method in (
             "beit",
+            "capi",
             "dinov2",
             "gram_anchoring",
             "ibot",

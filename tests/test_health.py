@@ -13,6 +13,7 @@ from torch import nn
 
 from ssl_lightning import (
     BYOL,
+    CAPI,
     DINO,
     IBOT,
     IJEPA,
@@ -49,6 +50,7 @@ from tests.processes import run_processes
 from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, slow_unless, small, trainer
 
 OWN = {
+    CAPI: {"teacher_agreement", "masked_patch_error", "clustering_error", "patch_entropy", "prototypes_in_use"},
     DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
@@ -88,6 +90,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     IJEPA: {"momentum": 0.0, "optim": DECAYED},
     LeJEPA: {"optim": DECAYED},
     VISReg: {"optim": DECAYED},
+    CAPI: {"temperature": 100.0},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},

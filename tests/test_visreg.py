@@ -63,7 +63,7 @@ def test_the_gradient_grows_at_collapse_and_is_finite_in_it() -> None:
         assert embeddings.grad is not None
         norms.append(float(embeddings.grad.norm()))
     assert norms[0] < norms[1] < norms[2] < float("inf")
-    assert norms[3] == 0.0
+    assert norms[3] < float("inf")
 
 
 @pytest.mark.parametrize("method", [VISReg, LeJEPA])

@@ -47,7 +47,7 @@ class ViT(nn.Module):
 
 
 OF_OWN_VITS = "patch_embed", "patch_side", "num_prefix_tokens", "blocks", "forward_features", "forward_head", "encode"
-"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE and I-JEPA only."""
+"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE, I-JEPA and CAPI only."""
 
 
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:

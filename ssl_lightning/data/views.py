@@ -201,6 +201,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     ),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
+    "capi": (ViewSpec(scale=(0.6, 1.0)),),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),

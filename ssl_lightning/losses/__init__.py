@@ -7,11 +7,13 @@ indices.
 
 from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
 from ssl_lightning.losses.clustering import (
+    capi,
     cross_view,
     deepcluster_v2,
     dino,
     entropy,
     ibot,
+    positionwise_sinkhorn,
     share_in_use,
     sinkhorn,
     swav,
@@ -35,6 +37,7 @@ __all__ = [
     "barlow_twins",
     "beit",
     "byol",
+    "capi",
     "cross_entropy",
     "cross_view",
     "deepcluster_v2",
@@ -55,6 +58,7 @@ __all__ = [
     "negative_cosine",
     "nnclr",
     "nt_xent",
+    "positionwise_sinkhorn",
     "share_in_use",
     "sigreg",
     "simmim",

@@ -1,5 +1,6 @@
 """Losses that spread features, or keep them as they were."""
 
+import functools
 import math
 
 import torch
@@ -112,6 +113,14 @@ def visreg(embeddings: Tensor, directions: Tensor) -> Tensor:
     deviations = torch.linalg.vector_norm(spread, dim=1, keepdim=True) / math.sqrt(images) + 1e-6  # (V, 1, D)
     own = F.normalize(directions.to(spread.dtype), dim=0).tensor_split(world_size(), dim=1)[rank()]  # (D, K / W)
     projections = (own.mT @ (spread / deviations.detach()).mT).sort().values  # (V, K / W, W * B)
-    shares = torch.arange(1, images + 1, dtype=spread.dtype, device=spread.device) / (images + 1)
-    errors = (projections - torch.special.ndtri(shares)).square().mean((0, 2)).sum()
+    quantiles = _normal_quantiles(images, spread.dtype, spread.device)  # (W * B,)
+    errors = (projections - quantiles).square().mean((0, 2)).sum()
     return summed(errors) / slices + (deviations - 1).square().mean() + centers.square().mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _normal_quantiles(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Quantiles of the normal distribution at i / (count + 1); computed on the CPU, as not all devices can."""
+    with torch.inference_mode(False):  # what validation asks for first is used in training, too
+        shares = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / (count + 1)
+        return torch.special.ndtri(shares).to(dtype).to(device)

@@ -46,6 +46,7 @@ from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.beit import BEiT
 from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.capi import CAPI
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
@@ -69,6 +70,7 @@ from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.methods.vicreg import VICReg
+from ssl_lightning.methods.visreg import VISReg
 from ssl_lightning.optim import Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
@@ -78,6 +80,7 @@ drop_noise()
 
 __all__ = [
     "BYOL",
+    "CAPI",
     "DINO",
     "IBOT",
     "IJEPA",
@@ -142,6 +145,7 @@ __all__ = [
     "TorchvisionData",
     "UserError",
     "VICReg",
+    "VISReg",
     "VOCDetectionData",
     "VOCSegmentationData",
     "ViewGrid",

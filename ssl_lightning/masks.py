@@ -66,6 +66,41 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     return torch.from_numpy(mask)
 
 
+def inverse_block_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
+    """Mask all patches but a rectangle, which may lie across the border of the image.
+
+    Darcet et al. 2025, CAPI, and its released code: the rectangle has an aspect of 1/2 to 2, or what fits; of its
+    patches the last ones, row by row, are masked until the number is exact; then everything is shifted cyclically.
+
+    Args:
+        grid: Rows and columns of patches.
+        count: Number of patches to mask.
+        seed: Seed of the random numbers.
+
+    Returns:
+        ``(rows, columns)`` bool, true where masked.
+
+    Example:
+        >>> inverse_block_mask((4, 4), count=10, seed=1)
+        tensor([[False, False, False, False],
+                [False, False,  True,  True],
+                [ True,  True,  True,  True],
+                [ True,  True,  True,  True]])
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    (rows, columns), mask = grid, np.ones(grid, dtype=bool)
+    if visible := rows * columns - count:
+        fitting = visible / columns**2, rows**2 / visible  # smallest and largest height / width
+        low, high = (math.log(min(max(aspect, fitting[0]), fitting[1])) for aspect in (0.5, 2.0))
+        aspect = math.exp(random.uniform(low, high))
+        height, width = (math.ceil(math.sqrt(part) - 1e-9) for part in (visible * aspect, visible / aspect))
+        top, start = random.integers(rows - height + 1), random.integers(columns - width + 1)
+        cells = np.arange(height * width).reshape(height, width)
+        mask[top : top + height, start : start + width] = cells >= visible
+    shifts = random.integers(rows), random.integers(columns)
+    return torch.from_numpy(np.roll(mask, shifts, axis=(0, 1)))
+
+
 def random_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
     """Mask single patches (the ``rand`` masks of iBOT's released code).
 

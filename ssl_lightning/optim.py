@@ -71,11 +71,11 @@ class Optim:
         momentum: Momentum; ignored by optimizers without it.
         warmup_epochs: Epochs of linear warm-up; the learning rate rises at every optimizer step.
         warmup_start_factor: Learning rate of the first warm-up step, as a share of the peak.
-        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO). If false, the
-            step after it is the first.
+        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO), not the next.
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
         cosine_from_start: Whether the cosine counts from the first step, so that the warm-up takes the place of its
             beginning (timm), instead of from the end of the warm-up.
+        cosine_share: Share of that cosine that is run; with less than 1 the learning rate ends higher (CAPI).
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
         step_factor: Multiplies the learning rate at each milestone.
@@ -99,6 +99,7 @@ class Optim:
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
     cosine_from_start: bool = False
+    cosine_share: float = 1.0
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
     per_epoch: bool = False
@@ -132,7 +133,8 @@ class Optim:
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
         begin = 0 if self.cosine_from_start else warmup_steps
-        return cosine(1.0, self.end_lr_factor, (step - begin) / max(1, total_steps - begin))
+        progress = self.cosine_share * (step - begin) / max(1, total_steps - begin)
+        return cosine(1.0, self.end_lr_factor, progress)
 
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Set the weight decay of the decayed parameters, where it follows a schedule.
@@ -144,7 +146,7 @@ class Optim:
         if self.end_weight_decay is not None:
             for group in optimizer.param_groups:
                 if group["decayed"]:
-                    group["weight_decay"] = self.weight_decay_at(progress)
+                    group["weight_decay"] = group.get("decay_scale", 1.0) * self.weight_decay_at(progress)
 
     def weight_decay_at(self, progress: float) -> float:
         """Weight decay of the decayed parameters.
@@ -261,16 +263,12 @@ class Optim:
             return self.lr_factor(step, int(total_steps), steps)
 
         groups = optimizer.param_groups
-        factors: list[Callable[[int], float]] = [factor if g.get("scheduled", True) else _unchanged for g in groups]
+        factors = [factor if group.get("scheduled", True) else lambda _step: 1.0 for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters
-
-
-def _unchanged(_step: int) -> float:
-    return 1.0
 
 
 def _optimizer_class(name: str) -> Any:

@@ -20,6 +20,29 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def truncated_cosine(
+    step: float, steps: float, peak: float, end: float, warmup: int = 0, start: float = 0.0, share: float = 1.0
+) -> float:
+    """A straight line to the peak, then the first part of half a cosine towards the end (CAPI's released code).
+
+    Args:
+        step: Steps done.
+        steps: Steps of the whole training.
+        peak: Value at the last step of the warm-up, and at the step after it.
+        end: Where the whole cosine would lead.
+        warmup: Steps of the warm-up, including the first and the last.
+        start: Value at the first step of the warm-up.
+        share: Share of the cosine that is run; with less than 1 the last value lies between peak and end.
+
+    Example:
+        >>> [round(truncated_cosine(step, 100, 1e-3, 0.0, 10, share=0.8), 7) for step in (0, 1, 9, 10, 50, 99)]
+        [0.0, 0.0001111, 0.001, 0.001, 0.0007192, 0.0001039]
+    """
+    if step < warmup:
+        return start + (peak - start) * step / max(1, warmup - 1)
+    return cosine(peak, end, share * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
 def warmed_up(start: float, end: float, step: float, steps: float) -> float:
     """Straight line from ``start`` at step 0 to ``end`` at the last step of the warm-up, then ``end``.
 

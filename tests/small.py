@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ssl_lightning
 from ssl_lightning import (
     BYOL,
+    CAPI,
     DINO,
     IBOT,
     IJEPA,
@@ -44,6 +45,7 @@ from ssl_lightning import (
     SwAV,
     VICReg,
     ViewSpec,
+    VISReg,
 )
 
 METHODS: list[type[SSLModule]] = [
@@ -90,6 +92,7 @@ TOKENIZER = _tokenizer()
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
+    CAPI: {**VIT, "num_prototypes": 16, "predicted_share": 0.25, "predictor_depth": 1},
     BEiT: {
         "tokenizer": TOKENIZER,
         "num_tokens": 32,
@@ -119,10 +122,11 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
+    VISReg: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimDINOv2, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {CAPI, BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimDINOv2, SimMIM}
 """Methods that train no CNN."""
 
 CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [

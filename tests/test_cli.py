@@ -287,6 +287,7 @@ PUBLISHED = {
         method: {"imagenet_"}
         for method in (
             "beit",
+            "capi",
             "dinov2",
             "gram_anchoring",
             "ibot",
@@ -297,6 +298,7 @@ PUBLISHED = {
             "simdino",
             "simdinov2",
             "simmim",
+            "visreg",
         )
     },
 }

@@ -13,6 +13,7 @@ from torch import nn
 
 from ssl_lightning import (
     BYOL,
+    CAPI,
     DINO,
     IBOT,
     IJEPA,
@@ -44,6 +45,7 @@ from ssl_lightning import (
     UserError,
     VICReg,
     ViewSpec,
+    VISReg,
 )
 from ssl_lightning.distributed import world_size
 from ssl_lightning.evaluation import feature_std, rankme, uniformity
@@ -51,11 +53,13 @@ from tests.processes import run_processes
 from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, slow_unless, small, trainer
 
 OWN = {
+    CAPI: {"teacher_agreement", "masked_patch_error", "clustering_error", "patch_entropy", "prototypes_in_use"},
     DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     IJEPA: {"teacher_agreement", "masked_patch_error"},
     LeJEPA: {"prediction_error", "sigreg"},
+    VISReg: {"prediction_error", "visreg"},
     DINOv2: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     ReSA: {"teacher_agreement", "assignment_entropy"},
     SimDINO: {"teacher_agreement", "compression", "expansion", "collapsed_expansion"},
@@ -95,6 +99,8 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     LeJEPA: {"optim": DECAYED},
     SimDINO: {"epsilon": 10.0, "optim": VANISHING},
     SimDINOv2: {"epsilon": 10.0, "optim": VANISHING},
+    VISReg: {"optim": DECAYED},
+    CAPI: {"temperature": 100.0},
     DINOv2: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "koleo_weight": 0.0},
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},

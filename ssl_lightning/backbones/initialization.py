@@ -56,6 +56,19 @@ def mae(vit: Any) -> None:
     vit.fix_positions(rows_first=False)
 
 
+def capi(vit: Any) -> None:
+    """CAPI's encoder: MAE's, and registers of deviation 0.02.
+
+    Args:
+        vit: A ViT whose positions can be fixed.
+    """
+    vit.apply(xavier_linear)
+    _patch_projection(vit)
+    if getattr(vit, "reg_token", None) is not None:
+        nn.init.normal_(vit.reg_token, std=0.02)
+    vit.fix_positions(rows_first=False)
+
+
 def ijepa(vit: Any, linear: bool = True) -> None:
     """I-JEPA's encoder: normal of deviation 0.02, fixed positions.
 

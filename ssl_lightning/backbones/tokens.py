@@ -47,7 +47,7 @@ class ViT(nn.Module):
 
 
 OF_OWN_VITS = "patch_embed", "patch_side", "num_prefix_tokens", "blocks", "forward_features", "forward_head", "encode"
-"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE and I-JEPA only."""
+"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE, I-JEPA and CAPI only."""
 
 
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -62,6 +62,15 @@ def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """
     groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
     return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+def full_size(views: Sequence[Tensor]) -> int:
+    """Number of views at the start that have the size of the first: the global ones.
+
+    Args:
+        views: ``(B, 3, S, S)`` each.
+    """
+    return len(list(next(groupby(views, key=lambda view: view.shape[-1]))[1]))
 
 
 def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from ssl_lightning.checkpoints.resampling import resample
 from ssl_lightning.checkpoints.sources import is_source, weights_in
 from ssl_lightning.errors import UserError
 
-_OF_MAE_AND_IJEPA = re.compile(
-    r"(state_dict\.|model\.)?(decoder_|decoder\.positions|predictor_positions|predictor\.positions)"
+_OF_FIXED_POSITIONS = re.compile(
+    r"(state_dict\.|model\.)?(decoder_|decoder\.positions|predictor_positions|predictor\.(positions|mask_token))"
 )
-"""Beginnings of names that only checkpoints of MAE and I-JEPA have; official files and earlier versions included."""
+"""Beginnings of names that only checkpoints of MAE, I-JEPA and CAPI have; official files and earlier versions, too."""
 
 
 class UnnamedBackboneError(UserError):
@@ -122,8 +122,8 @@ def _read(
         rank_zero_info(f"{path}: resampled {'; '.join(changes)}")
     network.load_state_dict(weights, strict=False)
     if isinstance(model, AnySizeViT):
-        is_mae_or_ijepa = any(_OF_MAE_AND_IJEPA.match(name) for name in tensors)
-        if is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions"):
+        is_fixed = any(_OF_FIXED_POSITIONS.match(name) for name in tensors)
+        if is_moco_v3 or is_fixed or checkpoint.get("fixed_positions"):
             model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
         model.antialiased = checkpoint.get("antialiased", model.reg_token is not None and not is_ours)
     transform = checkpoint.get("image_transform") or image_transform_of(model, described=checkpoint)

@@ -143,6 +143,7 @@ _IBOT = replace(_BARLOW, scale=(0.25, 1.0))
 _DINOV2 = replace(_BARLOW, scale=(0.32, 1.0), blur_kernel=9)
 _DINOV2_LOCAL = replace(_DINO_LOCAL, scale=(0.05, 0.32), blur_kernel=9)
 _LEJEPA = replace(_BARLOW, count=2, scale=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
+_VISREG = replace(_LEJEPA, count=4, interpolation="bicubic", hue=0.05)
 _SWAV = ViewSpec(
     count=2,
     scale=(0.14, 1.0),
@@ -195,6 +196,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_BYOL, replace(_second(_BYOL), solarize_threshold=127.5)),
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
+    "visreg": (_VISREG, replace(_VISREG, size=96, count=6, scale=(0.05, 0.3))),
     "nnclr": (_NNCLR,),
     "swav": (_SWAV, _SWAV_LOCAL),
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
@@ -218,6 +220,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "resa": (_RESA_WEAK, _RESA_STRONG),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
+    "capi": (ViewSpec(scale=(0.6, 1.0)),),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),

@@ -7,11 +7,13 @@ indices.
 
 from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
 from ssl_lightning.losses.clustering import (
+    capi,
     cross_view,
     deepcluster_v2,
     dino,
     entropy,
     ibot,
+    positionwise_sinkhorn,
     resa,
     self_assignments,
     share_in_use,
@@ -39,13 +41,14 @@ from ssl_lightning.losses.redundancy import (
     vicreg,
 )
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
-from ssl_lightning.losses.regularizers import gram, koleo, sigreg
+from ssl_lightning.losses.regularizers import gram, koleo, sigreg, visreg
 
 __all__ = [
     "accuracy",
     "barlow_twins",
     "beit",
     "byol",
+    "capi",
     "coding_rate",
     "collapsed_expansion",
     "compression",
@@ -70,6 +73,7 @@ __all__ = [
     "negative_cosine",
     "nnclr",
     "nt_xent",
+    "positionwise_sinkhorn",
     "resa",
     "self_assignments",
     "share_in_use",
@@ -81,4 +85,5 @@ __all__ = [
     "swav",
     "vector_quantization",
     "vicreg",
+    "visreg",
 ]

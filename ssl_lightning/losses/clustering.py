@@ -47,6 +47,57 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = Fal
 
 
 @full_precision
+@torch.no_grad()
+def positionwise_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign patches to clusters so that, at each position, all clusters are used about equally often.
+
+    Each position is normalized by itself over the global batch, and each cluster is shifted by its own maximum: with
+    one shift for all, clusters far below the largest score would underflow. Source: Darcet et al. 2025, CAPI, section
+    3.1 and its released code.
+
+    Args:
+        scores: ``(P, B, K)`` of P positions, this process's images.
+        epsilon: Smoothness: scores are divided by it.
+        iterations: Number of normalizations, each over images and then over clusters.
+
+    Returns:
+        ``(P, B, K)``; each row sums to 1.
+
+    Example:
+        >>> positionwise_sinkhorn(torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]]), epsilon=1.0, iterations=3)
+        tensor([[[0.7298, 0.2702],
+                 [0.4984, 0.5016],
+                 [0.2677, 0.7323]]])
+    """
+    scores = scores / epsilon
+    assignments = (scores - reduced(scores.amax(1, keepdim=True), "max") + 50).exp()  # far above what is added below
+    for _ in range(iterations):
+        assignments = assignments / (reduced(assignments.sum(1, keepdim=True)) + 1e-8)
+        assignments = assignments / (assignments.sum(2, keepdim=True) + 1e-8)
+    return assignments
+
+
+@full_precision
+def capi(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Predict the assignment of each patch: mean cross entropy over all patches.
+
+    It trains the clusters on the teacher's patches, and the student on the patches that it predicts. Source: Darcet et
+    al. 2025, CAPI, section 3.
+
+    Args:
+        scores: ``(..., K)`` of the patches to the clusters.
+        assignments: ``(..., K)`` of the same patches; each row sums to 1.
+        temperature: Divides the scores.
+
+    Example:
+        >>> assignments = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+        >>> capi(torch.tensor([[0.2, 0.0], [0.0, 0.0]]), assignments, temperature=0.1)  # (ln(1 + e^2) - 1.4 + ln 2) / 2
+        tensor(0.7100)
+    """
+    return -(assignments.detach() * F.log_softmax(scores / temperature, dim=-1)).sum(-1).mean()
+
+
+@full_precision
 def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Predict the distribution of each of the first views from every other view: mean over these pairs and images.
 

@@ -219,11 +219,26 @@ def test_files_that_do_not_tell_and_files_that_are_not_there_are_refused_before_
             trainer(tmp_path).fit(small(SimCLR, init_from=str(tmp_path / name) if "." in name else name), data(SimCLR))
 
 
+class Stop(L.Callback):
+    """Ends a training after an epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+
+
 def _begin(rank: int, source: str, folder: Path) -> list[dict[str, Tensor]]:
     states = []
     for strategy in ("ddp", "fsdp2"):
-        module = small(DINO, VIT, init_from=source, optim=STILL)
-        running = trainer(folder, strategy=strategy, devices=2, plugins=[LightningEnvironment()], limit_train_batches=2)
+        module = small(DINO, VIT, init_from=source, continued={"frozen_steps": 2})  # and keep it
+        running = trainer(
+            folder,
+            strategy=strategy,
+            devices=2,
+            plugins=[LightningEnvironment()],
+            callbacks=[Stop()],
+            max_epochs=2,
+            limit_train_batches=2,
+        )
         running.fit(module, FakeData(batch_size=8, seed=0, num_workers=0))
         states.append(dict(running.strategy.lightning_module_state_dict()))
     return states

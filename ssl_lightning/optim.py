@@ -121,7 +121,7 @@ class Optim:
             steps_per_epoch: Optimizer steps of an epoch.
             held: Steps at the start after which the cosine begins, if they are more than the warm-up's.
         """
-        warmup_steps = round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
+        warmup_steps = self.warmup_steps(total_steps, steps_per_epoch)
         if self.per_epoch and step >= warmup_steps:
             step = max(warmup_steps, int(step // steps_per_epoch * steps_per_epoch))
         if step < warmup_steps:
@@ -131,6 +131,15 @@ class Optim:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
         start = max(warmup_steps, held)
         return cosine(1.0, self.end_lr_factor, (step - start) / max(1, total_steps - start))
+
+    def warmup_steps(self, total_steps: float, steps_per_epoch: float) -> int:
+        """Optimizer steps of the warm-up.
+
+        Args:
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of an epoch.
+        """
+        return round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
 
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Set the weight decay of the decayed parameters, where it follows a schedule; 0 while they wait.
@@ -265,12 +274,16 @@ class Optim:
 
         def factor_of(scheduled: bool, waits: bool) -> Callable[[int], float]:
             def factor(step: int) -> float:
-                share = 1.0
-                if scheduled and not endless:
-                    share = self.lr_factor(step, int(total_steps), steps, frozen + ramp)
+                multiplier = 1.0
                 if waits:
-                    return share * ramp_after(step, frozen, ramp)
-                return share * continued.heads_lr if continued is not None and step < frozen else share
+                    multiplier = ramp_after(step, frozen, ramp)
+                elif continued is not None and step < frozen:
+                    multiplier = continued.heads_lr
+                if not scheduled or endless:
+                    return multiplier
+                if waits and frozen:  # the ramp is its warm-up
+                    step = max(step, self.warmup_steps(total_steps, steps))
+                return multiplier * self.lr_factor(step, int(total_steps), steps, frozen + ramp)
 
             return factor
 

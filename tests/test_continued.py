@@ -1,5 +1,6 @@
 """Going on from other weights: what stands still, for how long, and what then moves."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from ssl_lightning import BYOL, DINO, MAE, DINOv2, GramAnchoring, MoCoV3, Optim, SimCLR, SSLModule, UserError
 from ssl_lightning.backbones import inflate_channels
 from ssl_lightning.checkpoints import open_backbone
-from ssl_lightning.continued import Continued
+from ssl_lightning.continued import Continued, what_trains
+from ssl_lightning.schedules import cosine
 from tests.small import BACKBONE, VIT, data, slow_unless, small, trainer
 from tests.test_init_from import saved
 
 STAGES: dict[str, Any] = {"frozen_steps": 3, "ramp_steps": 2}
 DECAYING = Optim("adamw", 1e-2, lr_scaling="none", weight_decay=0.1, end_weight_decay=0.4, warmup_epochs=0)
+SLOW_START = dataclasses.replace(DECAYING, warmup_epochs=1)  # of 8 steps, one more than both stages
 
 
 class Watch(L.Callback):
@@ -84,19 +87,20 @@ def test_rates_and_decay_ramp_up_and_the_cosine_begins_after(tmp_path: Path) -> 
     module = small(
         DINOv2,
         VIT,
-        {"init_from": source, "layer_decay": 0.5, "optim": DECAYING},
+        {"init_from": source, "layer_decay": 0.5, "optim": SLOW_START},
         continued={**STAGES, "ramp_steps": 4, "patch_embed_lr": 0.1, "heads_lr": 10.0},
     )
     trainer(tmp_path, max_epochs=2, callbacks=[watch]).fit(module, data(DINOv2))
+    stages = what_trains(module, 16)["stages"]
+    assert stages == "the heads for 3 steps, then the backbone, its rate rising for 4"
 
     def rates(waits: bool) -> list[float]:
         return [max(group["lr"] for group in groups if group["waits"] is waits) / 1e-2 for groups in watch.groups]
 
     body, heads = rates(waits=True), rates(waits=False)
     assert body[:8] == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
-    assert heads[:8] == pytest.approx([10, 10, 10, 1, 1, 1, 1, 1])
-    assert body[8:] == heads[8:] == pytest.approx([Optim.lr_factor(DECAYING, step, 16, 8, 7) for step in range(8, 16)])
-    assert 0 < body[15] < 0.2
+    assert heads[:8] == pytest.approx([0, 10 / 8, 20 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8])
+    assert body[8:] == heads[8:] == pytest.approx([cosine(1, 0, step / 8) for step in range(8)])
     decays = [{g["weight_decay"] for g in groups if g["waits"] and g["decayed"]} for groups in watch.groups]
     assert decays[:3] == [{0.0}] * 3
     assert decays[3] == {DECAYING.weight_decay_at(3 / 16)}

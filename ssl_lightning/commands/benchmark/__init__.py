@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+from ssl_lightning.arguments import SSLArgumentParser, title_of
 from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.pipeline import PipelineResult, pipeline
 from ssl_lightning.commands.benchmark.step import StepResult, step
@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> None:
         benchmark.add_function_arguments(function)
         benchmark.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
         benchmarks.add_subcommand(name, benchmark, help=benchmark.description)
-    options = parser.parse_args(_with_model_kwargs(underscored(words)))
+    options = parser.parse_args(_with_model_kwargs(words))
     chosen = options[options.subcommand]
     as_json = chosen.pop("json")
     result = functions[options.subcommand](**chosen)
@@ -48,7 +48,7 @@ def _with_model_kwargs(words: Sequence[str]) -> list[str]:
         if not option.startswith("--model."):
             left.append(word)
             continue
-        *parents, name = option.removeprefix("--model.").split(".")
+        *parents, name = option.removeprefix("--model.").replace("-", "_").split(".")
         place: dict[str, Any] = arguments
         for parent in parents:
             place = place.setdefault(parent, {})

@@ -149,8 +149,8 @@ class Optim:
             progress: Share of the optimizer steps done.
         """
         for group in optimizer.param_groups:
-            waits = group.get("waits", False)  # older checkpoints do not say
-            if group["decayed"] and (self.end_weight_decay is not None or waits):
+            waits = group.get("waits", False)  # older checkpoints and other optimizers do not say
+            if group.get("decayed", False) and (self.end_weight_decay is not None or waits):
                 group["weight_decay"] = 0.0 if waits and group["lr"] == 0.0 else self.weight_decay_at(progress)
 
     def weight_decay_at(self, progress: float) -> float:

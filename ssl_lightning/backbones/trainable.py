@@ -60,7 +60,9 @@ def chosen(given: Any) -> Trainable | None:
     if isinstance(given, dict):
         lora = given.get("lora")
         try:
-            given = Trainable(**{**given, "lora": LoRA(**lora) if isinstance(lora, dict) else lora})
+            if isinstance(lora, dict):
+                lora = LoRA(**{**lora, "projections": tuple(lora.get("projections", LoRA.projections))})
+            given = Trainable(**{**given, "lora": lora})
         except TypeError as error:
             wrong = str(error).partition("() ")[2]
             raise UserError(f"--model.trainable {wrong}; it takes last_blocks, norms and lora.") from error

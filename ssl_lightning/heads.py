@@ -36,6 +36,30 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def gelu_mlp(embed_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
+    """Three linear layers with GELU between them, initialized as in DINO's released code.
+
+    Args:
+        embed_dim: Width of the features.
+        hidden_dim: Width of the two hidden layers.
+        output_dim: Width of the output.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in gelu_mlp(768, 2048, 256).parameters())  # SimDINO's head of a ViT-B
+        6295808
+    """
+    layers = nn.Sequential(
+        *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
+        *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
+        nn.Linear(hidden_dim, output_dim),
+    )
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
 class DINOHead(nn.Module):
     """MLP with GELU, a bottleneck of unit norm, and similarities to prototypes of unit norm.
 
@@ -60,15 +84,7 @@ class DINOHead(nn.Module):
         self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last_layer: bool
     ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
-            *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp = gelu_mlp(embed_dim, hidden_dim, bottleneck_dim)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))  # their direction
         nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as a linear layer of torch
         self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)

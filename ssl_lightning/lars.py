@@ -1,4 +1,4 @@
-"""LARS and its variants."""
+"""LARS and LARC as self-supervised methods use them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

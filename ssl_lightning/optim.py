@@ -1,4 +1,4 @@
-"""Optimizers: the recipe of a paper as one small dataclass, and its translation to torch objects."""
+"""The optimizer and schedule of a recipe as one small dataclass, its translation to torch objects, and clipping."""
 
 import difflib
 import functools
@@ -74,6 +74,8 @@ class Optim:
         warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO). If false, the
             step after it is the first.
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
+        cosine_from_start: Whether the cosine counts from the first step, so that the warm-up takes the place of its
+            beginning (timm), instead of from the end of the warm-up.
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
         step_factor: Multiplies the learning rate at each milestone.
@@ -96,6 +98,7 @@ class Optim:
     warmup_start_factor: float = 0.0
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
+    cosine_from_start: bool = False
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
     per_epoch: bool = False
@@ -129,8 +132,8 @@ class Optim:
             return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
-        start = max(warmup_steps, held)
-        return cosine(1.0, self.end_lr_factor, (step - start) / max(1, total_steps - start))
+        begin = 0 if self.cosine_from_start and not held else max(warmup_steps, held)
+        return cosine(1.0, self.end_lr_factor, (step - begin) / max(1, total_steps - begin))
 
     def warmup_steps(self, total_steps: float, steps_per_epoch: float) -> int:
         """Optimizer steps of the warm-up.

@@ -34,7 +34,10 @@ from ssl_lightning import (
     MoCoV2,
     MoCoV3,
     Optim,
+    ReSA,
     SimCLR,
+    SimDINO,
+    SimDINOv2,
     SimMIM,
     SimSiam,
     SSLModule,
@@ -108,23 +111,26 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
     NNCLR: {"queue_length": 64, "hidden_dim": 32, "predictor_dim": 32, "projector_dim": 32},
+    ReSA: {"hidden_dim": 32, "projector_dim": 16, "predictor_dim": 32},
     SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
     Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
     NPID: {"nce_k": 32, "projector_dim": 16},
+    SimDINO: {**BACKBONE, "hidden_dim": 32, "projector_dim": 16},
+    SimDINOv2: {**VIT, "hidden_dim": 32, "projector_dim": 16},
     SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimDINOv2, SimMIM}
 """Methods that train no CNN."""
 
 CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [
     (method, net)
     for method in METHODS
     for net in ({}, VIT, DINOV3)
-    if (net or method not in VIT_ONLY) and (net is not DINOV3 or method in {*VIT_ONLY, DINO, MoCoV3})
+    if (net or method not in VIT_ONLY) and (net is not DINOV3 or method in {*VIT_ONLY, DINO, MoCoV3, SimDINO})
 ]
 """Each method with arguments for each kind of backbone that it trains; DINOv3's ViT where it differs from a ViT."""
 

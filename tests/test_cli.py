@@ -281,6 +281,7 @@ def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
 
 PUBLISHED = {
     "npid": {"cifar10_", "imagenet_"},
+    "resa": {"cifar10_", "imagenet_"},
     "rotnet": {"cifar10_", "imagenet_"},
     **{
         method: {"imagenet_"}
@@ -293,6 +294,8 @@ PUBLISHED = {
             "image_tokenizer",
             "jigsaw",
             "lejepa",
+            "simdino",
+            "simdinov2",
             "simmim",
         )
     },

@@ -69,7 +69,7 @@ def ijepa(vit: Any, linear: bool = True) -> None:
 
 
 def beit(vit: Any, mask_token: nn.Parameter) -> None:
-    """BEiT's encoder: ``narrow_linear``, and residual branches that shrink with the depth.
+    """BEiT's encoder, and SimMIM's ViT: ``narrow_linear``, and residual branches that shrink with the depth.
 
     Args:
         vit: A ViT or BEiT of timm.
@@ -111,9 +111,9 @@ def narrow_linear(module: nn.Module) -> None:
     """``narrow`` weights, biases zero (BEiT).
 
     Args:
-        module: Changed if it is a linear layer; for ``Module.apply``.
+        module: Changed if it is a linear layer or a convolution; for ``Module.apply``.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Conv2d):
         narrow(module.weight)
         _no_bias(module)
 

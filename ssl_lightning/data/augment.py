@@ -50,9 +50,10 @@ def _steps(
     """The operations of a view in order, each with the rows it applies to and its strengths if they are random."""
     blurring = functools.partial(blur, kernel=spec.blur_kernel)
     solarizing = functools.partial(solarize, threshold=spec.solarize_threshold / 255)
+    colors = (shift_brightness if spec.additive_brightness else brightness, contrast, saturation, hue)
     gray: list[_Drawn] = [(grayscale, numbers.grayscale, [])]
     jitter: list[_Drawn] = [
-        ((brightness, contrast, saturation, hue)[operation], numbers.operations[:, step] == operation, [amounts])
+        (colors[operation], numbers.operations[:, step] == operation, [amounts])
         for step, amounts in enumerate(numbers.amounts.T)
         for operation in set(numbers.operations[:, step].tolist()) - {-1}
     ]
@@ -115,6 +116,11 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Blend ``(N, C, H, W)`` images in [0, 1] with black by factors ``(N,)``; a factor of 1 is no change."""
     return images.mul_(_per_image(factors)).clamp_(0, 1)
+
+
+def shift_brightness(images: Tensor, shifts: Tensor) -> Tensor:
+    """Add shifts ``(N,)`` to ``(N, C, H, W)`` images in [0, 1]."""
+    return images.add_(_per_image(shifts)).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:

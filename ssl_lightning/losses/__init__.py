@@ -12,6 +12,8 @@ from ssl_lightning.losses.clustering import (
     dino,
     entropy,
     ibot,
+    resa,
+    self_assignments,
     share_in_use,
     sinkhorn,
     swav,
@@ -26,7 +28,16 @@ from ssl_lightning.losses.contrastive import (
     nnclr,
     nt_xent,
 )
-from ssl_lightning.losses.redundancy import barlow_twins, vicreg
+from ssl_lightning.losses.redundancy import (
+    barlow_twins,
+    coding_rate,
+    collapsed_expansion,
+    compression,
+    expansion,
+    simdino,
+    simdino_patches,
+    vicreg,
+)
 from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
 from ssl_lightning.losses.regularizers import gram, koleo, sigreg
 
@@ -35,11 +46,15 @@ __all__ = [
     "barlow_twins",
     "beit",
     "byol",
+    "coding_rate",
+    "collapsed_expansion",
+    "compression",
     "cross_entropy",
     "cross_view",
     "deepcluster_v2",
     "dino",
     "entropy",
+    "expansion",
     "gram",
     "ibot",
     "ijepa",
@@ -55,8 +70,12 @@ __all__ = [
     "negative_cosine",
     "nnclr",
     "nt_xent",
+    "resa",
+    "self_assignments",
     "share_in_use",
     "sigreg",
+    "simdino",
+    "simdino_patches",
     "simmim",
     "sinkhorn",
     "swav",

@@ -50,8 +50,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = Fal
 def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Predict the distribution of each of the first views from every other view: mean over these pairs and images.
 
-    Summed over views first: the work of V + A views instead of V * A pairs. Source: Caron et al. 2021, DINO,
-    algorithm 1.
+    Source: Caron et al. 2021, DINO, algorithm 1.
 
     Args:
         logits: ``(V, B, K)`` of all views.
@@ -64,11 +63,27 @@ def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         >>> cross_view(logits, targets, temperature=1.0)
         tensor(1.3133)
     """
-    predictions, targets = F.log_softmax(logits / temperature, dim=-1), targets.detach()
-    across = (targets.sum(0) * predictions.sum(0)).sum()
-    within = (targets * predictions[: len(targets)]).sum()
-    pairs = len(targets) * (len(predictions) - 1)
-    return (within - across) / (pairs * targets.shape[1])
+    return -mean_over_pairs(F.log_softmax(logits / temperature, dim=-1), targets.detach())
+
+
+def mean_over_pairs(views: Tensor, targets: Tensor) -> Tensor:
+    """Product of the target of each of the first views and every other view: mean over these pairs and images.
+
+    Summed over views first: the work of V + A views instead of V * A pairs.
+
+    Args:
+        views: ``(V, B, K)`` of all views.
+        targets: ``(A, B, K)`` of the first A views.
+
+    Example:
+        >>> views = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 1.0]]])  # 3 views of 1 image
+        >>> mean_over_pairs(views, views[:1])  # (0.6 + 0) / 2
+        tensor(0.3000)
+    """
+    across = (targets.sum(0) * views.sum(0)).sum()
+    within = (targets * views[: len(targets)]).sum()
+    pairs = len(targets) * (len(views) - 1)
+    return (across - within) / (pairs * targets.shape[1])
 
 
 @full_precision
@@ -158,6 +173,63 @@ def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: floa
     """
     errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
     return (errors / counts).sum()
+
+
+@full_precision
+@torch.no_grad()
+def self_assignments(features: Tensor, teacher_features: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign each image to the images of the global batch by the similarity of their features, all used equally often.
+
+    Source: Weng et al. 2025, ReSA, as in its released code.
+
+    Args:
+        features: ``(B, D)`` of the student's backbone, this process's rows; any scale.
+        teacher_features: ``(N, D)`` of the teacher's backbone on the same view, of all processes; any scale.
+        epsilon: Smoothness: cosine similarities are divided by it.
+        iterations: Number of normalizations of ``sinkhorn``.
+
+    Returns:
+        ``(B, N)``; each row sums to 1.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-0.6, 0.8]])
+        >>> self_assignments(features, features, epsilon=0.5, iterations=3)
+        tensor([[0.6881, 0.2807, 0.0312],
+                [0.2773, 0.5601, 0.1626],
+                [0.0298, 0.1572, 0.8130]])
+    """
+    similarities = F.normalize(features, dim=1) @ F.normalize(teacher_features, dim=1).T
+    return sinkhorn(similarities, epsilon, iterations)
+
+
+@full_precision
+def resa(embeddings: Tensor, teacher_embeddings: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Let the similarities of a view's embeddings to the teacher's of another view follow one assignment.
+
+    Mean over images and over the pairs of a view and another of the teacher's views. Source: Weng et al. 2025, ReSA,
+    as in its released code.
+
+    Args:
+        embeddings: ``(V, B, E)`` of all views, this process's rows; any scale.
+        teacher_embeddings: ``(G, N, E)`` of the first G views, of all processes; any scale.
+        assignments: ``(B, N)``, the same for all pairs.
+        temperature: Divides the cosine similarities.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-0.6, 0.8]])
+        >>> embeddings = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [[0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
+        >>> resa(embeddings, embeddings, self_assignments(features, features, epsilon=0.5, iterations=3), 0.4)
+        tensor(0.9057)
+        >>> resa(embeddings, embeddings, self_assignments(features, features, epsilon=0.05, iterations=3), 0.4)
+        tensor(0.4486)
+    """
+    embeddings, teacher = F.normalize(embeddings, dim=-1), F.normalize(teacher_embeddings.detach(), dim=-1)
+    errors = []
+    for view, keys in enumerate(teacher):
+        others = torch.cat([embeddings[:view], embeddings[view + 1 :]])  # (V - 1, B, E)
+        predictions = F.log_softmax(others @ keys.T / temperature, dim=-1)  # (V - 1, B, N)
+        errors.append(-(assignments.detach() * predictions).sum(-1).mean())
+    return torch.stack(errors).mean()
 
 
 def entropy(assignments: Tensor) -> Tensor:

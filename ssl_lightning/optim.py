@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.lars import LARC, LARS
-from ssl_lightning.schedules import cosine
+from ssl_lightning.schedules import cosine, ramp_after
 
 
 def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
@@ -116,15 +116,16 @@ class Optim:
         factor = {"linear": global_batch / 256, "sqrt": global_batch**0.5, "none": 1.0}
         return self.base_lr * factor[self.lr_scaling]
 
-    def lr_factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    def lr_factor(self, step: int, total_steps: int, steps_per_epoch: float, held: int = 0) -> float:
         """Learning rate of a step, as a share of the peak.
 
         Args:
             step: Optimizer steps done so far.
             total_steps: Optimizer steps of the whole training.
             steps_per_epoch: Optimizer steps of an epoch.
+            held: Steps at the start after which the cosine begins, if they are more than the warm-up's.
         """
-        warmup_steps = round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
+        warmup_steps = self.warmup_steps(total_steps, steps_per_epoch)
         if self.per_epoch and step >= warmup_steps:
             step = max(warmup_steps, int(step // steps_per_epoch * steps_per_epoch))
         if step < warmup_steps:
@@ -132,21 +133,31 @@ class Optim:
             return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
-        begin = 0 if self.cosine_from_start else warmup_steps
+        begin = 0 if self.cosine_from_start and not held else max(warmup_steps, held)
         progress = self.cosine_share * (step - begin) / max(1, total_steps - begin)
         return cosine(1.0, self.end_lr_factor, progress)
 
+    def warmup_steps(self, total_steps: float, steps_per_epoch: float) -> int:
+        """Optimizer steps of the warm-up.
+
+        Args:
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of an epoch.
+        """
+        return round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
+
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """Set the weight decay of the decayed parameters, where it follows a schedule.
+        """Set the weight decay of the decayed parameters, where it follows a schedule; 0 while they wait.
 
         Args:
             optimizer: What ``create`` built.
             progress: Share of the optimizer steps done.
         """
-        if self.end_weight_decay is not None:
-            for group in optimizer.param_groups:
-                if group["decayed"]:
-                    group["weight_decay"] = group.get("decay_scale", 1.0) * self.weight_decay_at(progress)
+        for group in optimizer.param_groups:
+            waits = group.get("waits", False)  # older checkpoints and other optimizers do not say
+            if group.get("decayed", False) and (self.end_weight_decay is not None or waits):
+                decay = group.get("decay_scale", 1.0) * self.weight_decay_at(progress)
+                group["weight_decay"] = 0.0 if waits and group["lr"] == 0.0 else decay
 
     def weight_decay_at(self, progress: float) -> float:
         """Weight decay of the decayed parameters.
@@ -163,7 +174,8 @@ class Optim:
         """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
-            module: The method; parameters named in its ``undecayed`` get no weight decay.
+            module: The method; parameters named in its ``undecayed`` get no weight decay, and its ``continued`` says
+                which parameters wait for the others.
             global_batch: Images per optimizer step over all processes and accumulated batches.
             lr_scale: Learning-rate multiplier for a parameter, given its name. None means 1 for every parameter.
 
@@ -174,23 +186,27 @@ class Optim:
         if unknown := set(self.constant_lr) - set(parts):
             raise UserError(f"--model.optim.constant_lr: no part {', '.join(unknown)}; choose from {', '.join(parts)}.")
         undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
-        groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
+        continued: Any = getattr(module, "continued", None)
+        waiting: set[str] = set() if continued is None else continued.waiting(module)
+        lr_scale = lr_scale if continued is None else continued.lr_scale(module, lr_scale)
+        groups: dict[tuple[bool, float, bool, bool], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
                 decayed = (p.ndim > 1 and name.rpartition(".")[2] not in undecayed) or self.decay_norm_and_bias
                 scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
-                groups.setdefault((decayed, scale, scheduled), []).append(p)
+                groups.setdefault((decayed, scale, scheduled, name in waiting), []).append(p)
         return self.build(
             [
                 {
-                    "params": groups[decayed, scale, scheduled],
+                    "params": groups[decayed, scale, scheduled, waits],
                     "weight_decay": self.weight_decay if decayed else 0.0,
                     "decayed": decayed,
                     "lr_scale": scale,
                     "scheduled": scheduled,
+                    "waits": waits,
                 }
-                for decayed, scale, scheduled in sorted(groups, reverse=True)
+                for decayed, scale, scheduled, waits in sorted(groups, reverse=True)
             ],
             global_batch,
         )
@@ -248,10 +264,13 @@ class Optim:
         optimizer = self.create(module, global_batch) if create is None else create(global_batch)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set --trainer.max_steps.")
-        if total_steps == float("inf"):  # an endless run has no end to anneal to
+        continued = getattr(module, "continued", None)
+        endless = total_steps == float("inf")  # such a run has no end to anneal to
+        if endless and continued is None:
             return {"optimizer": optimizer}
+        frozen, ramp = (0, 0) if continued is None else continued.stages(total_steps)
         steps = steps_per_epoch(trainer)
-        if steps == float("inf"):
+        if steps == float("inf") and not endless:
             if self.warmup_epochs > 0 or self.per_epoch:
                 raise UserError(
                     "the loader has no length to count epochs by; set --model.optim.warmup_epochs "
@@ -259,11 +278,23 @@ class Optim:
                 )
             steps = total_steps
 
-        def factor(step: int) -> float:
-            return self.lr_factor(step, int(total_steps), steps)
+        def factor_of(scheduled: bool, waits: bool) -> Callable[[int], float]:
+            def factor(step: int) -> float:
+                multiplier = 1.0
+                if waits:
+                    multiplier = ramp_after(step, frozen, ramp)
+                elif continued is not None and step < frozen:
+                    multiplier = continued.heads_lr
+                if not scheduled or endless:
+                    return multiplier
+                if waits and frozen:  # the ramp is its warm-up
+                    step = max(step, self.warmup_steps(total_steps, steps))
+                return multiplier * self.lr_factor(step, int(total_steps), steps, frozen + ramp)
+
+            return factor
 
         groups = optimizer.param_groups
-        factors = [factor if group.get("scheduled", True) else lambda _step: 1.0 for group in groups]
+        factors = [factor_of(group.get("scheduled", True), group.get("waits", False)) for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -59,6 +59,23 @@ def warmed_up(start: float, end: float, step: float, steps: float) -> float:
     return end if step >= steps - 1 else start + (end - start) * step / (steps - 1)
 
 
+def ramp_after(step: int, frozen: int, ramp: int) -> float:
+    """Learning-rate multiplier of what is frozen at first: 0, then a straight line to 1.
+
+    Args:
+        step: Optimizer steps done.
+        frozen: Steps of multiplier 0; if there are none, the multiplier is 1 throughout.
+        ramp: Steps of the line, the last of them at 1.
+
+    Example:
+        >>> [ramp_after(step, frozen=10, ramp=4) for step in (0, 9, 10, 11, 12, 13, 14)]
+        [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    if frozen <= 0:
+        return 1.0
+    return 0.0 if step < frozen else min(1.0, (step - frozen + 1) / max(1, ramp))
+
+
 @dataclass(frozen=True)
 class Warmup:
     """A value that rises linearly, then stays.

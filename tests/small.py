@@ -69,6 +69,7 @@ DINOV3: dict[str, Any] = {
     "backbone": "vit_small_patch16_dinov3",
     "backbone_kwargs": {**VIT["backbone_kwargs"], "init_values": 0.1},
 }
+LORA: dict[str, Any] = {**VIT, "trainable": "lora"}
 SWIN: dict[str, Any] = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_kwargs": {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
@@ -149,7 +150,10 @@ def _name(row: tuple[Any, ...]) -> str | None:
     method, *nets = row
     if not isinstance(method, type) or not all(isinstance(net, dict) for net in nets):
         return None
-    kinds = ["dinov3" if net is DINOV3 else "vit" if "vit" in net.get("backbone", "") else "cnn" for net in nets]
+    kinds = [
+        "lora" if net is LORA else "dinov3" if net is DINOV3 else "vit" if "vit" in net.get("backbone", "") else "cnn"
+        for net in nets
+    ]
     return "-".join([method.__name__, *kinds])
 
 

@@ -213,7 +213,7 @@ def weights_for(source: str, backbone: Backbone, backbone_kwargs: dict[str, Any]
         if checkpoint is not None and named_in(checkpoint)[0] is None:
             return _read(source, checkpoint, backbone, kwargs, None).backbone.state_dict()
         if checkpoint is None:
-            pretrained = open_backbone(source, None, kwargs)
+            pretrained = open_backbone(source, None, {key: kwargs[key] for key in kwargs if key != "in_chans"})
         else:
             pretrained = _read(source, checkpoint, None, None, None)
         weights: Weights = dict(pretrained.backbone.state_dict())

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from ssl_lightning.continued import what_trains
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -119,6 +120,7 @@ def _schedule(trainer: Any, module: Any) -> dict[str, str]:
         "steps": f"{steps:,.0f} in {trainer.max_epochs} epochs, {min(warmup, steps):,.0f} of them warm-up",
         "learning rate": f"{peak:.3g} at its peak, {peak * end:.3g} at the end ({optim.name})",
     }
+    rows |= what_trains(module, steps)
     first, last = module.teacher_momentum(0.0), module.teacher_momentum(1.0)
     if first is not None:
         rows["teacher momentum"] = f"{first:g}" if first == last else f"{first:g} to {last:g}"

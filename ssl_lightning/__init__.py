@@ -48,6 +48,7 @@ from ssl_lightning.methods.byol import BYOL
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.distillation import Distillation
 from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
@@ -93,6 +94,7 @@ __all__ = [
     "DatasetImages",
     "DeepClusterV2",
     "DigitsData",
+    "Distillation",
     "EmbeddingWriter",
     "Evaluation",
     "FSDP2Strategy",

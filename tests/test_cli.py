@@ -263,7 +263,7 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
 # Configs and help
 
 
-AFTER = {"beit": "image_tokenizer", "gram_anchoring": "dinov2"}
+AFTER = {"beit": "image_tokenizer", "distillation": "byol", "gram_anchoring": "dinov2"}
 """Whose checkpoint a method begins with."""
 
 
@@ -287,6 +287,7 @@ PUBLISHED = {
         for method in (
             "beit",
             "dinov2",
+            "distillation",
             "gram_anchoring",
             "ibot",
             "ijepa",

@@ -23,6 +23,7 @@ from ssl_lightning import (
     BEiT,
     DeepClusterV2,
     DINOv2,
+    Distillation,
     GramAnchoring,
     HealthMonitor,
     ImageTokenizer,
@@ -50,6 +51,10 @@ from tests.small import METHODS, VIT, VIT_ONLY, digits, simclr, slow_unless, sma
 OWN = {
     DeepClusterV2: {"prototypes_in_use"},
     DINO: {"teacher_agreement", "teacher_entropy", "prototypes_in_use"},
+    Distillation: {
+        *("image_agreement", "image_explained", "patch_agreement", "patch_explained"),
+        *("neighbors_shared", "teacher_scale"),
+    },
     IBOT: {"teacher_agreement", "teacher_entropy", "patch_entropy", "prototypes_in_use"},
     IJEPA: {"teacher_agreement", "masked_patch_error"},
     LeJEPA: {"prediction_error", "sigreg"},
@@ -89,6 +94,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     BEiT: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
+    Distillation: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     Jigsaw: {"optim": DECAYED},
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},

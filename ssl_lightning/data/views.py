@@ -160,6 +160,8 @@ _MOCO_V2 = ViewSpec(
     grayscale=0.2,
     blur=0.5,
 )
+# Without blur and solarize, which hide from a teacher what it could teach.
+_DISTILLATION = replace(_BARLOW, scale=(0.25, 1.0), blur=0.0)
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
 _ROTNET = ViewSpec(interpolation="bilinear")
 # The released code scales the shorter side to 256 px and crops a square of 255 px at a random position.
@@ -199,6 +201,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     ),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
+    "distillation": (_DISTILLATION,),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),
@@ -234,6 +237,7 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "swav": (_cifar(_SWAV),),
     "deepcluster_v2": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "distillation": (replace(_CIFAR_FIRST, scale=(0.25, 1.0)),),
     "mae": (_cifar(ViewSpec()),),
     # The released code pads the image by 4 px and crops 32 px; here the crops have at least 28 px.
     "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),

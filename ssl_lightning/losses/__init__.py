@@ -27,7 +27,16 @@ from ssl_lightning.losses.contrastive import (
     nt_xent,
 )
 from ssl_lightning.losses.redundancy import barlow_twins, vicreg
-from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
+from ssl_lightning.losses.regression import (
+    byol,
+    distillation,
+    ijepa,
+    lejepa,
+    mae,
+    negative_cosine,
+    simmim,
+    vector_quantization,
+)
 from ssl_lightning.losses.regularizers import gram, koleo, sigreg
 
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "cross_view",
     "deepcluster_v2",
     "dino",
+    "distillation",
     "entropy",
     "gram",
     "ibot",

@@ -126,14 +126,23 @@ class Checks(L.Callback):
         specs = getattr(data, "view_specs", None)
         self._checked = specs is not None
         if specs is not None:
-            sizes = [spec.size for spec in specs for _ in range(spec.count)]
-            pl_module.check(sizes, data.batch_size * trainer.world_size)
+            batch = data.batch_size * trainer.world_size
+            pl_module.check(_sizes(specs), batch)
+            if small := getattr(data, "small_view_specs", ()):
+                try:
+                    pl_module.check(_sizes(small), batch)
+                except UserError as error:
+                    raise UserError(f"--data.resolution asks for smaller views in the first epochs: {error}") from error
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check the first batch of a loader that does not say which views it makes."""
         if not self._checked:
             pl_module.check([view.shape[-1] for view in batch[0]], len(batch[0][0]) * trainer.world_size)
             self._checked = True
+
+
+def _sizes(specs: Any) -> list[int]:
+    return [spec.size for spec in specs for _ in range(spec.count)]
 
 
 class FiniteLoss(L.Callback):

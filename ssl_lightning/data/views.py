@@ -308,6 +308,16 @@ def _resized(spec: ViewSpec, ratio: float, image_size: int, patch: int) -> ViewS
     if ratio < 1 and size % patch:
         before, size = size, _rounded(image_size * ratio, patch)
         rank_zero_info(f"local crops have {size} px instead of {before}: the backbone has patches of {patch} px.")
+    return with_side(spec, size)
+
+
+def with_side(spec: ViewSpec, size: int) -> ViewSpec:
+    """A view at another size, with a blur kernel that fits into it.
+
+    Args:
+        spec: The view.
+        size: Side in pixels.
+    """
     widest = 2 * ((size - 1) // 2) - 1  # a reflected border must be narrower than the image
     return replace(spec, size=size, blur_kernel=min(spec.blur_kernel, max(widest, 1)))
 

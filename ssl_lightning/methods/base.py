@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_lightning.backbones import checkpointing, initialization
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.own import Backbone, is_own, name_of
+from ssl_lightning.backbones.token_dropout import add_token_dropout
 from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.checkpoints import check_fit, describe, rename
 from ssl_lightning.distributed import world_size
@@ -41,6 +42,9 @@ class SSLModule(StepTools):
             project, a folder of timm or transformers, ``hf-hub:NAME``, or the name of a timm or torchvision model.
             Read when a training or an evaluation starts without ``ckpt_path``; positions, patches and the first layer
             of another size are resampled. Heads, optimizer and schedules start as usual.
+        token_dropout: Share of the patches of each view that the student of a ViT does not see in the first quarter of
+            the training, for speed; from there it falls to 0 at three quarters. 0.75 is usual. Teachers and
+            evaluation always see all patches. For methods that predict no patches.
     """
 
     # What the paper prescribes
@@ -75,6 +79,9 @@ class SSLModule(StepTools):
 
     # What the code permits
 
+    drops_tokens: bool = False
+    """Whether ``token_dropout`` may hide patches from the backbone: it must be called as a whole."""
+
     shardable: bool = True
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
@@ -101,6 +108,7 @@ class SSLModule(StepTools):
         compile: bool = False,  # noqa: A002 # the word that people look for
         checkpoint_blocks: bool = False,
         init_from: str | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
@@ -120,6 +128,9 @@ class SSLModule(StepTools):
         self._compile, self.checkpoint_blocks, self.init_from = compile, checkpoint_blocks, init_from
         if checkpoint_blocks:
             checkpointing.checkpoint_blocks(self.backbone)
+        self.token_dropout = token_dropout
+        if token_dropout:
+            add_token_dropout(self, token_dropout)
 
     # The contract of a method
 

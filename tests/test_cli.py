@@ -494,6 +494,7 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         (["--model", "SimCLR", "--data", "~/photos"], "is --data ImageFolderData --data.root ~/photos"),
         (["SimCLR", "--data", "DigitsData"], "SimCLR: did you mean --model SimCLR?"),
         (["--model", "SimCLR", "--data", "ImageFolderData", "--data.rooot", "x"], "did you mean --data.root?"),
+        (["--trainer.max-epochs", "few"], "--trainer.max_epochs few: expected a whole number"),  # also with dashes
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch: no such option; did you mean --trainer.max_epochs?"),
         (["--knn_probe.kk", "3"], "did you mean --knn_probe.k?"),
         (["--model", "SimCLR", "--model.optim", "{base_lrr: 3}"], "did you mean --model.optim.base_lr?"),
@@ -503,6 +504,7 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         ),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
         (["--model", "SimCLR", "--model.temperature", "warm"], "--model.temperature warm: expected a number"),
+        (["--model", "SimCLR", "--model.backbone_kwargs", "{a:1}"], "backbone_kwargs: expected names with values"),
         (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
         (
             ["--config", "wrong.yaml"],

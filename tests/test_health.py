@@ -199,7 +199,7 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
             nn.init.zeros_(parameter)
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
-    epochs = 6 if wrong else 3  # of 22 steps
+    epochs = 6 if wrong else 2  # of 22 steps
     running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=epochs, logger=logger)
     running.fit(module, data)
     return alarm, running
@@ -221,7 +221,7 @@ def test_a_run_that_learns_nothing_is_told_once_with_the_remedies(method: type[S
 def test_a_run_that_learns_is_left_alone(method: type[SSLModule], tmp_path: Path) -> None:
     alarm, running = alarmed(method, tmp_path, wrong=False)
     assert alarm.raised is None
-    assert running.current_epoch == 3
+    assert running.current_epoch == 2
     assert "health/alarm" not in metrics(tmp_path)
 
 

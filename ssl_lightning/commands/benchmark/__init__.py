@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+from ssl_lightning.arguments import SSLArgumentParser, title_of
 from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.pipeline import PipelineResult, pipeline
 from ssl_lightning.commands.benchmark.step import StepResult, step
@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> None:
         benchmark.add_function_arguments(function)
         benchmark.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
         benchmarks.add_subcommand(name, benchmark, help=benchmark.description)
-    options = parser.parse_args(underscored(words))
+    options = parser.parse_args(words)
     chosen = options[options.subcommand]
     as_json = chosen.pop("json")
     result = functions[options.subcommand](**chosen)

@@ -50,6 +50,7 @@ from ssl_lightning.methods.capi import CAPI
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.distillation import Distillation
 from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
@@ -100,6 +101,7 @@ __all__ = [
     "DatasetImages",
     "DeepClusterV2",
     "DigitsData",
+    "Distillation",
     "EmbeddingWriter",
     "Evaluation",
     "FSDP2Strategy",

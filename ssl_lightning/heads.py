@@ -1,4 +1,4 @@
-"""Projection heads, and images as patches."""
+"""Projection heads, images as patches, and the features of a teacher as targets."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssl_lightning.distributed import reduced
 
 
 def mlp(
@@ -214,3 +216,123 @@ def unpatchify(patches: Tensor, patch_size: int, shape: Sequence[int]) -> Tensor
     batch, channels, height, width = shape
     grid = patches.reshape(batch, height // patch_size, width // patch_size, patch_size, patch_size, channels)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+
+
+def same_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps, both averaged to the coarser grid of the two, rows and columns apart: no detail is invented.
+
+    As ``F.adaptive_avg_pool2d``, by matrix products, whose backward pass is deterministic on GPUs, too.
+
+    Args:
+        student: ``(B, D, rows, columns)``.
+        teacher: ``(B, D', rows, columns)`` of the same images on any grid.
+
+    Example:
+        >>> student, teacher = torch.arange(16.0).view(1, 1, 4, 4), torch.ones(1, 1, 2, 2)
+        >>> same_grid(student, teacher)[0][0, 0].tolist()
+        [[2.5, 4.5], [10.5, 12.5]]
+    """
+    rows, columns = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return _averaged(student, rows, columns), _averaged(teacher, rows, columns)
+
+
+def _averaged(grid: Tensor, rows: int, columns: int) -> Tensor:
+    grid = grid.float() if grid.dtype.itemsize < 4 else grid
+    if grid.shape[2:] == (rows, columns):
+        return grid
+    down, across = (
+        F.adaptive_avg_pool1d(torch.eye(old, dtype=grid.dtype, device=grid.device), new)  # (old, new)
+        for old, new in zip(grid.shape[2:], (rows, columns), strict=True)
+    )
+    with torch.autocast(grid.device.type, enabled=False):
+        return down.T @ grid @ across
+
+
+def standardizer(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of features, and the number to divide all their dimensions by; over all processes.
+
+    Dividing by a single number keeps directions apart as they are: up to a rotation the result is PHI-S (Ranzinger et
+    al. 2024). Deviations of single dimensions would enlarge those that hardly vary.
+
+    Args:
+        features: ``(N, D)`` of this process.
+
+    Returns:
+        ``(D,)``, and the square root of the mean of the dimensions' unbiased variances.
+
+    Example:
+        >>> mean, scale = standardizer(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]))
+        >>> mean.tolist(), round(scale.item(), 4)  # variances 4 and 0
+        ([2.0, 1.0], 1.4142)
+    """
+    return _mean_and_scale(moments(features))
+
+
+class Standardizer(nn.Module):
+    """Standardizes features by the statistics of the batches that it was given; see ``standardizer``.
+
+    Args:
+        dim: Width D of the features.
+
+    Example:
+        >>> batches = torch.randn(3, 8, 4)
+        >>> standardize = Standardizer(4)
+        >>> for batch in batches:
+        ...     standardize.add(moments(batch))
+        >>> mean, scale = standardizer(batches.flatten(0, 1))
+        >>> torch.allclose(standardize(batches[0]), (batches[0] - mean) / scale, atol=1e-6)
+        True
+    """
+
+    moments: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("moments", torch.zeros(3, dim))  # as of ``moments``
+
+    def add(self, batch: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            batch: Its ``moments``.
+        """
+        self.moments.copy_(_merged(self.moments, batch.to(self.moments.dtype)))
+
+    def forward(self, features: Tensor, batch: Tensor | None = None) -> Tensor:
+        """Standardize features ``(..., D)``; ``batch``, the moments of one more batch, counts as well."""
+        mean, scale = _mean_and_scale(self.moments if batch is None else _merged(self.moments, batch))
+        return (features - mean) / scale
+
+    @property
+    def scale(self) -> Tensor:
+        """The number that all dimensions are divided by."""
+        return _mean_and_scale(self.moments)[1]
+
+
+@torch.no_grad()
+def moments(features: Tensor) -> Tensor:
+    """Number of rows, mean and sum of squared deviations of each dimension, over all processes: ``(3, D)``.
+
+    Args:
+        features: ``(N, D)`` of this process.
+    """
+    features = features.detach().float() if features.dtype.itemsize < 4 else features.detach()
+    sums = reduced(torch.stack([torch.full_like(features[0], len(features)), features.sum(0)]))
+    mean = sums[1] / sums[0]
+    return torch.stack([sums[0], mean, reduced((features - mean).square().sum(0))])
+
+
+def _merged(first: Tensor, second: Tensor) -> Tensor:
+    """The moments of the rows of two (Chan et al. 1979), which lose no digits to large means."""
+    (count, mean, squares), (other_count, other_mean, other_squares) = first, second
+    total, shift = count + other_count, other_mean - mean
+    share = other_count / total.clamp(min=1)
+    return torch.stack([total, mean + shift * share, squares + other_squares + shift.square() * count * share])
+
+
+def _mean_and_scale(moments: Tensor) -> tuple[Tensor, Tensor]:
+    count, mean, squares = moments
+    variances = squares / (count - 1).clamp(min=1)
+    scale = variances.mean().sqrt()
+    return mean, torch.where(scale > 0, scale, torch.ones_like(scale))  # of no rows, or of rows that are all alike

@@ -43,6 +43,20 @@ def truncated_cosine(
     return cosine(peak, end, share * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
 
+def token_dropout(rate: float, progress: float) -> float:
+    """Share of the patches to drop: ``rate`` in the first quarter, then down to 0 at three quarters, and 0 at the end.
+
+    Args:
+        rate: Share at the start.
+        progress: Share of training done, in [0, 1].
+
+    Example:
+        >>> [token_dropout(0.75, progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
+        [0.75, 0.75, 0.375, 0.0, 0.0]
+    """
+    return rate * min(1.0, max(0.0, (0.75 - progress) / 0.5))
+
+
 def warmed_up(start: float, end: float, step: float, steps: float) -> float:
     """Straight line from ``start`` at step 0 to ``end`` at the last step of the warm-up, then ``end``.
 

@@ -27,6 +27,7 @@ from ssl_lightning import (
     DeepClusterV2,
     DigitsData,
     DINOv2,
+    Distillation,
     FakeData,
     GramAnchoring,
     ImageTokenizer,
@@ -77,19 +78,20 @@ SWIN: dict[str, Any] = {
 TOKENS = {"num_tokens": 32, "token_dim": 8, "decoder_dim": 16}
 
 
-def _tokenizer() -> str:
-    """Checkpoint of an untrained tokenizer, the same in every process."""
+def _untrained(name: str, method: type[SSLModule], **kwargs: Any) -> str:
+    """Checkpoint of an untrained method, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = ImageTokenizer(**BACKBONE, **TOKENS)
-    file = Path(tempfile.mkdtemp()) / "tokenizer.ckpt"
+        module = method(**kwargs)
+    file = Path(tempfile.mkdtemp()) / f"{name}.ckpt"
     atexit.register(shutil.rmtree, file.parent, ignore_errors=True)
-    told = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": L.__version__}
-    torch.save({"state_dict": module.state_dict(), **told}, file)
+    described = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": L.__version__}
+    torch.save({"state_dict": module.state_dict(), **described}, file)
     return str(file)
 
 
-TOKENIZER = _tokenizer()
+TOKENIZER = _untrained("tokenizer", ImageTokenizer, **BACKBONE, **TOKENS)
+TEACHER = _untrained("teacher", SimCLR, **BACKBONE)
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
@@ -105,6 +107,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     DeepClusterV2: {"num_prototypes": 16, "prototype_sets": 3, "hidden_dim": 32, "projector_dim": 16},
     DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    Distillation: {"teacher": TEACHER},
     GramAnchoring: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "gram_start": 0.5},
     IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     IJEPA: {**VIT, "predictor_dim": 24, "predictor_depth": 1, "min_context": 1},

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.pairs import view_sources
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Augmentation, Draws, draw, uniforms
+from ssl_lightning.data.resolution import Stages
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.seeding import generators_put_back
@@ -27,15 +28,23 @@ class ViewMaker:
         specs: The views.
         seed: Seed of all random decisions.
         paired: Whether each image comes with a partner, which other views show.
+        stages: The views of each epoch, if their size changes. Nothing else changes with it.
 
     Attributes:
         sources: ``(V,)`` for each view 0 if it shows the image, 1 if it shows the partner.
     """
 
-    def __init__(self, specs: Sequence[ViewSpec], seed: int, paired: bool = False) -> None:
+    def __init__(
+        self, specs: Sequence[ViewSpec], seed: int, paired: bool = False, stages: Stages | None = None
+    ) -> None:
         self.specs, self.seed = specs, seed
+        self.stages = stages or Stages(tuple(specs))
         self.needs_pixels = any(spec.rand_augment for spec in specs)
         self.sources = view_sources(specs) * paired
+
+    def sizes(self, epoch: int) -> list[int]:
+        """Side in pixels of the views of each ViewSpec in an epoch."""
+        return [spec.size for spec in self.stages.at(epoch)]
 
     def image_rows(self, batch_size: int) -> list[NDArray[np.int64]]:
         """For each ViewSpec ``(count * B,)``: which of the B images, followed by their partners, each view shows."""
@@ -84,7 +93,7 @@ class ViewMaker:
         all_boxes, augmentations = self.draw(epoch, indices, heights, widths)
         crops: list[Tensor] = []
         all_rows = self.image_rows(len(indices))
-        specs_and_boxes = list(zip(self.specs, all_boxes, all_rows, strict=True))
+        specs_and_boxes = list(zip(self.stages.at(epoch), all_boxes, all_rows, strict=True))
         bottoms = np.zeros(len(images), np.int64)
         for _, boxes, rows in specs_and_boxes:
             np.maximum.at(bottoms, rows, boxes[:, 0] + boxes[:, 2])

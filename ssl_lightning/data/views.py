@@ -170,6 +170,8 @@ _MOCO_V2 = ViewSpec(
     grayscale=0.2,
     blur=0.5,
 )
+# Without blur and solarize, which hide from a teacher what it could teach.
+_DISTILLATION = replace(_BARLOW, scale=(0.25, 1.0), blur=0.0)
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
 _RESA_WEAK = ViewSpec(scale=(0.2, 1.0), interpolation="bilinear")
 _RESA_STRONG = replace(_BARLOW, scale=(0.2, 1.0), blur=0.5, solarize=0.2)
@@ -221,6 +223,7 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
     "capi": (ViewSpec(scale=(0.6, 1.0)),),
+    "distillation": (_DISTILLATION,),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),
@@ -261,6 +264,7 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
     "simdino": (_CIFAR_FIRST, _CIFAR_SECOND),
     "resa": (_RESA_CIFAR_WEAK, _RESA_CIFAR_STRONG),
+    "distillation": (replace(_CIFAR_FIRST, scale=(0.25, 1.0)),),
     "mae": (_cifar(ViewSpec()),),
     # The released code pads the image by 4 px and crops 32 px; here the crops have at least 28 px.
     "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),
@@ -331,6 +335,16 @@ def _resized(spec: ViewSpec, ratio: float, image_size: int, patch: int) -> ViewS
     if ratio < 1 and size % patch:
         before, size = size, _rounded(image_size * ratio, patch)
         rank_zero_info(f"local crops have {size} px instead of {before}: the backbone has patches of {patch} px.")
+    return with_side(spec, size)
+
+
+def with_side(spec: ViewSpec, size: int) -> ViewSpec:
+    """A view at another size, with a blur kernel that fits into it.
+
+    Args:
+        spec: The view.
+        size: Side in pixels.
+    """
     widest = 2 * ((size - 1) // 2) - 1  # a reflected border must be narrower than the image
     return replace(spec, size=size, blur_kernel=min(spec.blur_kernel, max(widest, 1)))
 

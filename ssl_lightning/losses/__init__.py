@@ -40,7 +40,16 @@ from ssl_lightning.losses.redundancy import (
     simdino_patches,
     vicreg,
 )
-from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
+from ssl_lightning.losses.regression import (
+    byol,
+    distillation,
+    ijepa,
+    lejepa,
+    mae,
+    negative_cosine,
+    simmim,
+    vector_quantization,
+)
 from ssl_lightning.losses.regularizers import gram, koleo, sigreg, visreg
 
 __all__ = [
@@ -56,6 +65,7 @@ __all__ = [
     "cross_view",
     "deepcluster_v2",
     "dino",
+    "distillation",
     "entropy",
     "expansion",
     "gram",

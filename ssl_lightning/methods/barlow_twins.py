@@ -28,6 +28,7 @@ class BarlowTwins(SSLModule):
     """
 
     views = "barlow_twins"
+    drops_tokens = True
     remedies = "wider projections, a lambd near 0.005, a lower learning rate, above all of biases and norms"
     global_views = 2
     batch_norm = "global"

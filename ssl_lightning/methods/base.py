@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_lightning.backbones import checkpointing, initialization
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.own import Backbone, is_own, name_of
+from ssl_lightning.backbones.token_dropout import add_token_dropout
 from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.backbones.trainable import Choice, chosen, restrict
 from ssl_lightning.checkpoints import check_fit, describe, rename
@@ -47,6 +48,9 @@ class SSLModule(StepTools):
             trains everything from the first step.
         trainable: What trains of the backbone: ``all``; ``norms``; the ``last_blocks``; or ``lora``, low-rank updates
             of a ViT's attention. Everything else in it is frozen and needs little memory; heads always train.
+        token_dropout: Share of the patches of each view that the student of a ViT does not see in the first quarter of
+            the training, for speed; from there it falls to 0 at three quarters. 0.75 is usual. Teachers and
+            evaluation always see all patches. For methods that predict no patches.
     """
 
     # What the paper prescribes
@@ -81,6 +85,9 @@ class SSLModule(StepTools):
 
     # What the code permits
 
+    drops_tokens: bool = False
+    """Whether ``token_dropout`` may hide patches from the backbone: it must be called as a whole."""
+
     shardable: bool = True
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
@@ -109,6 +116,7 @@ class SSLModule(StepTools):
         init_from: str | None = None,
         continued: Continued | None = None,
         trainable: Choice = "all",
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
@@ -140,6 +148,9 @@ class SSLModule(StepTools):
             restrict(self.backbone, self.trainable, self.continued is not None and self.continued.train_patch_embed)
         if checkpoint_blocks:
             checkpointing.checkpoint_blocks(self.backbone)
+        self.token_dropout = token_dropout
+        if token_dropout:
+            add_token_dropout(self, token_dropout)
 
     # The contract of a method
 

@@ -32,6 +32,7 @@ class BYOL(SSLModule):
     """
 
     views = "byol"
+    drops_tokens = True
     collapsed_loss = 0.0
     remedies = "a predictor, BatchNorm in projector and predictor, a momentum of 0.99 or more, a lower learning rate"
     global_views = 2

@@ -38,6 +38,7 @@ class LeJEPA(SSLModule):
     """
 
     views = "lejepa"
+    drops_tokens = True
     remedies = "a larger sigreg_weight (0.02 to 0.1), a larger batch, a lower learning rate"
     global_views = 2
     local_views = True

@@ -38,6 +38,7 @@ class MoCoV2(SSLModule):
     """
 
     views = "moco_v2"
+    drops_tokens = True
     remedies = "a temperature near 0.2, a momentum of 0.99 to 0.999, a queue no longer than the data set"
     global_views = 2
     batch_norm = "per_process"

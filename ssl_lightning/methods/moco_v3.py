@@ -41,6 +41,7 @@ class MoCoV3(SSLModule):
     """
 
     views = "moco_v3"
+    drops_tokens = True
     remedies = "a lower learning rate or a longer warm-up, a temperature of 0.2 to 1, for ViTs fixed patch projections"
     global_views = 2
     batch_norm = "global"

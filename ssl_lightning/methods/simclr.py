@@ -34,6 +34,7 @@ class SimCLR(SSLModule):
     """
 
     views = "simclr"
+    drops_tokens = True
     remedies = "a temperature of 0.1 to 0.5, a lower learning rate or a longer warm-up, crops that share content"
     global_views = 2
     batch_norm = "global"

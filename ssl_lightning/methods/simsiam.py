@@ -30,6 +30,7 @@ class SimSiam(SSLModule):
     """
 
     views = "simsiam"
+    drops_tokens = True
     collapsed_loss = -1.0
     remedies = (
         "BatchNorm in the projector's every layer, a predictor at a constant learning rate, a lower learning rate"

@@ -84,8 +84,8 @@ def _summary(history: History) -> list[tuple[str, str, str]]:
     if (loss := history.last("train/loss")) is not None:
         chance = "" if history.chance_loss is None else f"chance {history.chance_loss:.4g}"
         facts.append(("loss", f"{loss:.4g}", chance))
-    for key, name in [*PROBES.items()][:2]:
-        if points := history.run.metrics.get(key):
+    for key, name in PROBES.items():
+        if key != "val/linear_top5" and (points := history.run.metrics.get(key)):
             best = max(points, key=lambda point: point.value)
             after = "" if best.epoch is None else f", epoch {best.epoch + 1}"
             remark = "" if best.value == points[-1].value else f"best {100 * best.value:.1f} %{after}"

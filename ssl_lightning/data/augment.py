@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,14 +30,21 @@ def augment(images: Tensor, numbers: Augmentation, spec: ViewSpec, out: Tensor |
     Returns:
         ``(N, C, S, S)``, float32, normalized.
     """
-    x = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(255)  # (N, C, S, S) in [0, 1]
-    for operation, rows, amounts in _steps(numbers, spec, images.device):
-        if len(rows) == len(x):
+    single = len(images) == 1 and images.device.type == "cpu"
+    if single and numbers.flip[0]:  # now, while a value is a byte
+        images, numbers = flip(images), numbers._replace(flip=np.zeros(1, np.bool_))
+    if out is None:
+        out = torch.empty(images.shape, device=images.device)
+    x = out.copy_(images).div_(255)  # (N, C, S, S) in [0, 1]
+    for operation, rows, amounts in _steps(numbers, spec, images.device, single):
+        if rows is None:
             x = operation(x, *amounts)
         else:
             x.index_copy_(0, rows, operation(x.index_select(0, rows), *amounts))
     if any(spec.mean):  # SimCLR's is 0
         x.sub_(_channels(spec.mean, x.device))
+    if x is out and all(std == 1 for std in spec.std):  # also SimCLR's
+        return out
     return torch.mul(x, _scale(spec, x.device), out=out)
 
 
@@ -45,10 +53,13 @@ _Drawn = tuple[Callable[..., Tensor], NDArray[np.bool_], list[NDArray[np.float32
 
 
 def _steps(
-    numbers: Augmentation, spec: ViewSpec, device: torch.device
-) -> Iterator[tuple[Callable[..., Tensor], Tensor, list[Tensor]]]:
-    """The operations of a view in order, each with the rows it applies to and its strengths if they are random."""
-    blurring = functools.partial(blur, kernel=spec.blur_kernel)
+    numbers: Augmentation, spec: ViewSpec, device: torch.device, single: bool
+) -> Iterator[tuple[Callable[..., Tensor], Tensor | None, list[Tensor]]]:
+    """The operations of a view in order, each with the rows it applies to and its strengths if they are random.
+
+    None means all rows. A single image skips what is only needed to pick rows.
+    """
+    blurring = functools.partial(blur, kernel=spec.blur_kernel, widest=float(numbers.sigmas.max(initial=0)))
     solarizing = functools.partial(solarize, threshold=spec.solarize_threshold / 255)
     gray: list[_Drawn] = [(grayscale, numbers.grayscale, [])]
     jitter: list[_Drawn] = [
@@ -66,9 +77,14 @@ def _steps(
         (solarizing, numbers.solarize, []),
     ]
     for operation, where, amounts in drawn:
+        if single:
+            if where[0]:
+                yield operation, None, [torch.from_numpy(amount) for amount in amounts]
+            continue
         rows = where.nonzero()[0]
         if len(rows):
-            yield operation, _to_device(rows, device), [_to_device(amount[rows], device) for amount in amounts]
+            strengths = [_to_device(amount[rows], device) for amount in amounts]
+            yield operation, None if len(rows) == len(where) else _to_device(rows, device), strengths
 
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
@@ -177,7 +193,7 @@ def grayscale(images: Tensor) -> Tensor:
     return images.copy_(to_gray(images))
 
 
-def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
+def blur(images: Tensor, sigmas: Tensor, kernel: int, widest: float | None = None) -> Tensor:
     """Gaussian blur with a reflected border, and a standard deviation for each image.
 
     Each image has its own kernel, so the blur is a product with band matrices. Images are cut into pieces, so that the
@@ -187,22 +203,36 @@ def blur(images: Tensor, sigmas: Tensor, kernel: int) -> Tensor:
         images: ``(N, C, H, W)``.
         sigmas: ``(N,)`` standard deviations in pixels.
         kernel: Number of taps, odd.
+        widest: The largest standard deviation, if it is known without waiting for the device. The products are
+            smaller for a smaller one.
     """
     taps = torch.arange(kernel, device=images.device) - kernel // 2
     weights = torch.exp(-0.5 * (taps / sigmas[:, None]) ** 2)  # (N, K)
     weights = weights * (weights > 1e-9)  # arithmetic with denormal numbers is slow
     weights = weights / weights.sum(1, keepdim=True)
-    height, width = images.shape[-2:]
+    channels, height, width = images.shape[1:]
     rows = _band(weights, height)
     columns = (rows if width == height else _band(weights, width)).mT
-    reach = kernel // 2
-    images = torch.cat([images[..., read] @ columns[:, None, read, piece] for piece, read in _pieces(width, reach)], -1)
-    return torch.cat([rows[:, None, piece, read] @ images[..., read, :] for piece, read in _pieces(height, reach)], -2)
+    reach = kernel // 2 if widest is None else min(kernel // 2, math.ceil(_REACH * widest))
+    lines = images.flatten(1, 2)  # (N, C * H, W)
+    blurred = torch.empty_like(lines)
+    for piece, read in _pieces(width, reach):
+        torch.bmm(lines[..., read], columns[:, read, piece], out=blurred[..., piece])
+    # the channels next to each other, so that a product has long lines
+    lines = blurred.unflatten(1, (channels, height)).transpose(1, 2).flatten(2)  # (N, H, C * W)
+    blurred = torch.empty_like(lines)
+    for piece, read in _pieces(height, reach):
+        torch.bmm(rows[:, piece, read], lines[:, read], out=blurred[:, piece])
+    return blurred.unflatten(2, (channels, width)).transpose(1, 2)
+
+
+_REACH = 6.44
+"""Beyond this number of standard deviations, a weight is below 1e-9 of the largest."""
 
 
 def _pieces(size: int, reach: int) -> list[tuple[slice, slice]]:
-    """Cut a line into pieces of up to 96 pixels; with each piece, the pixels that its convolution reads."""
-    count = -(-size // 96)
+    """Cut a line into pieces of up to 56 pixels; with each piece, the pixels that its convolution reads."""
+    count = -(-size // 56)
     cuts = [size * piece // count for piece in range(count + 1)]
     return [(slice(start, end), slice(max(0, start - reach), end + reach)) for start, end in itertools.pairwise(cuts)]
 

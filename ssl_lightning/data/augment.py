@@ -75,6 +75,7 @@ def chunks(images: Tensor) -> list[slice]:
 
 
 def _normalize_into(out: Tensor, x: Tensor, spec: ViewSpec) -> None:
+    """Write ``x``, which may share memory with ``out``, normalized to ``out``."""
     if any(spec.mean):  # SimCLR's is 0, and its standard deviation 1
         x.sub_(_channels(spec.mean, x.device))
     if any(std != 1 for std in spec.std):
@@ -262,7 +263,7 @@ def blur(images: Tensor, sigmas: Tensor, kernel: int, widest: float = math.inf) 
         images: ``(N, C, H, W)``.
         sigmas: ``(N,)`` standard deviations in pixels.
         kernel: Number of taps, odd.
-        widest: Largest standard deviation, if it is known without waiting for the device: a small one saves time.
+        widest: At least the largest standard deviation. The products are smaller for a small one.
     """
     return _convolved(images, _blur_weights(sigmas, kernel), _reach(kernel, widest))
 

@@ -180,6 +180,19 @@ def test_whole_preset_equals_torchvision(name: str, image_size: int) -> None:
             assert difference.max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["simclr", "npid", "aerial"])
+def test_large_images_on_the_cpu_change_as_small_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(AERIAL, size=152) if name == "aerial" else preset(name, 152)[0]
+    crops = torch.randint(256, (8, 3, 152, 152), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    before, numbers = crops.clone(), drawn(spec, 8).augmentation
+    result = ours.augment(crops, numbers, spec)
+    assert torch.equal(crops, before)
+    monkeypatch.setattr(ours, "_LARGE", 2**20)
+    for row in range(8):
+        expected = ours.augment(crops[row : row + 1], numbers.select(slice(row, row + 1)), spec)
+        assert torch.equal(result[row : row + 1], expected)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_operations_are_as_frequent_as_the_paper_says(name: str) -> None:
     count = 10_000

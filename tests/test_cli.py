@@ -503,7 +503,10 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         ),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
         (["--model", "SimCLR", "--model.temperature", "warm"], "--model.temperature warm: expected a number"),
-        (["--model", "SimCLR", "--model.backbone_kwargs", "{a:1}"], "backbone_kwargs: expected names with values, {A: 1,"),
+        (
+            ["--model", "SimCLR", "--model.backbone_kwargs", "{a:1}"],
+            "backbone_kwargs: expected names with values",
+        ),
         (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
         (
             ["--config", "wrong.yaml"],

@@ -1,5 +1,6 @@
 """Which images of a data module are evaluated, and what is cached of them."""
 
+import functools
 import hashlib
 import zipfile
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class PlainSets(L.LightningDataModule):
 
     def loaders(self) -> list[Callable[[], Any]]:
         """What makes the loader of each set."""
-        return [lambda number=number: self.data.predict_dataloader()[number] for number in range(len(self.sets))]
+        whole = self.data.predict_dataloader()
+        return [functools.partial(whole.__getitem__, number) for number in range(len(self.sets))]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalize on the device."""

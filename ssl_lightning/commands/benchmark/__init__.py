@@ -41,7 +41,8 @@ def _with_model_kwargs(words: Sequence[str]) -> list[str]:
     Args:
         words: The command line after ``benchmark``.
     """
-    left, arguments = [], {}
+    left: list[str] = []
+    arguments: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")

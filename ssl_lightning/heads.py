@@ -12,7 +12,11 @@ from ssl_lightning.distributed import reduced
 
 
 def mlp(
-    widths: Sequence[int], bias: bool = False, last_bias: bool = False, last_norm: nn.Module | None = None
+    widths: Sequence[int],
+    bias: bool = False,
+    last_bias: bool = False,
+    last_norm: nn.Module | None = None,
+    gelu: bool = False,
 ) -> nn.Sequential:
     """Linear layers with BatchNorm and ReLU between them: the projector and predictor of most methods.
 
@@ -23,6 +27,7 @@ def mlp(
         bias: Whether the hidden linear layers have a bias.
         last_bias: Whether the last linear layer has a bias.
         last_norm: Module after the last linear layer, if the paper has one.
+        gelu: Whether GELU takes the place of ReLU.
 
     Example:
         >>> projector = mlp([2048, 4096, 256], bias=True)  # BYOL's
@@ -31,11 +36,36 @@ def mlp(
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths[:-1]):
-        layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
+        activation = nn.GELU() if gelu else nn.ReLU(inplace=True)
+        layers += [nn.Linear(width_in, width_out, bias=bias), nn.BatchNorm1d(width_out), activation]
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm is not None:
         layers.append(last_norm)
     return nn.Sequential(*layers)
+
+
+def gelu_mlp(embed_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
+    """Three linear layers with GELU between them, initialized as in DINO's released code.
+
+    Args:
+        embed_dim: Width of the features.
+        hidden_dim: Width of the two hidden layers.
+        output_dim: Width of the output.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in gelu_mlp(768, 2048, 256).parameters())  # SimDINO's head of a ViT-B
+        6295808
+    """
+    layers = nn.Sequential(
+        *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
+        *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
+        nn.Linear(hidden_dim, output_dim),
+    )
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return layers
 
 
 class DINOHead(nn.Module):
@@ -62,15 +92,7 @@ class DINOHead(nn.Module):
         self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last_layer: bool
     ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
-            *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.mlp = gelu_mlp(embed_dim, hidden_dim, bottleneck_dim)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))  # their direction
         nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as a linear layer of torch
         self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)
@@ -126,6 +148,34 @@ class IBOTHead(DINOHead):
     def of_patches(self, features: Tensor) -> Tensor:
         """Logits ``(..., K)`` of patches ``(..., embed_dim)``."""
         return self._logits(features, self.patch_prototypes, self.patch_prototype_norms)
+
+
+class PrototypeHead(nn.Module):
+    """Similarities of vectors, scaled to unit norm, to prototypes whose norms are learned.
+
+    The head of CAPI's student: DINO's last layer without the layers before it.
+
+    Args:
+        embed_dim: Width of the vectors.
+        num_prototypes: Number of outputs K.
+
+    Example:
+        >>> head = PrototypeHead(8, num_prototypes=32)
+        >>> logits = head(torch.randn(2, 5, 8))  # cosine similarities, as the norms begin at 1
+        >>> logits.shape, bool(logits.abs().max() < 1.001)
+        (torch.Size([2, 5, 32]), True)
+    """
+
+    def __init__(self, embed_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, embed_dim))  # their direction
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Logits ``(..., K)`` of vectors ``(..., embed_dim)``."""
+        prototypes = F.normalize(self.prototypes, dim=1) * self.prototype_norms  # (K, embed_dim)
+        return F.linear(F.normalize(vectors, dim=-1), prototypes)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

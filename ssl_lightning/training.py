@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ssl_lightning.backbones import own
 from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.low_rank import merge
 from ssl_lightning.backbones.token_dropout import TokenDropout
 from ssl_lightning.backbones.tokens import only_size
 from ssl_lightning.batch_norm import SyncBatchNorm
@@ -283,14 +284,16 @@ def begin_with(method: Any, source: str) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    own_network = copy.deepcopy(method.backbone) if method.own_backbone else None
+    own_network = merge(copy.deepcopy(method.backbone)) if method.own_backbone else None
     try:
         weights: Any = weights_for(source, own_network or method.hparams["backbone"], method.hparams["backbone_kwargs"])
     except UserError as error:
         raise UserError(f"--model.init_from {source} does not fit the model: {error}") from error
+    adapted = method.trainable is not None and method.trainable.lora is not None  # whose updates are not in the source
+    options = StateDictOptions(full_state_dict=True, strict=not adapted)
     for part in (method.backbone, getattr(method, "teacher_backbone", None)):
         if part is not None:
-            set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
+            set_model_state_dict(part, weights, options=options)  # sharded ones, too
     rank_zero_info(f"{type(method).__name__} begins with the backbone of {source}")
 
 

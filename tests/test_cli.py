@@ -281,11 +281,13 @@ def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
 
 PUBLISHED = {
     "npid": {"cifar10_", "imagenet_"},
+    "resa": {"cifar10_", "imagenet_"},
     "rotnet": {"cifar10_", "imagenet_"},
     **{
         method: {"imagenet_"}
         for method in (
             "beit",
+            "capi",
             "dinov2",
             "distillation",
             "gram_anchoring",
@@ -294,7 +296,10 @@ PUBLISHED = {
             "image_tokenizer",
             "jigsaw",
             "lejepa",
+            "simdino",
+            "simdinov2",
             "simmim",
+            "visreg",
         )
     },
 }

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
@@ -25,6 +27,7 @@ from ssl_lightning import (
     ViewSpec,
 )
 from ssl_lightning.data.batches import Views
+from ssl_lightning.data.crops import ViewMaker
 from ssl_lightning.data.datasets import PlainDataset
 from ssl_lightning.data.decoding import open_image
 from ssl_lightning.data.images import ImageArray
@@ -197,6 +200,40 @@ def test_jpegs_are_decoded_as_pillow_does(photos: Path, mode: str, options: dict
     image = open_image(content.getvalue())
     for rows in range(1, 78):
         assert (image.decode(rows).permute(1, 2, 0).numpy()[:rows] == expected[:rows]).all()
+
+
+@pytest.mark.parametrize("size", [(123, 77), (17, 33), (3, 1)])
+@pytest.mark.parametrize("colors", ["444", "422", "420", "440", "411", "Gray", "restarts"])
+def test_rows_that_are_not_decoded_change_no_pixel(photos: Path, colors: str, size: tuple[int, int]) -> None:
+    photo, content = Image.open(photos / "flower" / "00.jpg").resize(size), io.BytesIO()
+    if colors == "restarts":
+        photo.save(content, "jpeg", restart_marker_blocks=2)
+    else:
+        pixels = np.asarray(photo)[..., : 1 if colors == "Gray" else 3].copy()
+        content.write(simplejpeg.encode_jpeg(pixels, 90, "GRAY" if colors == "Gray" else "RGB", colors))
+    expected = np.asarray(Image.open(content).convert("RGB"))
+    image = open_image(content.getvalue())
+    for rows in range(1, size[1] + 1):
+        assert (image.decode(rows).permute(1, 2, 0).numpy()[:rows] == expected[:rows]).all()
+    if size[1] == 77:
+        with pytest.raises(OSError, match=r"(?i)truncated"):  # although the first row is there
+            open_image(content.getvalue()[:-40]).decode(1)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_equal_crops_of_the_whole_image(photos: Path, interpolation: Any) -> None:
+    spec = ViewSpec(size=24, count=20, scale=(0.01, 1.0), interpolation=interpolation)
+    files = sorted((photos / "flower").iterdir())[:4]
+    (crops,), _ = ViewMaker([spec], 0).crop(0, np.arange(4), [open_image(file.read_bytes()) for file in files])
+    whole = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
+    heights, widths = np.array([image.shape[1:] for image in whole]).T
+    (boxes,), _ = ViewMaker([spec], 0).draw(0, np.arange(4), heights, widths)
+    assert (boxes[:, 0] + boxes[:, 2] == heights[np.arange(80) % 4]).any()  # some touch the lower border
+    for row, (crop, (top, left, height, width)) in enumerate(zip(crops, boxes.tolist(), strict=True)):
+        part = whole[row % 4][None, :, top : top + height, left : left + width]
+        part = part.contiguous(memory_format=torch.channels_last)
+        expected = F.interpolate(part, (24, 24), mode=interpolation, antialias=True)[0]
+        assert torch.equal(crop, expected)
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

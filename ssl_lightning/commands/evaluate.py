@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> None:
         protocol.add_class_arguments(Evaluation)
         protocol.add_method_arguments(Evaluation, name)
         protocols.add_subcommand(name, protocol, help=protocol.description)
-    options = parser.parse_args(_with_data_of_the_run(words))
+    options = parser.parse_args(_with_data_of_the_run([*words]))
     name = options.subcommand
     arguments = vars(parser.instantiate(options)[name])
     arguments.pop("config", None)

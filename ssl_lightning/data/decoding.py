@@ -154,15 +154,15 @@ class _Jpeg(NamedTuple):
     width: int
     height_field: int
     """Position in the file of the two bytes with the height; 0 if the file cannot be decoded from the top only."""
-    block: int
-    """Number of rows that are coded together."""
+    margin: int
+    """Number of rows below the last needed row that the upsampling of its colors reads."""
 
 
 def _plain_jpeg(data: bytes) -> _Jpeg | None:
     """The header of a JPEG that libjpeg-turbo decodes exactly as Pillow does; None for any other file."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    field = block = components = 0
+    field = margin = components = 0
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF and data[position + 1] != _START_OF_SCAN:
         marker = data[position + 1]
@@ -175,7 +175,7 @@ def _plain_jpeg(data: bytes) -> _Jpeg | None:
                     return None
         elif marker in _SEQUENTIAL:
             field, components = position + 5, data[position + 9]
-            block = 8 * max(data[position + 11 + 3 * number] & 15 for number in range(components))
+            margin = 2 * max(data[position + 11 + 3 * number] & 15 for number in range(components))
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -185,7 +185,7 @@ def _plain_jpeg(data: bytes) -> _Jpeg | None:
         return None
     # Complete, and with all components in one scan: then the rows are stored from top to bottom.
     top_down = b"\xff\xd9" in data[-1024:] and data[position + 4 : position + 5] == bytes([components])
-    return _Jpeg(height, width, field if top_down else 0, block)
+    return _Jpeg(height, width, field if top_down else 0, margin)
 
 
 _SEQUENTIAL, _START_OF_SCAN, _APP1 = (0xC0, 0xC1), 0xDA, 0xE1
@@ -197,7 +197,7 @@ def _decode_jpeg(data: bytes, jpeg: _Jpeg, rows: int) -> Tensor:
     Measured on one core, 500x375 photos: simplejpeg 1.75 ms, OpenCV 1.8, torchvision 1.9, Pillow 2.6, all with equal
     pixels; simplejpeg 1.0 for the upper half. Faster upsampling, or scaling while decoding, changes the pixels.
     """
-    needed = (rows // jpeg.block + 2) * jpeg.block if jpeg.block else jpeg.height  # upsampling reads one row further
+    needed = rows + jpeg.margin
     try:
         if jpeg.height_field and needed < jpeg.height:
             head, tail = data[: jpeg.height_field], data[jpeg.height_field + 2 :]

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -16,6 +15,8 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
         clusters: ``(N,)`` whole numbers.
         labels: ``(N,)`` whole numbers.
     """
+    from scipy.optimize import linear_sum_assignment  # only here: help texts should not wait for it
+
     clusters, labels = (torch.as_tensor(values).cpu().unique(return_inverse=True)[1] for values in (clusters, labels))
     table = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
     np.add.at(table, (clusters.numpy(), labels.numpy()), 1)

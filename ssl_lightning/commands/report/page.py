@@ -77,6 +77,8 @@ def _summary(history: History) -> list[tuple[str, str, str]]:
         ("data", data_name, ", ".join(counts)),
         ("pairs", *(data.get("pairs") or ": ").rsplit(": ", 1)),
         ("views", data.get("transform"), "by --data.transform"),
+        ("trains", start.get("trains"), "by --model.trainable"),
+        ("stages", start.get("stages"), "by --model.continued"),
         ("epoch", str(done), f"of {planned}" if planned else ""),
     ]
     if (loss := history.last("train/loss")) is not None:

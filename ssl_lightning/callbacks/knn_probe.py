@@ -1,6 +1,5 @@
 """k-nearest-neighbor accuracy of the features while the method trains."""
 
-import functools
 from typing import Any
 
 import lightning as L
@@ -50,21 +49,29 @@ class KNNProbe(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Measure the accuracy of what the method is compared with, before the first step."""
-        if self.num_classes is None or trainer.global_step > 0 or not hasattr(pl_module, "references"):
+        if self.num_classes is None or trainer.global_step > 0 or not trainer.enable_validation:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined] # which has labels
         self._references = {}
+        references: dict[str, Any] = getattr(pl_module, "references", {})
         trainer.strategy.on_validation_start()  # which gathers what is sharded
         with in_eval_mode(pl_module), torch.no_grad():
-            for name, reference in pl_module.references.items():
-                banks = data.train_labelled_dataloader(self.max_samples), data.val_dataloader()
-                bank, images = (plain_features(trainer, pl_module, loader, reference) for loader in banks)
-                known = images.labels >= 0
-                if len(bank.features) and known.any():
-                    classify = functools.partial(knn_predict, bank.features, bank.labels, images.features[known])
-                    predicted = classify(self.num_classes, self.k, self.temperature)
-                    self._references[name] = float((predicted == images.labels[known]).float().mean())
+            for name, reference in references.items():
+                if (accuracy := self._accuracy(trainer, pl_module, reference)) is not None:
+                    self._references[name] = accuracy
         trainer.strategy.on_validation_end()
+
+    def _accuracy(self, trainer: L.Trainer, pl_module: Any, reference: Any) -> float | None:
+        """The accuracy of another network; None if there is nothing to search."""
+        bank, bank_labels = self._bank(trainer, pl_module, reference)
+        data: Any = getattr(trainer, "datamodule", None)
+        images = plain_features(trainer, pl_module, data.val_dataloader(), reference)
+        known = images.labels >= 0
+        if len(bank) == 0 or not known.any():
+            return None
+        assert self.num_classes is not None
+        features = images.features[known]
+        predicted = knn_predict(bank, bank_labels, features, self.num_classes, self.k, self.temperature)
+        return float((predicted == images.labels[known]).float().mean())
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured before the first step."""
@@ -118,7 +125,7 @@ class KNNProbe(L.Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Tensor, Tensor]:
+    def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule, reference: Any = None) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
         data: Any = getattr(trainer, "datamodule", None)
-        return plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples))[:2]
+        return plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)[:2]

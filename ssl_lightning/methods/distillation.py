@@ -54,7 +54,7 @@ class Distillation(SSLModule):
     """
 
     views, global_views = "distillation", 1
-    remedies = "a smaller student rate of drop path, a higher learning rate, a teacher that sees larger images"
+    remedies = "less drop path, a higher learning rate, a teacher that sees larger images"
     unsaved_arguments = ("teacher",)
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -80,14 +80,11 @@ class Distillation(SSLModule):
             FrozenTeacher, kwargs=teacher_kwargs or {}, size=teacher_size, channels=teacher_channels
         )
         self._teachers: tuple[FrozenTeacher, ...] = ()  # in a tuple, so that they are no part of the method
-        self.projectors, self.teacher_statistics = (
-            nn.ModuleDict(),
-            nn.ModuleDict(),
-        )  # once the teachers' widths are known
-        mean, std = image_transform_of(self.backbone)["mean"], image_transform_of(self.backbone)["std"]
-        known = len(mean) == self.in_chans
-        self.register_buffer("pixel_mean", torch.tensor(mean if known else [0.0] * self.in_chans).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(std if known else [1.0] * self.in_chans).view(-1, 1, 1), False)
+        self.projectors, self.teacher_statistics = nn.ModuleDict(), nn.ModuleDict()  # of the teachers' widths
+        usual = image_transform_of(self.backbone)  # ImageNet's
+        for name, other in (("mean", 0.0), ("std", 1.0)):
+            values = torch.tensor(usual[name] if self.in_chans == 3 else [other] * self.in_chans)
+            self.register_buffer(f"pixel_{name}", values.view(-1, 1, 1), persistent=False)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Distances from the teachers' standardized features: of whole images, and of places."""

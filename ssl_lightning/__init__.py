@@ -40,14 +40,17 @@ from ssl_lightning.evaluation.detection import ObjectDetector
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.linear import LinearClassifier
 from ssl_lightning.evaluation.segmentation import SemanticSegmenter
+from ssl_lightning.lars import LARC, LARS
 from ssl_lightning.messages import drop_noise
 from ssl_lightning.methods.barlow_twins import BarlowTwins
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.methods.beit import BEiT
 from ssl_lightning.methods.byol import BYOL
+from ssl_lightning.methods.capi import CAPI
 from ssl_lightning.methods.deepcluster_v2 import DeepClusterV2
 from ssl_lightning.methods.dino import DINO
 from ssl_lightning.methods.dinov2 import DINOv2
+from ssl_lightning.methods.distillation import Distillation
 from ssl_lightning.methods.gram_anchoring import GramAnchoring
 from ssl_lightning.methods.ibot import IBOT
 from ssl_lightning.methods.ijepa import IJEPA
@@ -59,13 +62,17 @@ from ssl_lightning.methods.moco_v2 import MoCoV2
 from ssl_lightning.methods.moco_v3 import MoCoV3
 from ssl_lightning.methods.nnclr import NNCLR
 from ssl_lightning.methods.npid import NPID
+from ssl_lightning.methods.resa import ReSA
 from ssl_lightning.methods.rotnet import RotNet
 from ssl_lightning.methods.simclr import SimCLR
+from ssl_lightning.methods.simdino import SimDINO
+from ssl_lightning.methods.simdinov2 import SimDINOv2
 from ssl_lightning.methods.simmim import SimMIM
 from ssl_lightning.methods.simsiam import SimSiam
 from ssl_lightning.methods.swav import SwAV
 from ssl_lightning.methods.vicreg import VICReg
-from ssl_lightning.optim import LARC, LARS, Optim
+from ssl_lightning.methods.visreg import VISReg
+from ssl_lightning.optim import Optim
 from ssl_lightning.strategies import FSDP2Strategy
 
 __version__ = "0.1.0"
@@ -74,6 +81,7 @@ drop_noise()
 
 __all__ = [
     "BYOL",
+    "CAPI",
     "DINO",
     "IBOT",
     "IJEPA",
@@ -93,6 +101,7 @@ __all__ = [
     "DatasetImages",
     "DeepClusterV2",
     "DigitsData",
+    "Distillation",
     "EmbeddingWriter",
     "Evaluation",
     "FSDP2Strategy",
@@ -120,6 +129,7 @@ __all__ = [
     "Optim",
     "Pictures",
     "ProgressBar",
+    "ReSA",
     "RotNet",
     "RunRecord",
     "SSLDataModule",
@@ -128,6 +138,8 @@ __all__ = [
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",
+    "SimDINO",
+    "SimDINOv2",
     "SimMIM",
     "SimSiam",
     "SwAV",
@@ -135,6 +147,7 @@ __all__ = [
     "TorchvisionData",
     "UserError",
     "VICReg",
+    "VISReg",
     "VOCDetectionData",
     "VOCSegmentationData",
     "ViewGrid",

@@ -127,15 +127,14 @@ def _nearest_config(path: str, package: Path) -> str:
 
 
 def underscored(words: Sequence[str]) -> list[str]:
-    """Write options with underscores: ``--image-size=32`` becomes ``--image_size=32``.
+    """Write options with underscores: ``--data.num-workers=2`` becomes ``--data.num_workers=2``.
 
     Args:
-        words: The command line.
+        words: The command line. Names in dictionaries, such as ``--model.backbone_kwargs.my-name``, stay as they are.
     """
-    split = [word.partition("=") for word in words]
     return [
-        f"--{option[2:].replace('-', '_')}{equals}{value}" if option.startswith("--") else option + equals + value
-        for option, equals, value in split
+        re.sub(r"^--(?![\w.]*kwargs\.)[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word)
+        for word in words
     ]
 
 

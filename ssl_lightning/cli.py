@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import CheckpointIO, LayerSync
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ssl_lightning.arguments import SSLArgumentParser, user_error, with_shipped_configs
+from ssl_lightning.arguments import SSLArgumentParser, underscored, user_error, with_shipped_configs
 from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.awaited_metrics import AwaitedMetrics
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
@@ -50,7 +50,7 @@ from ssl_lightning.runs import (
     version_of,
 )
 
-STANDALONE = ("benchmark", "compare", "evaluate", "export", "prepare", "report")
+STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report")
 """Commands without a Trainer: each is a module of ``commands``, imported only when it runs."""
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     quiet()
     try:
-        words = with_shipped_configs(sys.argv[1:] if arguments is None else arguments)
+        words = underscored(with_shipped_configs(sys.argv[1:] if arguments is None else arguments))
         if words and words[0] in STANDALONE:
             import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
             return

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_lightning.distributed import own_part, world_size
 from ssl_lightning.errors import UserError
 
 
@@ -65,6 +66,41 @@ def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, s
     return torch.from_numpy(mask)
 
 
+def inverse_block_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
+    """Mask all patches but a rectangle, which may lie across the border of the image.
+
+    Darcet et al. 2025, CAPI, and its released code: the rectangle has an aspect of 1/2 to 2, or what fits; of its
+    patches the last ones, row by row, are masked until the number is exact; then everything is shifted cyclically.
+
+    Args:
+        grid: Rows and columns of patches.
+        count: Number of patches to mask.
+        seed: Seed of the random numbers.
+
+    Returns:
+        ``(rows, columns)`` bool, true where masked.
+
+    Example:
+        >>> inverse_block_mask((4, 4), count=10, seed=1)
+        tensor([[False, False, False, False],
+                [False, False,  True,  True],
+                [ True,  True,  True,  True],
+                [ True,  True,  True,  True]])
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    (rows, columns), mask = grid, np.ones(grid, dtype=bool)
+    if visible := rows * columns - count:
+        fitting = visible / columns**2, rows**2 / visible  # smallest and largest height / width
+        low, high = (math.log(min(max(aspect, fitting[0]), fitting[1])) for aspect in (0.5, 2.0))
+        aspect = math.exp(random.uniform(low, high))
+        height, width = (math.ceil(math.sqrt(part) - 1e-9) for part in (visible * aspect, visible / aspect))
+        top, start = random.integers(rows - height + 1), random.integers(columns - width + 1)
+        cells = np.arange(height * width).reshape(height, width)
+        mask[top : top + height, start : start + width] = cells >= visible
+    shifts = random.integers(rows), random.integers(columns)
+    return torch.from_numpy(np.roll(mask, shifts, axis=(0, 1)))
+
+
 def random_mask(grid: tuple[int, int], count: int, seed: int) -> Tensor:
     """Mask single patches (the ``rand`` masks of iBOT's released code).
 
@@ -121,6 +157,41 @@ def random_masks(grid: tuple[int, int], counts: Iterable[int], seeds: Iterable[i
     return torch.stack([random_mask(grid, count, seed) for count, seed in zip(counts, seeds, strict=True)]).flatten(1)
 
 
+def global_crop_masks(
+    grid: tuple[int, int], images: int, mask_ratio: tuple[float, float], masked_share: float, generator: torch.Generator
+) -> Tensor:
+    """Mask rectangles in some of the two global crops of each image, with ratios that are spread evenly.
+
+    Oquab et al. 2023, DINOv2. The number of masked crops is exact over all processes.
+
+    Args:
+        grid: Rows and columns of patches.
+        images: Images B of this process.
+        mask_ratio: Smallest and largest share of patches to mask in a masked crop.
+        masked_share: Share of the crops that are masked.
+        generator: Random numbers, the same on every process.
+
+    Returns:
+        ``(2B, rows * columns)`` bool on the CPU, true where masked.
+
+    Example:
+        >>> masks = global_crop_masks((14, 14), 4, (0.1, 0.5), 0.5, torch.Generator().manual_seed(0))
+        >>> masks.shape, masks.any(1).sum()
+        (torch.Size([8, 196]), tensor(4))
+    """
+    patches, crops = grid[0] * grid[1], 2 * images * world_size()
+    bins = torch.linspace(*mask_ratio, int(crops * masked_share) + 1)
+    ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=generator) * bins.diff()  # one ratio per bin
+    ratios = torch.cat([ratios, ratios.new_zeros(crops - len(ratios))])
+    ratios = ratios[torch.randperm(crops, generator=generator)]
+    masks = []
+    for ratios_of_view in ratios.chunk(2):
+        seeds = own_part(torch.randint(2**62, (crops // 2,), generator=generator)).tolist()
+        counts = [int(ratio * patches) for ratio in own_part(ratios_of_view).tolist()]
+        masks.append(block_masks(grid, counts, 4, patches // 2, seeds))
+    return torch.cat(masks)
+
+
 def masked_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the masked patches, and the divisor of each in a mean over the patches of an image, then over images.
 
@@ -149,13 +220,14 @@ def multi_block(
     context_scale: tuple[float, float],
     min_context: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:
+    group: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of patches to predict, and the context: one block to predict them from, without the patches to predict.
 
     Assran et al. 2023, I-JEPA, section 3 and its released code. All images share the sizes of the blocks, and one
     random number sets both area and aspect. No block touches the last row or column, as the code draws corners below an
-    exclusive bound. All blocks are cut to the shortest by dropping their last patches. Where a context stays too small
-    after 20 draws, it may overlap the last target, then also the one before, and so on.
+    exclusive bound. The contexts of a group of images are cut to the shortest by dropping their last patches. Where a
+    context stays too small after 20 draws, it may overlap the last target, then also the one before, and so on.
 
     Args:
         images: Number of images.
@@ -166,12 +238,16 @@ def multi_block(
         context_scale: Smallest and largest share of patches in the context before targets are removed; it is a square.
         min_context: Contexts with no more patches than this are drawn again.
         seed: Seed of the random numbers.
+        group: Number of consecutive images whose contexts have the same length; the last group may be smaller.
 
     Returns:
-        Indices ``(images, C)`` of the context and ``(images, targets, P)`` of the patches to predict, ascending.
+        Indices ``(images, C)`` of the context, of which the first ``(images,)`` count, and indices
+        ``(images, targets, P)`` of the patches to predict; both ascending.
 
     Example:
-        >>> contexts, targets = multi_block(2, (16, 16), 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10, seed=0)
+        >>> contexts, lengths, targets = multi_block(2, (16, 16), 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10, seed=0)
+        >>> lengths[0] == lengths[1] == contexts.shape[1]
+        tensor(True)
         >>> targets.shape[:2]
         torch.Size([2, 4])
         >>> [set(context.tolist()) & set(blocks.flatten().tolist()) for context, blocks in zip(contexts, targets)]
@@ -188,7 +264,10 @@ def multi_block(
             covered = blocks[small, :avoided].any(1)
             contexts[small] = _blocks(grid, context_size, (len(small),), random) & ~covered
             small = small[contexts[small].sum((1, 2)) <= min_context]
-    return _indices(contexts.reshape(images, -1)), _indices(blocks.reshape(images, targets, -1))
+    counts = np.split(contexts.sum((1, 2)), range(group, images, group))
+    lengths = np.concatenate([np.full(len(numbers), numbers.min()) for numbers in counts])
+    order = _indices(contexts.reshape(images, -1), lengths.max())
+    return order, torch.from_numpy(lengths), _indices(blocks.reshape(images, targets, -1), blocks[0, 0].sum())
 
 
 def _block_size(
@@ -212,10 +291,9 @@ def _blocks(
     return inside[0][..., :, None] & inside[1][..., None, :]
 
 
-def _indices(masks: np.ndarray) -> Tensor:
-    """Indices of the first true entries along the last axis, cut to the length of the mask with the fewest."""
-    order = np.argsort(~masks, axis=-1, kind="stable")
-    return torch.from_numpy(order[..., : masks.sum(-1).min()])
+def _indices(masks: np.ndarray, count: int) -> Tensor:
+    """Indices of the first ``count`` true entries along the last axis."""
+    return torch.from_numpy(np.argsort(~masks, axis=-1, kind="stable")[..., :count])
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ _KINDS = {
     "bool": "true or false",
     "str": "text",
     "list": "a list, [A, B]",
+    "dict": "names with values, {A: 1, B: 2}",
 }
 
 
@@ -174,9 +175,11 @@ def _not_given(parser: Any, message: str) -> str | None:
 def _wrong_value(typed: list[Typed], message: str) -> str | None:
     key = re.search(r'Parser key "([\w.]+)"', message)
     kinds = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.*?\])", message)
-    option = next((one for one in reversed(typed) if key and f".{one.name}".endswith(f".{key[1]}")), None)
-    if option is None or not kinds or option.name in _CLASSES:
+    option = next((one for one in reversed(typed) if key and f".{key[1]}." in f".{one.name}."), None)
+    if key is None or option is None or not kinds or option.name in _CLASSES:
         return None
+    if not option.name.endswith(key[1]):  # the value begins like a dictionary: {a:1} without a space
+        option = Typed(f".{option.name}".partition(f".{key[1]}.")[0][1:] + f".{key[1]}", "", option.file)
     texts = []
     for kind in kinds:
         name = kind.rpartition(".")[2].strip("<>'").removeprefix("class '")
@@ -184,7 +187,8 @@ def _wrong_value(typed: list[Typed], message: str) -> str | None:
         if kind.startswith("typing"):
             texts[-1] = ", ".join(re.findall(r"'(.*?)'", kind))
     texts = [text for text in dict.fromkeys(texts) if text != "NoneType"]
-    return f"{option} {option.value}: expected {' or '.join(texts)}."
+    given = f"{option} {option.value}".rstrip()
+    return f"{given}: expected {' or '.join(texts)}."
 
 
 def typed_options(words: list[str]) -> Iterator[Typed]:

@@ -1,4 +1,4 @@
-"""Optimizers: LARS, the recipe of a paper as one small dataclass, and its translation to torch objects."""
+"""The optimizer and schedule of a recipe as one small dataclass, its translation to torch objects, and clipping."""
 
 import difflib
 import functools
@@ -15,118 +15,8 @@ from torch import Tensor, nn
 
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
-from ssl_lightning.schedules import cosine
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017) as self-supervised methods use it.
-
-    Tensors of fewer than two dimensions (biases, norms) get neither weight decay nor rate scaling. Own code because
-    timm's and lightly's versions differ from the papers' and wait on the device for every parameter; here the norms
-    stay on the device and all tensors are updated in a handful of calls.
-
-    Args:
-        params: Parameters or groups of parameters.
-        lr: Learning rate.
-        weight_decay: Added to the gradient before the trust ratio.
-        momentum: Momentum of the update.
-        trust_coefficient: The trust ratio is this times norm(p) / norm(gradient + weight_decay * p); 1 where a norm
-            is zero.
-        lr_in_momentum: Whether the learning rate multiplies the update before it enters the momentum (SimCLR's code)
-            or after (BYOL, MoCo v3, Barlow Twins, VICReg). Both are the same while the learning rate is constant.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-        lr_in_momentum: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "trust_coefficient": trust_coefficient,
-                "lr_in_momentum": lr_in_momentum,
-            },
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        updates: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        adapted = [i for i, p in enumerate(params) if self._adapts(p)]
-        if adapted:
-            scaled = self._scaled([params[i] for i in adapted], [updates[i] for i in adapted], group)
-            for i, gradient in zip(adapted, scaled, strict=True):
-                updates[i] = gradient
-
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        before, after = (group["lr"], 1.0) if group["lr_in_momentum"] else (1.0, group["lr"])
-        torch._foreach_add_(buffers, updates, alpha=before)
-        torch._foreach_add_(params, buffers, alpha=-after)
-
-    def _adapts(self, param: Tensor) -> bool:
-        return param.ndim > 1
-
-    def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Gradients with weight decay, times the trust ratio."""
-        gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-        weight_norms, gradient_norms = norms(weights), norms(gradients)
-        ratios = group["trust_coefficient"] * weight_norms / gradient_norms
-        ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, 1.0)
-        torch._foreach_mul_(shards(gradients), list(ratios.unbind()))
-        return gradients
-
-
-class LARC(LARS):
-    """LARS as SwAV uses it (NVIDIA apex's LARC without clipping): nothing is excluded.
-
-    The trust ratio divides by norm(gradient) + weight_decay * norm(p), the sum of the norms. If either norm is zero,
-    the tensor gets its plain gradient without decay.
-
-    Args:
-        params: Parameters or groups of parameters.
-        lr: Learning rate.
-        weight_decay: Added to the gradient after the trust ratio is taken.
-        momentum: Momentum of the update.
-        trust_coefficient: As for LARS.
-        lr_in_momentum: As for LARS.
-    """
-
-    def _adapts(self, param: Tensor) -> bool:
-        return True
-
-    def _scaled(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        weight_norms, gradient_norms = norms(weights), norms(gradients)
-        adapted = (weight_norms > 0) & (gradient_norms > 0)
-        divisors = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
-        ratios = torch.where(adapted, group["trust_coefficient"] * weight_norms / divisors, 1.0)
-        decayed = list(torch._foreach_mul(weights, group["weight_decay"]))
-        torch._foreach_mul_(shards(decayed), list(adapted.to(ratios.dtype).unbind()))
-        torch._foreach_add_(decayed, gradients)
-        torch._foreach_mul_(shards(decayed), list(ratios.unbind()))
-        return decayed
+from ssl_lightning.lars import LARC, LARS
+from ssl_lightning.schedules import cosine, ramp_after
 
 
 def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
@@ -181,9 +71,11 @@ class Optim:
         momentum: Momentum; ignored by optimizers without it.
         warmup_epochs: Epochs of linear warm-up; the learning rate rises at every optimizer step.
         warmup_start_factor: Learning rate of the first warm-up step, as a share of the peak.
-        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO). If false, the
-            step after it is the first.
+        warmup_inclusive: Whether the last warm-up step already has the peak learning rate (SwAV, DINO), not the next.
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
+        cosine_from_start: Whether the cosine counts from the first step, so that the warm-up takes the place of its
+            beginning (timm), instead of from the end of the warm-up.
+        cosine_share: Share of that cosine that is run; with less than 1 the learning rate ends higher (CAPI).
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
         step_factor: Multiplies the learning rate at each milestone.
@@ -206,6 +98,8 @@ class Optim:
     warmup_start_factor: float = 0.0
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
+    cosine_from_start: bool = False
+    cosine_share: float = 1.0
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
     per_epoch: bool = False
@@ -222,15 +116,16 @@ class Optim:
         factor = {"linear": global_batch / 256, "sqrt": global_batch**0.5, "none": 1.0}
         return self.base_lr * factor[self.lr_scaling]
 
-    def lr_factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    def lr_factor(self, step: int, total_steps: int, steps_per_epoch: float, held: int = 0) -> float:
         """Learning rate of a step, as a share of the peak.
 
         Args:
             step: Optimizer steps done so far.
             total_steps: Optimizer steps of the whole training.
             steps_per_epoch: Optimizer steps of an epoch.
+            held: Steps at the start after which the cosine begins, if they are more than the warm-up's.
         """
-        warmup_steps = round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
+        warmup_steps = self.warmup_steps(total_steps, steps_per_epoch)
         if self.per_epoch and step >= warmup_steps:
             step = max(warmup_steps, int(step // steps_per_epoch * steps_per_epoch))
         if step < warmup_steps:
@@ -238,19 +133,31 @@ class Optim:
             return self.warmup_start_factor + (1 - self.warmup_start_factor) * share
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
-        return cosine(1.0, self.end_lr_factor, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        begin = 0 if self.cosine_from_start and not held else max(warmup_steps, held)
+        progress = self.cosine_share * (step - begin) / max(1, total_steps - begin)
+        return cosine(1.0, self.end_lr_factor, progress)
+
+    def warmup_steps(self, total_steps: float, steps_per_epoch: float) -> int:
+        """Optimizer steps of the warm-up.
+
+        Args:
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of an epoch.
+        """
+        return round(min(total_steps, self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 0
 
     def set_weight_decay(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """Set the weight decay of the decayed parameters, where it follows a schedule.
+        """Set the weight decay of the decayed parameters, where it follows a schedule; 0 while they wait.
 
         Args:
             optimizer: What ``create`` built.
             progress: Share of the optimizer steps done.
         """
-        if self.end_weight_decay is not None:
-            for group in optimizer.param_groups:
-                if group["decayed"]:
-                    group["weight_decay"] = self.weight_decay_at(progress)
+        for group in optimizer.param_groups:
+            waits = group.get("waits", False)  # older checkpoints and other optimizers do not say
+            if group.get("decayed", False) and (self.end_weight_decay is not None or waits):
+                decay = group.get("decay_scale", 1.0) * self.weight_decay_at(progress)
+                group["weight_decay"] = 0.0 if waits and group["lr"] == 0.0 else decay
 
     def weight_decay_at(self, progress: float) -> float:
         """Weight decay of the decayed parameters.
@@ -267,7 +174,8 @@ class Optim:
         """Build the optimizer over the trainable parameters of a module, grouped by weight decay and learning rate.
 
         Args:
-            module: The method; parameters named in its ``undecayed`` get no weight decay.
+            module: The method; parameters named in its ``undecayed`` get no weight decay, and its ``continued`` says
+                which parameters wait for the others.
             global_batch: Images per optimizer step over all processes and accumulated batches.
             lr_scale: Learning-rate multiplier for a parameter, given its name. None means 1 for every parameter.
 
@@ -278,23 +186,27 @@ class Optim:
         if unknown := set(self.constant_lr) - set(parts):
             raise UserError(f"--model.optim.constant_lr: no part {', '.join(unknown)}; choose from {', '.join(parts)}.")
         undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
-        groups: dict[tuple[bool, float, bool], list[Tensor]] = {}
+        continued: Any = getattr(module, "continued", None)
+        waiting: set[str] = set() if continued is None else continued.waiting(module)
+        lr_scale = lr_scale if continued is None else continued.lr_scale(module, lr_scale)
+        groups: dict[tuple[bool, float, bool, bool], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
                 decayed = (p.ndim > 1 and name.rpartition(".")[2] not in undecayed) or self.decay_norm_and_bias
                 scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
-                groups.setdefault((decayed, scale, scheduled), []).append(p)
+                groups.setdefault((decayed, scale, scheduled, name in waiting), []).append(p)
         return self.build(
             [
                 {
-                    "params": groups[decayed, scale, scheduled],
+                    "params": groups[decayed, scale, scheduled, waits],
                     "weight_decay": self.weight_decay if decayed else 0.0,
                     "decayed": decayed,
                     "lr_scale": scale,
                     "scheduled": scheduled,
+                    "waits": waits,
                 }
-                for decayed, scale, scheduled in sorted(groups, reverse=True)
+                for decayed, scale, scheduled, waits in sorted(groups, reverse=True)
             ],
             global_batch,
         )
@@ -352,10 +264,13 @@ class Optim:
         optimizer = self.create(module, global_batch) if create is None else create(global_batch)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set --trainer.max_steps.")
-        if total_steps == float("inf"):  # an endless run has no end to anneal to
+        continued = getattr(module, "continued", None)
+        endless = total_steps == float("inf")  # such a run has no end to anneal to
+        if endless and continued is None:
             return {"optimizer": optimizer}
+        frozen, ramp = (0, 0) if continued is None else continued.stages(total_steps)
         steps = steps_per_epoch(trainer)
-        if steps == float("inf"):
+        if steps == float("inf") and not endless:
             if self.warmup_epochs > 0 or self.per_epoch:
                 raise UserError(
                     "the loader has no length to count epochs by; set --model.optim.warmup_epochs "
@@ -363,20 +278,28 @@ class Optim:
                 )
             steps = total_steps
 
-        def factor(step: int) -> float:
-            return self.lr_factor(step, int(total_steps), steps)
+        def factor_of(scheduled: bool, waits: bool) -> Callable[[int], float]:
+            def factor(step: int) -> float:
+                multiplier = 1.0
+                if waits:
+                    multiplier = ramp_after(step, frozen, ramp)
+                elif continued is not None and step < frozen:
+                    multiplier = continued.heads_lr
+                if not scheduled or endless:
+                    return multiplier
+                if waits and frozen:  # the ramp is its warm-up
+                    step = max(step, self.warmup_steps(total_steps, steps))
+                return multiplier * self.lr_factor(step, int(total_steps), steps, frozen + ramp)
+
+            return factor
 
         groups = optimizer.param_groups
-        factors: list[Callable[[int], float]] = [factor if g.get("scheduled", True) else _unchanged for g in groups]
+        factors = [factor_of(group.get("scheduled", True), group.get("waits", False)) for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 torch.serialization.add_safe_globals([Optim])  # a subclass may save it among its hyper-parameters
-
-
-def _unchanged(_step: int) -> float:
-    return 1.0
 
 
 def _optimizer_class(name: str) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.token_dropout import TokenDropout
 
 
 class StepRandomness:
@@ -19,12 +20,14 @@ class StepRandomness:
     Attributes:
         seed: Seed of the training; None before its start.
         drop_paths: Layers of stochastic depth that must know how many images a batch has.
+        token_dropouts: Layers that drop patches, likewise; they draw from ``generator``.
         generator: Generator on the CPU from which masks are drawn; None outside a step.
     """
 
     def __init__(self) -> None:
         self.seed: int | None = None
         self.drop_paths: Sequence[DropPath] = ()
+        self.token_dropouts: Sequence[TokenDropout] = ()
         self.generator: torch.Generator | None = None
 
     @contextmanager
@@ -41,10 +44,14 @@ class StepRandomness:
         torch.manual_seed(seed_of(*place, 1))
         for drop_path in self.drop_paths:
             drop_path.batch_size = images
+        for token_dropout in self.token_dropouts:
+            token_dropout.batch_size, token_dropout.generator = images, self.generator
         try:
             yield
         finally:
             self.generator = None
+            for token_dropout in self.token_dropouts:
+                token_dropout.generator = None
 
 
 def seed_of(*numbers: int) -> int:

@@ -7,11 +7,12 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from ssl_lightning.backbones.tokens import blocks_in
 from ssl_lightning.checkpoints import reading
 from ssl_lightning.errors import UserError
 
@@ -58,7 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             if self._layer_sync is not None:
                 self._layer_sync.apply(module)
             mesh = self.device_mesh["data_parallel"]
-            for block in _blocks(module):
+            for block in blocks_in(module):
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)
             register_fsdp_forward_method(module, "training_step")
@@ -152,12 +153,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": parts})
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of ViTs: of the children ``*blocks`` that are sequences or lists."""
-    sequences = [part for name, part in module.named_modules() if name.endswith("blocks")]
-    return [block for part in sequences if isinstance(part, nn.Sequential | nn.ModuleList) for block in part]
 
 
 def _like(shard: Any, whole: Any) -> Any:

@@ -19,11 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from ssl_lightning.backbones import own
 from ssl_lightning.backbones.drop_path import DropPath
+from ssl_lightning.backbones.low_rank import merge
+from ssl_lightning.backbones.token_dropout import TokenDropout
 from ssl_lightning.backbones.tokens import only_size
 from ssl_lightning.batch_norm import SyncBatchNorm
 from ssl_lightning.checkpoints import describe, settle_progress, weights_for
 from ssl_lightning.distributed import reduced, world_size
 from ssl_lightning.errors import UserError
+from ssl_lightning.schedules import token_dropout
 
 
 class Steps(L.Callback):
@@ -47,6 +50,9 @@ class Steps(L.Callback):
         pl_module.randomness.seed, self._loaded_seed = trainer.strategy.broadcast(seed), None
         parts = pl_module.modules() if world_size() > 1 else ()
         pl_module.randomness.drop_paths = [part for part in parts if isinstance(part, DropPath)]
+        pl_module.randomness.token_dropouts = [
+            part for part in pl_module.backbone.modules() if isinstance(part, TokenDropout)
+        ]
         pl_module.forget_deferred()  # values of a step that was interrupted
 
         def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,6 +75,11 @@ class Steps(L.Callback):
         for optimizer in trainer.optimizers:
             optimizer.register_step_pre_hook(before)
             optimizer.register_step_post_hook(after)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the share of the patches that the step drops."""
+        for part in pl_module.randomness.token_dropouts:
+            part.drop_prob = token_dropout(pl_module.token_dropout, pl_module.progress)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the seed, what the weights are, and the progress as it will be after this batch."""
@@ -121,19 +132,30 @@ class Checks(L.Callback):
             raise UserError(
                 "a teacher in half precision never moves; set --trainer.precision to bf16-mixed or 32-true."
             )
+        if getattr(pl_module, "chunk_size", None) and pl_module.token_dropout:
+            raise UserError("chunks are computed twice, on the same patches; set --model.token_dropout to 0.")
         check_batch_norm(pl_module, trainer.world_size)
         data: Any = getattr(trainer, "datamodule", None)
         specs = getattr(data, "view_specs", None)
         self._checked = specs is not None
         if specs is not None:
-            sizes = [spec.size for spec in specs for _ in range(spec.count)]
-            pl_module.check(sizes, data.batch_size * trainer.world_size)
+            batch = data.batch_size * trainer.world_size
+            pl_module.check(_sizes(specs), batch)
+            if small := getattr(data, "small_view_specs", ()):
+                try:
+                    pl_module.check(_sizes(small), batch)
+                except UserError as error:
+                    raise UserError(f"--data.resolution asks for smaller views in the first epochs: {error}") from error
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check the first batch of a loader that does not say which views it makes."""
         if not self._checked:
             pl_module.check([view.shape[-1] for view in batch[0]], len(batch[0][0]) * trainer.world_size)
             self._checked = True
+
+
+def _sizes(specs: Any) -> list[int]:
+    return [spec.size for spec in specs for _ in range(spec.count)]
 
 
 class FiniteLoss(L.Callback):
@@ -262,14 +284,16 @@ def begin_with(method: Any, source: str) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    own_network = copy.deepcopy(method.backbone) if method.own_backbone else None
+    own_network = merge(copy.deepcopy(method.backbone)) if method.own_backbone else None
     try:
         weights: Any = weights_for(source, own_network or method.hparams["backbone"], method.hparams["backbone_kwargs"])
     except UserError as error:
         raise UserError(f"--model.init_from {source} does not fit the model: {error}") from error
+    adapted = method.trainable is not None and method.trainable.lora is not None  # whose updates are not in the source
+    options = StateDictOptions(full_state_dict=True, strict=not adapted)
     for part in (method.backbone, getattr(method, "teacher_backbone", None)):
         if part is not None:
-            set_model_state_dict(part, weights, options=StateDictOptions(full_state_dict=True))  # sharded ones, too
+            set_model_state_dict(part, weights, options=options)  # sharded ones, too
     rank_zero_info(f"{type(method).__name__} begins with the backbone of {source}")
 
 

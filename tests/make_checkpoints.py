@@ -4,8 +4,8 @@ Run once, with the package as of commit c6349a2, before its parts were renamed:
 
     PYTHONPATH=<checkout of that commit> python tests/make_checkpoints.py tests/checkpoints_before_1
 
-The checkpoints stand for the runs that users have, so newer code never makes them again. Tests import ``resumed`` and
-``features``.
+The checkpoints stand for the runs that users have, so newer code never makes them again. How a run continues was
+recorded again where views or steps of a method now follow its released code. Tests import ``resumed`` and ``features``.
 
 Each method trains for three steps and is saved in the middle of an epoch. Before saving, weights, buffers and
 optimizer moments are replaced by pieces of one short row of numbers: 14 MB compress to less than 200 kB.

@@ -116,12 +116,13 @@ def compare(
     after: Callable[[Weights], None] = lambda _: None,
     lrs: Sequence[float] | None = None,
     atol: float = 1e-6,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Train the method and its restatement side by side; losses and all parameters must agree.
 
     The method must be in float64; its learning rate is for a batch of 256, or given for each step by ``lrs``.
     """
-    optimizer = method.optim.create(method, 256)
+    optimizer = optimizer or method.optim.create(method, 256)
     weights: Weights = {name: p.detach().clone() for name, p in method.named_parameters()}
     trained = [name for name, p in method.named_parameters() if p.requires_grad]
     state: dict[str, Any] = {}

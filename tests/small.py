@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ssl_lightning
 from ssl_lightning import (
     BYOL,
+    CAPI,
     DINO,
     IBOT,
     IJEPA,
@@ -26,6 +27,7 @@ from ssl_lightning import (
     DeepClusterV2,
     DigitsData,
     DINOv2,
+    Distillation,
     FakeData,
     GramAnchoring,
     ImageTokenizer,
@@ -34,13 +36,17 @@ from ssl_lightning import (
     MoCoV2,
     MoCoV3,
     Optim,
+    ReSA,
     SimCLR,
+    SimDINO,
+    SimDINOv2,
     SimMIM,
     SimSiam,
     SSLModule,
     SwAV,
     VICReg,
     ViewSpec,
+    VISReg,
 )
 
 METHODS: list[type[SSLModule]] = [
@@ -64,6 +70,7 @@ DINOV3: dict[str, Any] = {
     "backbone": "vit_small_patch16_dinov3",
     "backbone_kwargs": {**VIT["backbone_kwargs"], "init_values": 0.1},
 }
+LORA: dict[str, Any] = {**VIT, "trainable": "lora"}
 SWIN: dict[str, Any] = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_kwargs": {"img_size": 32, "depths": (1, 1), "embed_dim": 24, "num_heads": (1, 2), "window_size": 4},
@@ -71,22 +78,24 @@ SWIN: dict[str, Any] = {
 TOKENS = {"num_tokens": 32, "token_dim": 8, "decoder_dim": 16}
 
 
-def _tokenizer() -> str:
-    """Checkpoint of an untrained tokenizer, the same in every process."""
+def _untrained(name: str, method: type[SSLModule], **kwargs: Any) -> str:
+    """Checkpoint of an untrained method, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = ImageTokenizer(**BACKBONE, **TOKENS)
-    file = Path(tempfile.mkdtemp()) / "tokenizer.ckpt"
+        module = method(**kwargs)
+    file = Path(tempfile.mkdtemp()) / f"{name}.ckpt"
     atexit.register(shutil.rmtree, file.parent, ignore_errors=True)
-    told = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": L.__version__}
-    torch.save({"state_dict": module.state_dict(), **told}, file)
+    described = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": L.__version__}
+    torch.save({"state_dict": module.state_dict(), **described}, file)
     return str(file)
 
 
-TOKENIZER = _tokenizer()
+TOKENIZER = _untrained("tokenizer", ImageTokenizer, **BACKBONE, **TOKENS)
+TEACHER = _untrained("teacher", SimCLR, **BACKBONE)
 HEADS: dict[type[SSLModule], dict[str, Any]] = {
     BarlowTwins: {"hidden_dim": 32, "projector_dim": 32},
     BYOL: {"hidden_dim": 32},
+    CAPI: {**VIT, "num_prototypes": 16, "predicted_share": 0.25, "predictor_depth": 1},
     BEiT: {
         "tokenizer": TOKENIZER,
         "num_tokens": 32,
@@ -98,6 +107,7 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     DINO: {**BACKBONE, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     DeepClusterV2: {"num_prototypes": 16, "prototype_sets": 3, "hidden_dim": 32, "projector_dim": 16},
     DINOv2: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+    Distillation: {"teacher": TEACHER},
     GramAnchoring: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "gram_start": 0.5},
     IBOT: {**VIT, "num_prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16},
     IJEPA: {**VIT, "predictor_dim": 24, "predictor_depth": 1, "min_context": 1},
@@ -107,23 +117,27 @@ HEADS: dict[type[SSLModule], dict[str, Any]] = {
     MoCoV2: {"queue_length": 64, "bn_splits": 2},
     MoCoV3: {**BACKBONE, "hidden_dim": 32},
     NNCLR: {"queue_length": 64, "hidden_dim": 32, "predictor_dim": 32, "projector_dim": 32},
+    ReSA: {"hidden_dim": 32, "projector_dim": 16, "predictor_dim": 32},
     SimSiam: {"hidden_dim": 32, "projector_dim": 32, "predictor_dim": 16},
     Jigsaw: {"num_permutations": 16, "patch_size": 8, "hidden_dim": 16, "probe_every": 2},
     NPID: {"nce_k": 32, "projector_dim": 16},
+    SimDINO: {**BACKBONE, "hidden_dim": 32, "projector_dim": 16},
+    SimDINOv2: {**VIT, "hidden_dim": 32, "projector_dim": 16},
     SimMIM: {**VIT, "mask_unit": 8, "probe_every": 2},
     SwAV: {"num_prototypes": 16, "hidden_dim": 32, "queue_length": 0, "freeze_prototypes_steps": 1},
     VICReg: {"hidden_dim": 32, "projector_dim": 32},
+    VISReg: {"hidden_dim": 32, "projection_dim": 16, "num_slices": 64},
 }
 """Arguments that make each method small; the others are small with a small backbone."""
 
-VIT_ONLY: set[type[SSLModule]] = {BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimMIM}
+VIT_ONLY: set[type[SSLModule]] = {CAPI, BEiT, IBOT, IJEPA, MAE, DINOv2, GramAnchoring, SimDINOv2, SimMIM}
 """Methods that train no CNN."""
 
 CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [
     (method, net)
     for method in METHODS
     for net in ({}, VIT, DINOV3)
-    if (net or method not in VIT_ONLY) and (net is not DINOV3 or method in {*VIT_ONLY, DINO, MoCoV3})
+    if (net or method not in VIT_ONLY) and (net is not DINOV3 or method in {*VIT_ONLY, DINO, MoCoV3, SimDINO})
 ]
 """Each method with arguments for each kind of backbone that it trains; DINOv3's ViT where it differs from a ViT."""
 
@@ -139,7 +153,10 @@ def _name(row: tuple[Any, ...]) -> str | None:
     method, *nets = row
     if not isinstance(method, type) or not all(isinstance(net, dict) for net in nets):
         return None
-    kinds = ["dinov3" if net is DINOV3 else "vit" if "vit" in net.get("backbone", "") else "cnn" for net in nets]
+    kinds = [
+        "lora" if net is LORA else "dinov3" if net is DINOV3 else "vit" if "vit" in net.get("backbone", "") else "cnn"
+        for net in nets
+    ]
     return "-".join([method.__name__, *kinds])
 
 

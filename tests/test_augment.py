@@ -149,7 +149,8 @@ def reference_view(image: Tensor, spec: ViewSpec, draws: Draws, row: int) -> Ten
     for operation, amount in zip(numbers.operations[row].tolist(), numbers.amounts[row].tolist(), strict=True):
         if operation >= 0:
             jitter = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-            x = jitter[operation](x, amount)
+            added = spec.additive_brightness and operation == 0
+            x = (x + amount).clamp(0, 1) if added else jitter[operation](x, amount)
     if numbers.grayscale[row] and not spec.grayscale_first:
         x = TF.rgb_to_grayscale(x, 3)
     if numbers.sigmas[row] > 0:
@@ -254,6 +255,19 @@ def test_jitter_takes_every_order_and_the_whole_range() -> None:
         assert abs(amounts.mean() - (low + high) / 2) < 0.02
 
 
+def test_byol_adds_to_the_brightness_of_its_views() -> None:
+    for spec in PRESETS["byol"]:
+        numbers = drawn(spec, 4000).augmentation
+        shifts = numbers.amounts[numbers.operations == 0]
+        assert (shifts.min(), shifts.max(), shifts.mean()) == pytest.approx((-0.4, 0.4, 0.0), abs=0.02)
+        assert shifts.std() == pytest.approx(0.8 / 12**0.5, rel=0.03)
+    for size, brighter in ((64, 0.4), (32, 0.0)):  # of 80 % half get a positive number; solo-learn's multiply
+        spec = preset("byol", size)[0]
+        black = torch.zeros(400, 3, spec.size, spec.size, dtype=torch.uint8)
+        views = ours.augment(black, drawn(spec, 400).augmentation, replace(spec, mean=(0.0,), std=(1.0,)))
+        assert (views.mean((1, 2, 3)) > 1e-3).float().mean() == pytest.approx(brighter, abs=0.08)
+
+
 def test_jitter_leaves_out_what_has_no_range() -> None:
     numbers = drawn(ViewSpec(jitter=1.0, contrast=0.4), 100).augmentation
     assert set(numbers.operations.flatten().tolist()) == {-1, 1}
@@ -275,6 +289,40 @@ def test_crops_are_distributed_as_torchvision(size: tuple[int, int]) -> None:
     areas, expected_areas = boxes[:, 2] * boxes[:, 3], expected[:, 2] * expected[:, 3]
     assert ks_2samp(areas, expected_areas).pvalue > 1e-3
     assert ks_2samp(boxes[:, 3] / boxes[:, 2], expected[:, 3] / expected[:, 2]).pvalue > 1e-3
+
+
+def tensorflow_crop(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """``tf.image.sample_distorted_bounding_box`` with SimCLR's arguments, for one image."""
+    image = height * width
+    for _ in range(100):
+        ratio = random.uniform(3 / 4, 4 / 3)
+        low, high = (round((share * image / ratio) ** 0.5) for share in (0.08, 1.0))
+        high = next(h for h in range(min(high, height), 0, -1) if round(h * ratio) <= width)
+        h = int(random.integers(min(low, high), high + 1))
+        h += h * round(h * ratio) < 0.08 * image
+        h -= h * round(h * ratio) > image
+        w = round(h * ratio)
+        if 0.1 * image <= h * w <= image and w <= width and h <= height:
+            top, left = (int(random.integers(max(free, 1))) for free in (height - h, width - w))
+            return top, left, h, w
+    return 0, 0, height, width
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "whole"),
+    [((375, 500), 3000, 0.0), ((32, 32), 3000, 0.0), ((50, 500), 500, 0.0), ((500, 38), 300, 0.56)],
+)
+def test_simclrs_crops_are_distributed_as_tensorflows(size: tuple[int, int], count: int, whole: float) -> None:
+    random = np.random.default_rng(0)
+    boxes = drawn(PRESETS["simclr"][0], count, size=size).boxes
+    expected = np.array([tensorflow_crop(*size, random) for _ in range(count)])
+    for values, theirs in [*zip(boxes.T, expected.T, strict=True), (boxes[:, 2:].prod(1), expected[:, 2:].prod(1))]:
+        assert ks_2samp(values, theirs).pvalue > 1e-3
+    areas = boxes[:, 2:].prod(1) / (size[0] * size[1])
+    assert areas.min() >= 0.1
+    assert (areas == 1).mean() == pytest.approx(whole, abs=0.12)  # a hundred attempts failed
+    if size == (375, 500):
+        assert np.median(areas) == pytest.approx(0.353, abs=0.01)  # torchvision's: 0.418
 
 
 def test_single_draw_clamps_the_crop_to_the_image() -> None:
@@ -303,15 +351,40 @@ PAPERS = {
         (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.1, 0.2),
         (96, 8, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
     ],
+    "ibot": [
+        (224, 1, 0.25, 1.0, "bicubic", SOFT, 1.0, 0.0),
+        (224, 1, 0.25, 1.0, "bicubic", SOFT, 0.1, 0.2),
+        (96, 10, 0.05, 0.25, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "simdino": [
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 1.0, 0.0),
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.1, 0.2),
+        (96, 10, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
+    ],
+    "simdinov2": [
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.0, 0.0),
+        (224, 1, 0.4, 1.0, "bicubic", SOFT, 0.9, 0.2),
+        (96, 10, 0.05, 0.4, "bicubic", SOFT, 0.5, 0.0),
+    ],
     "dinov2": [
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.0, 0.0),
         (224, 1, 0.32, 1.0, "bicubic", SOFT, 0.9, 0.2),
         (96, 8, 0.05, 0.32, "bicubic", SOFT, 0.5, 0.0),
     ],
+    "resa": [
+        (224, 1, 0.2, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0),
+        (224, 1, 0.2, 1.0, "bicubic", SOFT, 0.5, 0.2),
+    ],
     "lejepa": [
         (224, 2, 0.3, 1.0, "bilinear", SOFT, 0.5, 0.2),
         (96, 6, 0.05, 0.3, "bilinear", SOFT, 0.5, 0.2),
     ],
+    "visreg": [
+        (224, 4, 0.3, 1.0, "bicubic", (0.4, 0.4, 0.2, 0.05), 0.5, 0.2),
+        (96, 6, 0.05, 0.3, "bicubic", (0.4, 0.4, 0.2, 0.05), 0.5, 0.2),
+    ],
+    "capi": [(224, 1, 0.6, 1.0, "bicubic", (0, 0, 0, 0), 0.0, 0.0)],
+    "distillation": [(224, 1, 0.25, 1.0, "bicubic", SOFT, 0.0, 0.0)],
     "mae": [(224, 1, 0.2, 1.0, "bicubic", (0, 0, 0, 0), 0.0, 0.0)],
     "simmim": [(192, 1, 0.67, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0)],
     "rotnet": [(224, 1, 0.08, 1.0, "bilinear", (0, 0, 0, 0), 0.0, 0.0)],
@@ -337,12 +410,14 @@ def test_presets_hold_the_numbers_of_the_papers(name: str) -> None:
 
 
 def test_presets_for_small_images() -> None:
-    assert PRESETS["ibot"] == PRESETS["dino"]
     assert PRESETS["deepcluster_v2"] == PRESETS["swav"]
     (simclr,) = preset("simclr", 32)
     assert (simclr.size, simclr.brightness, simclr.hue, simclr.blur) == (32, 0.4, 0.1, 0.0)
     first, second = preset("byol", 32)
     assert (first.blur, first.solarize, second.blur, second.solarize) == (0.0, 0.0, 0.0, 0.2)
+    weak, strong = preset("resa", 32)
+    assert (weak.scale, weak.jitter, weak.grayscale, weak.solarize) == ((0.2, 1.0), 0.0, 0.0, 0.0)
+    assert (strong.scale, strong.jitter, strong.blur, strong.solarize) == ((0.2, 1.0), 0.8, 0.0, 0.2)
     assert {spec.size for specs in CIFAR_PRESETS.values() for spec in specs} == {32}
 
 
@@ -369,6 +444,7 @@ def test_unknown_preset_names_the_nearest() -> None:
     [
         *({"flip": 1.5}, {"scale": (0.5, 0.1)}, {"scale": (0.1, 2.0)}, {"hue": 0.7}, {"blur_kernel": 4}),
         *({"vertical_flip": -1}, {"quarter_turn": 2}, {"rotation": 90}, {"rotation_degrees": (30, -30)}),
+        {"single_draw": True, "tensorflow_crop": True},
     ],
 )
 def test_impossible_views_are_refused(wrong: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_lightning import BEiT, FakeData, ImageTokenizer, Optim, UserError, losses
 from ssl_lightning.backbones.tokens import masked_tokens
+from ssl_lightning.data.views import IMAGENET_MEAN, IMAGENET_STD, preset
 from tests.oracle import Weights, adamw, compare, linear, random_views, run
 from tests.processes import run_processes
 from tests.small import SWIN, TOKENIZER, VIT, small, trainer
@@ -37,7 +38,14 @@ def test_defaults_are_the_papers() -> None:
     assert method.head.weight.shape == (8192, 768)
     blocks: Any = method.backbone.blocks
     assert [block.drop_path1.drop_prob for block in blocks[1:]] == [pytest.approx(0.1)]
-    assert float(blocks[0].ls1.gamma[0]) == pytest.approx(0.1)
+    assert float(blocks[0].gamma_1[0]) == pytest.approx(0.1)
+    encoder: Any = method.backbone
+    assert encoder.pos_embed is None  # positions are relative, the same in all blocks
+    assert encoder.rel_pos_bias is not None
+    rates = [method.optim.lr_factor(step, 800, 1) for step in (0, 9, 10, 800)]
+    assert rates == pytest.approx([0, 1, 1, 1 / 150])
+    (spec,) = preset("beit")
+    assert (spec.mean, spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
     mask = method.draw_masks(torch.empty(32, 3, 224, 224))
     assert int(mask.sum(1).max()) == 75
     assert int(mask.sum(1).min()) > 60
@@ -46,13 +54,16 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.slow
 def test_it_starts_as_in_the_released_code() -> None:
     torch.manual_seed(0)
-    method = BEiT(backbone_kwargs={"depth": 3})
+    method = BEiT(backbone="vit_base_patch16_224", backbone_kwargs={"depth": 3})
     blocks: Any = method.backbone.blocks
     std = 0.02 * 0.53956  # cut at one deviation
     for depth, block in enumerate(blocks, start=1):
         assert block.attn.qkv.weight.std().item() == pytest.approx(std, rel=0.01)
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
             assert weight.std().item() == pytest.approx(std / math.sqrt(2 * depth), rel=0.01)
+    projection: Any = method.backbone.patch_embed.proj  # type: ignore[union-attr]
+    assert projection.weight.std().item() == pytest.approx(std, rel=0.01)
+    assert not projection.bias.any()
     assert method.head.weight.abs().max() <= 0.02
     assert method.backbone.pos_embed.std().item() == pytest.approx(std, rel=0.02)  # type: ignore[operator,union-attr]
     assert not blocks[0].attn.qkv.bias.any()

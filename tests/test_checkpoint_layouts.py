@@ -210,7 +210,6 @@ def test_objects_of_other_packages_are_passed_over_and_modules_are_read(
     [
         ("vit_small_patch16_224", {**VIT, "img_size": 48}, "the positions from (1, 17, 16) to (1, 37, 16)"),
         ("vit_small_patch16_224", {**VIT, "img_size": 16, "patch_size": 4}, "the first layer"),
-        ("vit_small_patch16_224", {**VIT, "in_chans": 4}, "the first layer from (16, 3, 8, 8) to (16, 4, 8, 8)"),
         ("resnet18", {**RESNET, "in_chans": 1}, "the first layer from (64, 3, 7, 7) to (64, 1, 7, 7)"),
     ],
 )

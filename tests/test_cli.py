@@ -263,7 +263,7 @@ def test_nothing_asks_the_network(tmp_path: Path) -> None:
 # Configs and help
 
 
-AFTER = {"beit": "image_tokenizer", "gram_anchoring": "dinov2"}
+AFTER = {"beit": "image_tokenizer", "distillation": "byol", "gram_anchoring": "dinov2"}
 """Whose checkpoint a method begins with."""
 
 
@@ -281,19 +281,25 @@ def test_every_quickstart_runs(recipe: Path, tmp_path: Path) -> None:
 
 PUBLISHED = {
     "npid": {"cifar10_", "imagenet_"},
+    "resa": {"cifar10_", "imagenet_"},
     "rotnet": {"cifar10_", "imagenet_"},
     **{
         method: {"imagenet_"}
         for method in (
             "beit",
+            "capi",
             "dinov2",
+            "distillation",
             "gram_anchoring",
             "ibot",
             "ijepa",
             "image_tokenizer",
             "jigsaw",
             "lejepa",
+            "simdino",
+            "simdinov2",
             "simmim",
+            "visreg",
         )
     },
 }
@@ -392,7 +398,7 @@ def test_every_overlay_goes_on_top_of_a_recipe(overlay: Path, capsys: pytest.Cap
     comments = [line for line in overlay.read_text().splitlines() if line.startswith("#")]
     assert any(f"configs/overlays/{overlay.name}" in line for line in comments)  # its command
     assert config["model"]["init_args"]["temperature"] == 0.2
-    for key, value in yaml.safe_load(overlay.read_text())["trainer"].items():
+    for key, value in yaml.safe_load(overlay.read_text()).get("trainer", {}).items():
         if key != "logger":
             assert config["trainer"][key] == value
 
@@ -493,6 +499,7 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         (["--model", "SimCLR", "--data", "~/photos"], "is --data ImageFolderData --data.root ~/photos"),
         (["SimCLR", "--data", "DigitsData"], "SimCLR: did you mean --model SimCLR?"),
         (["--model", "SimCLR", "--data", "ImageFolderData", "--data.rooot", "x"], "did you mean --data.root?"),
+        (["--trainer.max-epochs", "few"], "--trainer.max_epochs few: expected a whole number"),  # also with dashes
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch: no such option; did you mean --trainer.max_epochs?"),
         (["--knn_probe.kk", "3"], "did you mean --knn_probe.k?"),
         (["--model", "SimCLR", "--model.optim", "{base_lrr: 3}"], "did you mean --model.optim.base_lr?"),
@@ -502,6 +509,7 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         ),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
         (["--model", "SimCLR", "--model.temperature", "warm"], "--model.temperature warm: expected a number"),
+        (["--model", "SimCLR", "--model.backbone_kwargs", "{a:1}"], "backbone_kwargs: expected names with values"),
         (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
         (
             ["--config", "wrong.yaml"],

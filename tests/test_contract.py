@@ -32,6 +32,7 @@ from ssl_lightning.commands import check
 from tests.processes import run_processes
 from tests.small import (
     CNN_AND_VIT,
+    LORA,
     METHODS,
     VIT,
     VIT_ONLY,
@@ -104,7 +105,9 @@ def test_teacher_queue_memory_and_centre_move_once_per_optimizer_step(method: ty
         assert method.update_teacher is SSLModule.update_teacher
 
 
-@pytest.mark.parametrize(("method", "net"), slow_unless(lambda method, net: method is MoCoV2 and not net, CNN_AND_VIT))
+@pytest.mark.parametrize(
+    ("method", "net"), slow_unless(lambda method, net: method is MoCoV2 and not net, [*CNN_AND_VIT, (DINO, LORA)])
+)
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted(
     method: type[SSLModule], net: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -218,7 +221,7 @@ def test_a_new_model_is_not_far_above_its_chance_loss(method: type[SSLModule], t
     running = trainer(tmp_path, limit_train_batches=1)
     running.fit(module, data(method))
     if module.chance_loss is not None:
-        assert float(running.callback_metrics["train/loss"]) < 3 * module.chance_loss
+        assert float(running.callback_metrics["train/loss"]) < module.chance_loss + 2 * abs(module.chance_loss)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,10 @@ def _recorded(rank: int, processes: int, method: type[SSLModule], net: dict[str,
     return check.recorded(module, source, processes, steps=5, sync_batchnorm=sync)
 
 
-@pytest.mark.parametrize(("method", "net"), slow_unless(lambda method, net: method is SimCLR and not net, CNN_AND_VIT))
+@pytest.mark.parametrize(
+    ("method", "net"),
+    slow_unless(lambda method, net: method is SimCLR and not net, [*CNN_AND_VIT, (DINO, LORA), (MAE, LORA)]),
+)
 def test_two_processes_train_as_one(method: type[SSLModule], net: dict[str, Any]) -> None:
     one, two = run_processes(_recorded, 1, 1, method, net)[0], run_processes(_recorded, 2, 2, method, net)
     differences = check.differences(two, one)

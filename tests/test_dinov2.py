@@ -90,6 +90,19 @@ def test_the_gradients_of_backbone_and_heads_are_clipped_by_their_norm_together(
     assert float(one.grad.norm()) == pytest.approx(2.959, abs=1e-3)
 
 
+def test_frozen_prototypes_have_a_rate_of_zero_while_the_moments_run_on(tmp_path: Any) -> None:
+    method = small(DINOv2, separate_heads=True, freeze_last_layer=1, optim=Optim("adamw", 1e-2, warmup_epochs=0))
+    prototypes = [p for name, p in method.named_parameters() if "prototype" in name and not name.startswith("teacher_")]
+    start, seen = [p.detach().clone() for p in prototypes], []
+    method.on_train_epoch_end = lambda: seen.append([(p - q).abs().max().item() for p, q in zip(prototypes, start)])  # noqa: B905
+    running = trainer(tmp_path, max_epochs=2, limit_train_batches=2)
+    running.fit(method, FakeData(batch_size=8, views=CROPS))
+    assert seen[0] == [0.0] * 4
+    assert all(seen[1])
+    state: Any = running.optimizers[0].state
+    assert [int(state[p]["step"]) for p in prototypes] == [4] * 4
+
+
 def test_exactly_half_of_the_crops_are_masked_with_one_ratio_of_each_bin() -> None:
     torch.manual_seed(0)
     method = small(DINOv2, {"backbone_kwargs": {**VIT["backbone_kwargs"], "img_size": 112}})

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ssl_lightning import IJEPA, FakeData, LinearProbe, Optim, UserError, ema, losses
 from ssl_lightning.masks import multi_block
+from ssl_lightning.methods import ijepa
 from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run
+from tests.processes import run_processes
 from tests.small import VIT, small, trainer
 
 PAPER: Any = (4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), 10)
@@ -47,7 +49,7 @@ def test_defaults_are_the_papers() -> None:
 
 def test_blocks_of_the_papers_grid() -> None:
     for seed in range(5):
-        context, targets = multi_block(16, (16, 16), *PAPER, seed)
+        context, _, targets = multi_block(16, (16, 16), *PAPER, seed)
         assert targets.shape[:2] == (16, 4)
         assert 35 <= targets.shape[2] <= 56
         assert context.shape[1] > 10
@@ -59,13 +61,13 @@ def test_blocks_of_the_papers_grid() -> None:
                 assert len(block) == len(rows) * len(columns)  # a rectangle
                 assert block == sorted(block)
     assert len({tuple(block) for blocks in targets.tolist() for block in blocks}) > 30  # places differ by image
-    assert torch.equal(multi_block(16, (16, 16), *PAPER, 3)[1], multi_block(16, (16, 16), *PAPER, 3)[1])
+    assert torch.equal(multi_block(16, (16, 16), *PAPER, 3)[2], multi_block(16, (16, 16), *PAPER, 3)[2])
 
 
 def test_area_and_aspect_of_blocks_come_from_one_number() -> None:
     shapes = set()
     for seed in range(60):
-        block = multi_block(1, (16, 16), *PAPER, seed)[1][0, 0]
+        block = multi_block(1, (16, 16), *PAPER, seed)[2][0, 0]
         shapes.add((len(block.div(16, rounding_mode="floor").unique()), len((block % 16).unique())))
     expected = set()
     for share in torch.linspace(0, 1, 2001).tolist():
@@ -77,9 +79,60 @@ def test_area_and_aspect_of_blocks_come_from_one_number() -> None:
 
 def test_small_grids_let_targets_overlap_the_context_rather_than_leave_it_empty() -> None:
     for seed in range(20):
-        context, targets = multi_block(8, (4, 4), 4, (0.3, 0.5), (0.75, 1.5), (0.85, 1.0), 8, seed)
+        context, _, targets = multi_block(8, (4, 4), 4, (0.3, 0.5), (0.75, 1.5), (0.85, 1.0), 8, seed)
         assert context.shape == (8, 9)  # the whole block of 3 x 3
         assert targets.shape[:2] == (8, 4)
+
+
+def test_contexts_are_cut_to_the_shortest_of_128_images() -> None:
+    cut: dict[int, list[float]] = {128: [], 2048: []}
+    for seed in range(8):
+        whole, own, _ = multi_block(2048, (14, 14), *PAPER, seed, group=1)
+        for group, seen in cut.items():
+            contexts, counts, _ = multi_block(2048, (14, 14), *PAPER, seed, group)
+            expected = torch.cat([part.min().expand(len(part)) for part in own.split(group)])
+            assert torch.equal(counts, expected)
+            assert torch.equal(contexts[:, : counts.min()], whole[:, : counts.min()])
+            seen.append(counts.float().mean().item())
+    of_128, of_all = (sum(seen) / len(seen) for seen in cut.values())
+    assert of_all + 5 < of_128 < 54  # of the paper's 14 x 14 patches; over many seeds 50 and 42
+
+
+def _step(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    method = small(IJEPA, {"backbone_kwargs": {**VIT["backbone_kwargs"], "patch_size": 4, "depth": 1}}).double()
+    images = torch.rand(192, 3, 32, 32, dtype=torch.float64).chunk(processes)[rank]
+    torch.manual_seed(1)
+    loss = method.training_loss([images])
+    loss.backward()
+    gradients = [p.grad for p in (method.mask_token, *method.backbone.blocks.parameters()) if p.grad is not None]
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.slow
+def test_two_processes_whose_batches_share_a_group_train_as_one() -> None:  # 96 images each: the second has 32 + 64
+    whole, parts = _step(0, 1), run_processes(_step, 2, 2)
+    for expected, own in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(sum(own) / 2, expected, atol=1e-10, rtol=1e-8)
+
+
+def test_a_process_takes_its_images_of_groups_that_it_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = small(IJEPA, {"backbone_kwargs": {**VIT["backbone_kwargs"], "patch_size": 4, "depth": 1}})
+    images = torch.empty(192, 3, 32, 32)
+
+    def drawn(rank: int, processes: int) -> tuple[list[Tensor], Tensor]:
+        monkeypatch.setattr(ijepa, "world_size", lambda: processes)
+        monkeypatch.setattr(ijepa, "own_part", lambda rows: rows.chunk(processes)[rank])
+        torch.manual_seed(9)
+        return method.draw_blocks(images[: 192 // processes])
+
+    contexts, targets = drawn(0, 1)
+    rows = [row.tolist() for context in contexts for row in context]
+    assert [len(context) for context in contexts] == [128, 64]
+    halves = [drawn(rank, 2) for rank in range(2)]
+    assert [len(context) for half, _ in halves for context in half] == [96, 32, 64]
+    assert [row.tolist() for half, _ in halves for context in half for row in context] == rows
+    assert torch.equal(torch.cat([own for _, own in halves]), targets)
 
 
 def test_the_student_sees_the_context_alone_at_its_own_place() -> None:
@@ -155,9 +208,10 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
     vit: Any = method.backbone
     drawn: list[tuple[Tensor, Tensor]] = []
 
-    def draw(images: Tensor) -> tuple[Tensor, Tensor]:
-        drawn.append(multi_block(len(images), (4, 4), *PAPER[:4], 1, len(drawn)))
-        return drawn[-1]
+    def draw(images: Tensor) -> tuple[list[Tensor], Tensor]:
+        context, _, targets = multi_block(len(images), (4, 4), *PAPER[:4], 1, len(drawn))
+        drawn.append((context, targets))
+        return [context], targets
 
     method.draw_blocks = draw
 

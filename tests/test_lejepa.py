@@ -1,16 +1,19 @@
 """LeJEPA: SIGReg against the closed form and a plain integral, prediction, and whole steps."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning import LeJEPA, Optim, losses
+from ssl_lightning import MAE, FakeData, LeJEPA, Optim, UserError, losses
+from ssl_lightning.checkpoints import load_backbone
 from tests.oracle import Weights, adamw, compare, random_views, relu_mlp, run
-from tests.small import VIT, small
+from tests.small import VIT, small, trainer
 
 AT_ZERO = math.sqrt(2 * math.pi) * (1 - math.sqrt(2) + 1 / math.sqrt(3))
 
@@ -112,6 +115,29 @@ def test_whole_steps_equal_a_plain_restatement(kind: str) -> None:
         return 0.8 * prediction + 0.2 * sum(statistic(one) for one in z) / 3
 
     compare(method, loss_of, adamw(1e-3, 0.05), random_views(3, *sizes))
+
+
+def test_the_example_on_imagenette_probes_a_linear_layer_and_integrates_to_three(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kwargs = {"backbone_kwargs": {**VIT["backbone_kwargs"], "num_classes": 20}}
+    method: Any = small(LeJEPA, VIT, kwargs, knots=33, limit=3.0)
+    images = torch.rand(8, 3, 32, 32)
+    assert (method.embed_dim, method(images).shape, method.projector[0].in_features) == (20, (8, 20), 20)
+    directions: list[Tensor] = []
+    method.random_to_device = lambda host: directions.append(host) or host  # type: ignore[func-returns-value]
+    method.eval()
+    _, regularizer = method._parts([images] * 4)
+    along = method.projector(method(images)) @ F.normalize(directions[0], dim=0)  # (8, S)
+    t = torch.linspace(0, 3, 17)
+    characteristic, gaussian = torch.exp(1j * along[:, :, None] * t).mean(0), torch.exp(-(t**2) / 2)
+    errors = (characteristic - gaussian).abs() ** 2 * gaussian
+    torch.testing.assert_close(regularizer, 8 * 2 * torch.trapezoid(errors, t).mean())
+    running = trainer(tmp_path, max_steps=1)
+    running.fit(method, FakeData(batch_size=8))
+    running.save_checkpoint(tmp_path / "x.ckpt")
+    torch.testing.assert_close(load_backbone(tmp_path / "x.ckpt")(images), method.eval()(images))
+    with pytest.raises(UserError, match=r"leave num_classes out of --model.backbone_kwargs"):
+        small(MAE, kwargs)
 
 
 def test_embeddings_of_a_new_model_do_not_depend_on_the_order_of_the_local_views() -> None:

@@ -1,7 +1,10 @@
 """LARS against worked examples and a plain restatement; recipes against torch's optimizers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ssl_lightning import LARC, LARS, Optim, UserError
@@ -89,6 +92,19 @@ def test_schedules() -> None:
     # 4 epochs of 2 steps with one epoch of warm-up: the form of MAE and MoCo v3
     expected = [0, 0.5, 1, 0.933013, 0.75, 0.5, 0.25, 0.066987]
     assert [Optim(warmup_epochs=1).lr_factor(step, 8, 2) for step in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_cosine_may_count_from_the_first_step_as_timms() -> None:
+    optim = Optim(base_lr=1.0, warmup_epochs=10, warmup_start_factor=0.005, end_lr_factor=0.05, cosine_from_start=True)
+    theirs = CosineLRScheduler(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0),
+        t_initial=500, lr_min=0.05, warmup_t=50, warmup_lr_init=0.005, cycle_limit=1, t_in_epochs=False,
+    )  # fmt: skip
+    expected = [theirs._get_lr(step)[0] for step in range(500)]
+    ours = [optim.lr_factor(step, 500, 5) for step in range(500)]
+    assert ours == pytest.approx(expected)
+    later = [replace(optim, cosine_from_start=False).lr_factor(step, 500, 5) for step in range(500)]
+    assert sum(later) / sum(ours) == pytest.approx(1.1, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,27 @@ import torch
 from torch import Tensor
 
 from ssl_lightning import UserError
-from ssl_lightning.evaluation import alignment, alpha_req, feature_std, rankme, uniformity
+from ssl_lightning.evaluation import alignment, alpha_req, feature_std, lidar, rankme, uniformity
 
 
 def test_rankme_of_known_spectra() -> None:
     assert rankme(torch.eye(8)) == pytest.approx(8, abs=1e-4)
     assert rankme(torch.diag(torch.tensor([2.0, 1, 1]))) == pytest.approx(2.828427, abs=1e-4)
     assert rankme(torch.ones(600, 512, dtype=torch.float64)) == pytest.approx(1.00082, abs=1e-4)
+
+
+def test_lidar_counts_the_directions_in_which_images_differ() -> None:
+    axes = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    spread = torch.tensor([0.9, 1.1])[:, None]  # of the views of an image, along its own axis
+    assert lidar(axes[:, None] * spread) == pytest.approx(2, abs=1e-4)
+    assert lidar(axes[[0, 1, 0, 1], None] * spread) == pytest.approx(1, abs=1e-4)
+    images = torch.cat([torch.randn(200, 1, 3).expand(-1, 10, -1), torch.randn(200, 10, 5)], dim=2)
+    images = images + 0.1 * torch.randn(200, 10, 8)
+    assert lidar(images) == pytest.approx(3, abs=0.2)
+    mixed = images.flatten(0, 1)[torch.randperm(2000)].view(200, 10, 8)
+    assert lidar(mixed) > 7  # views of an image must stand together
+    with pytest.raises(UserError, match="q at least 2"):
+        lidar(images[:, :1])
 
 
 def test_rankme_does_not_depend_on_scale_or_rotation() -> None:

@@ -25,12 +25,31 @@ def test_decoder_and_defaults_are_the_papers() -> None:
     decayed, undecayed = ({id(p) for p in group["params"]} for group in method.optim.create(method, 256).param_groups)
     names = {id(p): name for name, p in method.named_parameters()}
     assert {"decoder.0.weight", "backbone.rel_pos_bias.relative_position_bias_table"} <= {names[p] for p in decayed}
-    spared = {"mask_token", "backbone.cls_token", "decoder.0.bias", "backbone.norm.weight"}
+    spared = {"backbone.cls_token", "decoder.0.bias", "backbone.norm.weight"}
     assert spared <= {names[p] for p in undecayed}
+    assert "mask_token" in {names[p] for p in decayed}
+    swin = small(SimMIM, SWIN, mask_unit=8)
+    (undecayed,) = (group for group in swin.optim.create(swin, 256).param_groups if not group["decayed"])
+    assert any(p is swin.mask_token for p in undecayed["params"])
     encoder: Any = method.backbone
     assert encoder.pos_embed is None  # positions are relative, the same in all blocks
     assert encoder.blocks[0].attn.relative_position_bias_table is None
     assert float(encoder.blocks[0].gamma_1[0]) == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_vits_start_as_in_the_released_code() -> None:
+    torch.manual_seed(0)
+    method, swin = SimMIM(backbone_kwargs={"depth": 2}), small(SimMIM, SWIN, mask_unit=8)
+    encoder: Any = method.backbone
+    std = 0.02 * 0.53956  # cut at one deviation
+    second = encoder.blocks[1]
+    for layer in (encoder.patch_embed.proj, second.attn.qkv, second.mlp.fc1):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.01)
+    for layer in (second.attn.proj, second.mlp.fc2):  # divided by the square root of twice the depth
+        assert layer.weight.std().item() == pytest.approx(std / 2, rel=0.01)
+    assert method.mask_token.abs().max() <= 0.02
+    assert swin.mask_token.abs().max() > 0.02
 
 
 def test_loss_of_the_worked_example() -> None:
@@ -160,7 +179,7 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
                     total, count = total + (pixels[index].view(3, 8, 8) - patch).abs().sum() / 3, count + 64
         return total / (count + 1e-5)
 
-    update = adamw(1e-3, 0.5, undecayed=("mask_token", "backbone.pos_embed"))
+    update = adamw(1e-3, 0.5, undecayed=("backbone.pos_embed",))
     compare(method, loss_of, update, random_views(3, 32, batch=2))
 
 

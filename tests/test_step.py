@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ssl_lightning import DINO, MAE, KNNProbe, LinearProbe, MoCoV2, ProgressBar, SSLModule, SwAV, Throughput, UserError
+from ssl_lightning.commands import benchmark
 from ssl_lightning.commands.benchmark import OperationCounter, step
 from ssl_lightning.data.batches import Views
 from tests.small import BACKBONE, METHODS, slow_unless, small, trainer
@@ -158,6 +159,12 @@ def test_a_step_dispatches_seven_tenths_of_the_operations_of_lightlys(model: str
 def test_an_unknown_method_is_told() -> None:
     with pytest.raises(UserError, match=r"--model SimCRL: no such method; did you mean SimCLR\?"):
         step("SimCRL")
+
+
+def test_arguments_of_the_method_are_typed_as_for_fit() -> None:
+    words = "step --model DINO --backbone resnet18 --model.num_prototypes=8 --model.trainable.lora.rank 4"
+    with pytest.raises(UserError, match=r"--model\.trainable\.lora: the backbone has no blocks"):
+        benchmark.run(words.split())
 
 
 @pytest.mark.slow

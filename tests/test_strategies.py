@@ -19,7 +19,7 @@ from tests.small import BACKBONE, METHODS, VIT, data, slow_unless, small, traine
 LARS = Optim("lars", base_lr=0.5, lr_scaling="none", warmup_epochs=0)
 SGD = Optim("sgd", base_lr=0.05, lr_scaling="none", warmup_epochs=0)
 SHARDED: dict[type[SSLModule], dict[str, Any]] = {
-    MAE: {},
+    MAE: {"trainable": {"lora": {"rank": 3}}},
     DINO: {"clip_gradient": 0.05, "freeze_last_layer": 0, "optim": SGD},
     MoCoV3: {"optim": LARS},
     MoCoV2: {"bn_splits": 1},

@@ -56,6 +56,19 @@ def mae(vit: Any) -> None:
     vit.fix_positions(rows_first=False)
 
 
+def capi(vit: Any) -> None:
+    """CAPI's encoder: MAE's, and registers of deviation 0.02.
+
+    Args:
+        vit: A ViT whose positions can be fixed.
+    """
+    vit.apply(xavier_linear)
+    _patch_projection(vit)
+    if getattr(vit, "reg_token", None) is not None:
+        nn.init.normal_(vit.reg_token, std=0.02)
+    vit.fix_positions(rows_first=False)
+
+
 def ijepa(vit: Any, linear: bool = True) -> None:
     """I-JEPA's encoder: normal of deviation 0.02, fixed positions.
 
@@ -69,7 +82,7 @@ def ijepa(vit: Any, linear: bool = True) -> None:
 
 
 def beit(vit: Any, mask_token: nn.Parameter) -> None:
-    """BEiT's encoder: ``narrow_linear``, and residual branches that shrink with the depth.
+    """BEiT's encoder, and SimMIM's ViT: ``narrow_linear``, and residual branches that shrink with the depth.
 
     Args:
         vit: A ViT or BEiT of timm.
@@ -111,9 +124,9 @@ def narrow_linear(module: nn.Module) -> None:
     """``narrow`` weights, biases zero (BEiT).
 
     Args:
-        module: Changed if it is a linear layer; for ``Module.apply``.
+        module: Changed if it is a linear layer or a convolution; for ``Module.apply``.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Conv2d):
         narrow(module.weight)
         _no_bias(module)
 

@@ -18,6 +18,8 @@ from ssl_lightning.errors import UserError
 def create_backbone(name: Backbone, **kwargs: Any) -> nn.Module:
     """Build a backbone without its classifier, randomly initialized unless ``pretrained=True`` is given.
 
+    With ``num_classes=N`` a model of timm keeps a linear layer, whose N outputs become its features (LeJEPA's example).
+
     ViTs of timm take images of any size that their patch divides. DINOv3's give their class token unless
     ``global_pool`` says otherwise.
 
@@ -50,7 +52,9 @@ def create_backbone(name: Backbone, **kwargs: Any) -> nn.Module:
                 kwargs = {"dynamic_img_size": True, **kwargs}
             elif is_dinov3(name):
                 kwargs = {"global_pool": "token", **kwargs}
-            return adapted(timm.create_model(name, num_classes=0, **kwargs))
+            backbone = adapted(timm.create_model(name, **{"num_classes": 0, **kwargs}))
+            backbone.num_features = kwargs.get("num_classes") or backbone.num_features
+            return backbone
         if wanted in torchvision.models.list_models(module=torchvision.models):
             return _torchvision_backbone(wanted, **kwargs)
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
@@ -142,7 +146,9 @@ def token_vit(
     """
     from ssl_lightning.backbones.vit import AnySizeViT, RotaryViT
 
-    needed = [attribute for attribute in OF_OWN_VITS if attribute != "encode" or method in ("MAE", "IJEPA")]
+    if getattr(backbone, "num_classes", 0) and not is_own(name):
+        raise UserError(f"{method} reads tokens, not classes; leave num_classes out of --model.backbone_kwargs.")
+    needed = [attribute for attribute in OF_OWN_VITS if attribute != "encode" or method in ("CAPI", "MAE", "IJEPA")]
     has_class_token = getattr(backbone, "cls_token", None) is not None
     if isinstance(backbone, AnySizeViT):
         pooling = (backbone.global_pool, type(backbone.fc_norm))

@@ -186,7 +186,7 @@ def check_size(backbone: nn.Module, size: int) -> None:
         UserError: It does not; the message says why.
     """
     width: Any = backbone.num_features
-    with _undisturbed(backbone):
+    with undisturbed(backbone):
         try:  # not compiled: two images would be one more graph
             found = pooled(backbone, backbone._call_impl(example_images(backbone, size)), 2).shape[1]
         except Exception as error:
@@ -269,7 +269,7 @@ def _with_features(network: nn.Module, name: str, size: int | None) -> nn.Module
                 break
             images = example_images(network, side)
             try:
-                with _undisturbed(network):
+                with undisturbed(network):
                     output = network(images if contiguous else images.to(memory_format=torch.channels_last))
             except Exception as error:  # of the user's code
                 failure = failure or error
@@ -322,7 +322,7 @@ def _stated_size(network: nn.Module) -> int | None:
 
 
 @contextmanager
-def _undisturbed(network: nn.Module) -> Iterator[None]:
+def undisturbed(network: nn.Module) -> Iterator[None]:
     """Let a forward pass in eval mode change nothing: neither modes nor statistics nor random numbers."""
     modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]

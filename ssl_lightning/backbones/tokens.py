@@ -47,7 +47,7 @@ class ViT(nn.Module):
 
 
 OF_OWN_VITS = "patch_embed", "patch_side", "num_prefix_tokens", "blocks", "forward_features", "forward_head", "encode"
-"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE and I-JEPA only."""
+"""What a ViT of one's own needs besides features ``(B, D)`` from its call; ``encode`` for MAE, I-JEPA and CAPI only."""
 
 
 def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
@@ -62,6 +62,15 @@ def multi_crop(backbone: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """
     groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[-1])]
     return torch.cat([backbone(torch.cat(group)) for group in groups])
+
+
+def full_size(views: Sequence[Tensor]) -> int:
+    """Number of views at the start that have the size of the first: the global ones.
+
+    Args:
+        views: ``(B, 3, S, S)`` each.
+    """
+    return len(list(next(groupby(views, key=lambda view: view.shape[-1]))[1]))
 
 
 def masked_tokens(backbone: nn.Module, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
@@ -146,6 +155,16 @@ def called_blocks(backbone: nn.Module) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks]
 
 
+def blocks_in(module: nn.Module) -> list[nn.Module]:
+    """The blocks in a module, in order: of the children ``*blocks`` that are sequences or lists; none of a ResNet.
+
+    Args:
+        module: A ViT, BEiT, Swin or ConvNeXt of timm, or what holds one.
+    """
+    sequences = [part for name, part in module.named_modules() if name.endswith("blocks")]
+    return [block for part in sequences if isinstance(part, nn.Sequential | nn.ModuleList) for block in part]
+
+
 def only_size(backbone: nn.Module) -> int | None:
     """Side in pixels of the only images that a backbone takes, e.g. a BEiT or Swin; None if it takes others as well.
 
@@ -173,6 +192,30 @@ def layer_scale(name: str, blocks: int, decay: float) -> float:
     elif name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
     return decay ** (blocks + 1 - layer)
+
+
+def inflate_channels(weight: Tensor, channels: int) -> Tensor:
+    """The weight of a first layer for images of another number of channels, as FINO does it.
+
+    Filters are kept, each further channel gets their mean, and all are scaled so that images whose channels are equal
+    give what they gave before. For fewer channels, each gets the mean.
+
+    Args:
+        weight: ``(O, C, k, k)``.
+        channels: Number of channels of the result.
+
+    Returns:
+        ``(O, channels, k, k)``.
+
+    Example:
+        >>> inflate_channels(torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1), 5).flatten()
+        tensor([0.6000, 1.2000, 1.8000, 1.2000, 1.2000])
+    """
+    known = weight.shape[1]
+    if channels < known:
+        return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
+    mean = weight.mean(1, keepdim=True).expand(-1, channels - known, -1, -1)
+    return torch.cat([weight, mean], dim=1) * (known / channels)
 
 
 @functools.lru_cache(maxsize=16)

@@ -201,7 +201,11 @@ class RotaryViT(Eva, TimmViT):
         return self.norm(tokens)
 
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.pos_drop(self._with_prefix(x.flatten(1, 2))), self._rotations(*x.shape[1:3])
+        tokens, rotations = self._with_prefix(x.flatten(1, 2)), self._rotations(*x.shape[1:3])
+        dropout: Any = self.patch_drop  # None, or a TokenDropout
+        if dropout is not None and (kept := dropout.drawn(tokens)) is not None:
+            tokens, rotations = kept_tokens(tokens, kept, self.num_prefix_tokens), rotations[kept][:, None]
+        return self.pos_drop(tokens), rotations
 
     def _rotations(self, rows: int, columns: int) -> Tensor:
         """Sines and cosines ``(rows * columns, 2 * D / heads)`` of a grid of patches."""

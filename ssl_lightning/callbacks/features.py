@@ -1,6 +1,6 @@
 """Features of plain images while a method trains, for probes, monitors and pictures."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,19 +22,26 @@ class PlainFeatures(NamedTuple):
     """``(N,)`` indices of the images in the data set."""
 
 
-def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Iterable[Any]) -> PlainFeatures:
+def plain_features(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    loader: Iterable[Any],
+    reference: tuple[Callable[[Tensor], Tensor], int] | None = None,
+) -> PlainFeatures:
     """Features of plain images over all processes.
 
     Args:
         trainer: Determines device and precision.
         pl_module: The method, in eval mode. Maps images to features.
         loader: Batches of plain images, each image once over all processes.
+        reference: Another network, and the width of its features, in place of the method.
     """
-    features, labels, indices = [no_features(pl_module)], [no_numbers(pl_module)], [no_numbers(pl_module)]
+    network, width = reference or (pl_module, int(pl_module.embed_dim))  # type: ignore[arg-type]
+    features, labels, indices = [no_features(pl_module, width)], [no_numbers(pl_module)], [no_numbers(pl_module)]
     for batch in loader:
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         with trainer.precision_plugin.val_step_context():
-            features.append(pl_module(batch.images).float())
+            features.append(network(batch.images).float())
         labels.append(batch.labels)
         indices.append(batch.indices)
     gathered = gather_uneven(torch.cat(indices))
@@ -44,9 +51,9 @@ def plain_features(trainer: L.Trainer, pl_module: L.LightningModule, loader: Ite
     )
 
 
-def no_features(pl_module: Any) -> Tensor:
+def no_features(pl_module: Any, width: int | None = None) -> Tensor:
     """Features ``(0, D)`` of no images, so that a process without images can take part in gathering."""
-    return torch.empty(0, int(pl_module.embed_dim), device=pl_module.device)
+    return torch.empty(0, width or int(pl_module.embed_dim), device=pl_module.device)
 
 
 def no_numbers(pl_module: L.LightningModule) -> Tensor:

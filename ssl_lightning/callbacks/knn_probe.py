@@ -1,5 +1,6 @@
 """k-nearest-neighbor accuracy of the features while the method trains."""
 
+import functools
 from typing import Any
 
 import lightning as L
@@ -8,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from ssl_lightning.callbacks.features import no_features, no_numbers, plain_features
+from ssl_lightning.callbacks.features import in_eval_mode, no_features, no_numbers, plain_features
 from ssl_lightning.callbacks.progress import planned_epochs
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.errors import UserError
@@ -18,7 +19,9 @@ from ssl_lightning.evaluation import knn_predict
 class KNNProbe(L.Callback):
     """Weighted kNN accuracy on images without augmentation, in eval mode, each image once over all processes.
 
-    Logs ``val/knn_top1``; logs nothing if the data has no labels.
+    Logs ``val/knn_top1``; logs nothing if the data has no labels. A method may name ``references`` to compare with;
+    their accuracy is measured once, before the first step, and logged along. For ``Distillation`` these are
+    ``val/start_knn_top1`` (the student before training) and ``val/teacher_knn_top1``.
 
     Args:
         k: Number of neighbors that vote.
@@ -37,12 +40,39 @@ class KNNProbe(L.Callback):
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._wanted = False
+        self._references: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check whether the data has labels."""
         self.num_classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
         if self.num_classes is None:
             rank_zero_info("KNNProbe: the data has no labels, so there is no kNN accuracy.")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Measure the accuracy of what the method is compared with, before the first step."""
+        if self.num_classes is None or trainer.global_step > 0 or not hasattr(pl_module, "references"):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined] # which has labels
+        self._references = {}
+        trainer.strategy.on_validation_start()  # which gathers what is sharded
+        with in_eval_mode(pl_module), torch.no_grad():
+            for name, reference in pl_module.references.items():
+                banks = data.train_labelled_dataloader(self.max_samples), data.val_dataloader()
+                bank, images = (plain_features(trainer, pl_module, loader, reference) for loader in banks)
+                known = images.labels >= 0
+                if len(bank.features) and known.any():
+                    classify = functools.partial(knn_predict, bank.features, bank.labels, images.features[known])
+                    predicted = classify(self.num_classes, self.k, self.temperature)
+                    self._references[name] = float((predicted == images.labels[known]).float().mean())
+        trainer.strategy.on_validation_end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured before the first step."""
+        return {"references": self._references} if self._references else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self._references = state_dict.get("references", {})
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether to run after this epoch."""
@@ -80,6 +110,8 @@ class KNNProbe(L.Callback):
         correct, total = gather_uneven(counts[None]).sum(0)
         if total > 0:
             pl_module.log("val/knn_top1", correct / total, prog_bar=True)
+            for name, accuracy in self._references.items():
+                pl_module.log(f"val/{name}_knn_top1", accuracy)
         self._features, self._labels = [], []
 
     on_test_epoch_start = on_validation_epoch_start

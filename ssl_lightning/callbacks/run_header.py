@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from ssl_lightning.callbacks.progress import planned_epochs
+from ssl_lightning.continued import what_trains
 from ssl_lightning.messages import duration
 from ssl_lightning.optim import steps_per_epoch
 from ssl_lightning.runs import run_folder
@@ -58,6 +59,7 @@ def header(trainer: Any, module: Any) -> dict[str, str]:
             factors += [f"{accumulated} accumulated batches"] if accumulated > 1 else []
             rows["batch"] += f", {' x '.join(factors)}"
     rows["length"] = _length(trainer)
+    rows |= what_trains(module, trainer.estimated_stepping_batches)
     if trainer.global_step > 0:
         rows["resumed"] = f"in epoch {trainer.current_epoch + 1}, after {trainer.global_step:,} steps"
     if trainer.fast_dev_run:

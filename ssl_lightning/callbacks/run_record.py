@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.continued import what_trains
 from ssl_lightning.machine import processors
 from ssl_lightning.runs import ENVIRONMENT_FILE, WARNINGS_FILE, read_starts, run_folder
 
@@ -70,6 +71,7 @@ class RunRecord(L.Callback):
                 "epochs": trainer.max_epochs,
                 "method": type(pl_module).__name__,
                 "data": getattr(data, "facts", None),
+                **what_trains(pl_module, trainer.estimated_stepping_batches),
                 "versions": {"python": platform.python_version(), **_versions()},
                 "hardware": _hardware(pl_module.device),
                 "processes": {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_lightning.backbones.low_rank import merged
 from ssl_lightning.checkpoints.layouts import Weights
 from ssl_lightning.checkpoints.pickles import full_name, tensors_of_module
 from ssl_lightning.errors import UserError
@@ -20,6 +21,8 @@ _NOISE = {
 
 def tensors_in(checkpoint: dict[str, Any]) -> Weights:
     """All weights of a checkpoint under their full names: the keys that lead to them, without wrappers' parts.
+
+    Low-rank updates are added to the weights that they are for.
 
     Args:
         checkpoint: Nested dicts; states of optimizers are passed over.
@@ -37,7 +40,7 @@ def tensors_in(checkpoint: dict[str, Any]) -> Weights:
                 collect(item, (*path, *key.split(".")))
 
     collect(checkpoint, ())
-    return tensors
+    return merged(tensors)
 
 
 def foreign_objects(value: Any) -> list[str]:

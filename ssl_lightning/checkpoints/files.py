@@ -178,7 +178,18 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         UserError: They do not fit; the message says what differs.
     """
     own, saved = _flat(module.hparams), _flat(checkpoint.get("hyper_parameters", {}))
-    own.pop("init_from", None)  # already applied
+    fitting, begun = module.trainer.state.fn == TrainerFn.FITTING, own.pop("init_from", "None")  # already applied
+    if fitting and begun not in ("None", saved.get("init_from", "None")):
+        raise UserError(
+            f"--model.init_from {begun} is not read where --ckpt_path resumes a training; give either of them."
+        )
+    for what, default in (("trainable", "all"), ("continued", None)) if fitting else ():
+        before = checkpoint.get("hyper_parameters", {}).get(what, default)
+        if before != module.hparams.get(what, default):
+            raise UserError(
+                f"--model.{what} differs from the training that --ckpt_path resumes, which had {before}; give the "
+                "same, or begin a new training with --model.init_from instead of --ckpt_path."
+            )
     changed = [f"{key} {own[key]} (was {saved[key]})" for key in own if key in saved and own[key] != saved[key]]
     weights, saved_weights = module.state_dict(), checkpoint.get("state_dict", {})
     unlike = {
@@ -197,7 +208,7 @@ def check_fit(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             f"{', '.join(sorted(unlike)[:3])}. What differs: "
             f"{'; '.join(differing + changed) or 'the code of the method'}."
         )
-    if changed and module.trainer.state.fn == TrainerFn.FITTING:
+    if changed and fitting:
         rank_zero_warn(f"resuming with other hyper-parameters than the checkpoint's: {'; '.join(changed)}")
 
 

@@ -15,12 +15,12 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
     """
     transform, model = pretrained.image_transform, pretrained.backbone
     known: Any = getattr(model, "pretrained_cfg", {})
-    size = transform["size"]
+    size, classes = transform["size"], pretrained.backbone_kwargs.get("num_classes", 0)
     return {
         "architecture": pretrained.name.partition(".")[0],
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": pretrained.embed_dim,
-        "model_args": {**pretrained.backbone_kwargs, "num_classes": 0},
+        "model_args": {**pretrained.backbone_kwargs, "num_classes": classes},
         "pretrained_cfg": {
             "input_size": [pretrained.backbone_kwargs.get("in_chans", 3), size, size],
             "interpolation": transform["interpolation"],
@@ -28,7 +28,7 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(transform["mean"]),
             "std": list(transform["std"]),
-            "num_classes": 0,
+            "num_classes": classes,
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
         },

@@ -19,10 +19,10 @@ from ssl_lightning.checkpoints.resampling import resample
 from ssl_lightning.checkpoints.sources import is_source, weights_in
 from ssl_lightning.errors import UserError
 
-_OF_MAE_AND_IJEPA = re.compile(
-    r"(state_dict\.|model\.)?(decoder_|decoder\.positions|predictor_positions|predictor\.positions)"
+_OF_FIXED_POSITIONS = re.compile(
+    r"(state_dict\.|model\.)?(decoder_|decoder\.positions|predictor_positions|predictor\.(positions|mask_token))"
 )
-"""Beginnings of names that only checkpoints of MAE and I-JEPA have; official files and earlier versions included."""
+"""Beginnings of names that only checkpoints of MAE, I-JEPA and CAPI have; official files and earlier versions, too."""
 
 
 class UnnamedBackboneError(UserError):
@@ -122,8 +122,8 @@ def _read(
         rank_zero_info(f"{path}: resampled {'; '.join(changes)}")
     network.load_state_dict(weights, strict=False)
     if isinstance(model, AnySizeViT):
-        is_mae_or_ijepa = any(_OF_MAE_AND_IJEPA.match(name) for name in tensors)
-        if is_moco_v3 or is_mae_or_ijepa or checkpoint.get("fixed_positions"):
+        is_fixed = any(_OF_FIXED_POSITIONS.match(name) for name in tensors)
+        if is_moco_v3 or is_fixed or checkpoint.get("fixed_positions"):
             model.tell_fixed_positions()  # so they are computed, not interpolated, at other sizes
         model.antialiased = checkpoint.get("antialiased", model.reg_token is not None and not is_ours)
     transform = checkpoint.get("image_transform") or image_transform_of(model, described=checkpoint)
@@ -213,7 +213,7 @@ def weights_for(source: str, backbone: Backbone, backbone_kwargs: dict[str, Any]
         if checkpoint is not None and named_in(checkpoint)[0] is None:
             return _read(source, checkpoint, backbone, kwargs, None).backbone.state_dict()
         if checkpoint is None:
-            pretrained = open_backbone(source, None, kwargs)
+            pretrained = open_backbone(source, None, {key: kwargs[key] for key in kwargs if key != "in_chans"})
         else:
             pretrained = _read(source, checkpoint, None, None, None)
         weights: Weights = dict(pretrained.backbone.state_dict())

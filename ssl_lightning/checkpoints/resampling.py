@@ -1,11 +1,11 @@
-"""Weights of another image size, patch size or number of channels, as timm changes them."""
+"""Weights of another image size, patch size or number of channels."""
 
 import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from ssl_lightning.backbones.tokens import sincos_positions
+from ssl_lightning.backbones.tokens import inflate_channels, sincos_positions
 from ssl_lightning.checkpoints.layouts import Weights
 
 
@@ -43,14 +43,13 @@ def resample(weights: Weights, model: nn.Module) -> list[str]:
 
 
 def _first_layer(old: Tensor, new: Any) -> Tensor | None:
-    """RGB summed for one channel, otherwise repeated and scaled; kernels by the pseudo-inverse of their resize."""
+    """Channels by ``inflate_channels``; kernels by the pseudo-inverse of their resize."""
     from timm.layers import resample_patch_embed
-    from timm.models import adapt_input_conv
 
     if old.ndim != 4 or old.shape[0] != new[0] or (old.shape[1] != new[1] and old.shape[1] != 3):
         return None
     if old.shape[1] != new[1]:
-        old = adapt_input_conv(new[1], old)
+        old = inflate_channels(old, new[1])
     return old if old.shape == new else resample_patch_embed(old, list(new[2:]))
 
 

@@ -40,7 +40,7 @@ def run(words: Sequence[str]) -> None:
         words: The command line after ``evaluate``.
     """
     # Only here, as it takes half a second: `import ssl_lightning` imports this file for Evaluation.
-    from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+    from ssl_lightning.arguments import SSLArgumentParser, title_of
 
     parser = SSLArgumentParser(prog="ssl-lightning evaluate", description="Evaluate a backbone on labeled images.")
     protocols = parser.add_subcommands()
@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> None:
         protocol.add_class_arguments(Evaluation)
         protocol.add_method_arguments(Evaluation, name)
         protocols.add_subcommand(name, protocol, help=protocol.description)
-    options = parser.parse_args(_with_data_of_the_run(underscored(words)))
+    options = parser.parse_args(_with_data_of_the_run([*words]))
     name = options.subcommand
     arguments = vars(parser.instantiate(options)[name])
     arguments.pop("config", None)

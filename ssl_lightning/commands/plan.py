@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
+from ssl_lightning.continued import what_trains
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -107,16 +108,19 @@ def _schedule(trainer: Any, module: Any) -> dict[str, str]:
     accumulated = trainer.accumulate_grad_batches
     batch = data.batch_size * trainer.world_size * accumulated
     steps = trainer.estimated_stepping_batches
-    warmup = optim.warmup_epochs * math.ceil(trainer.num_training_batches / accumulated)
+    per_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    warmup = optim.warmup_epochs * per_epoch
     peak = optim.peak_lr(batch)
+    end = optim.lr_factor(int(steps), int(steps), per_epoch) if 0 < steps < math.inf else 1.0
     parts = f"{data.batch_size} x {trainer.world_size} (processes) x {accumulated} (accumulated)"
     rows = {
         "method": f"{type(module).__name__} with {module.hparams['backbone']}",
         "views": ", ".join(f"{spec.count} of {spec.size} px" for spec in data.view_specs),
         "batch": f"{batch:,} images = {parts}",
         "steps": f"{steps:,.0f} in {trainer.max_epochs} epochs, {min(warmup, steps):,.0f} of them warm-up",
-        "learning rate": f"{peak:.3g} at its peak, {peak * optim.end_lr_factor:.3g} at the end ({optim.name})",
+        "learning rate": f"{peak:.3g} at its peak, {peak * end:.3g} at the end ({optim.name})",
     }
+    rows |= what_trains(module, steps)
     first, last = module.teacher_momentum(0.0), module.teacher_momentum(1.0)
     if first is not None:
         rows["teacher momentum"] = f"{first:g}" if first == last else f"{first:g} to {last:g}"

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+from ssl_lightning.arguments import SSLArgumentParser, title_of
 from ssl_lightning.data.smaller_copy import prepare
 
 
@@ -16,6 +16,6 @@ def run(words: Sequence[str]) -> None:
     parser = SSLArgumentParser(prog="ssl-lightning prepare", description=title_of(prepare))
     parser.add_function_arguments(prepare, as_positional=False)
     try:
-        print(prepare(**parser.parse_args(underscored(words))))
+        print(prepare(**parser.parse_args(words)))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")

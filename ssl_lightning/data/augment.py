@@ -95,12 +95,12 @@ def _steps_of_each(numbers: Augmentation, spec: ViewSpec) -> Iterator[tuple[list
     a pass over its pixels.
     """
     weights = _blur_weights(torch.from_numpy(numbers.sigmas), spec.blur_kernel) if numbers.sigmas.any() else None
-    columns = [values.tolist() for values in numbers]
+    columns, colors = [values.tolist() for values in numbers], _color_operations(spec)
     for row, (flips, flips_vertically, turns, degrees, operations, amounts, grays, sigma, solarizes) in enumerate(
         zip(*columns, strict=True)
     ):
         jitter: list[_Step] = [
-            (_JITTER[which], (amount,)) for which, amount in zip(operations, amounts, strict=True) if which >= 0
+            (colors[which], (amount,)) for which, amount in zip(operations, amounts, strict=True) if which >= 0
         ]
         gray: list[_Step] = [(grayscale, ())] if grays else []
         steps: list[_Step] = []
@@ -126,9 +126,10 @@ def _steps(
     """The operations of a view in order, each with the rows it applies to and its strengths if they are random."""
     blurring = functools.partial(blur, kernel=spec.blur_kernel, widest=float(numbers.sigmas.max(initial=0)))
     solarizing = functools.partial(solarize, threshold=spec.solarize_threshold / 255)
+    colors = _color_operations(spec)
     gray: list[_Drawn] = [(grayscale, numbers.grayscale, [])]
     jitter: list[_Drawn] = [
-        (_JITTER[operation], numbers.operations[:, step] == operation, [amounts])
+        (colors[operation], numbers.operations[:, step] == operation, [amounts])
         for step, amounts in enumerate(numbers.amounts.T)
         for operation in set(numbers.operations[:, step].tolist()) - {-1}
     ]
@@ -193,6 +194,11 @@ def brightness(images: Tensor, factors: Tensor | float) -> Tensor:
     return images.mul_(_per_image(factors)).clamp_(0, 1)
 
 
+def shift_brightness(images: Tensor, shifts: Tensor | float) -> Tensor:
+    """Add shifts ``(N,)`` to ``(N, C, H, W)`` images in [0, 1]."""
+    return images.add_(_per_image(shifts)).clamp_(0, 1)
+
+
 def contrast(images: Tensor, factors: Tensor | float) -> Tensor:
     """Blend ``(N, C, H, W)`` images in [0, 1] with their mean gray by factors ``(N,)``.
 
@@ -238,8 +244,9 @@ def hue(images: Tensor, turns: Tensor | float) -> Tensor:
     return images
 
 
-_JITTER: tuple[Callable[..., Tensor], ...] = (brightness, contrast, saturation, hue)
-"""The operations that ``Augmentation.operations`` numbers."""
+def _color_operations(spec: ViewSpec) -> tuple[Callable[..., Tensor], ...]:
+    """The operations that ``Augmentation.operations`` numbers."""
+    return shift_brightness if spec.additive_brightness else brightness, contrast, saturation, hue
 
 
 def to_gray(images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
+from ssl_lightning.data.resolution import Resolution, Stages, planned_epochs
 from ssl_lightning.data.sampler import RepeatedBatches, ShuffledBatches
 from ssl_lightning.data.splits import number_classes
 from ssl_lightning.data.stream import ImageStream
@@ -69,6 +70,8 @@ class SSLDataModule(PlainLoaders):
             group matches. The views of full size then show the image and its partner alternately, and so do local
             crops. None means both views of a pair show the same image.
         pair_distance: With ``next``, how many files ahead a partner may be; it is drawn from all of these.
+        resolution: Smaller views in the first epochs, e.g. ``{scale: 0.5, until: 0.75}``: half the side for three
+            quarters of the epochs. None means views of full size in all epochs. Evaluation always has the full size.
     """
 
     default_image_size: int = 224
@@ -90,12 +93,16 @@ class SSLDataModule(PlainLoaders):
         transform: Callable[[Any], Any] | None = None,
         positives: str | None = None,
         pair_distance: int = 1,
+        resolution: Resolution | None = None,
     ) -> None:
         super().__init__(num_workers, seed)
         if batch_size < 2:
             raise UserError(f"--data.batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
         if views is not None and transform is not None:
             raise UserError("--data.transform makes the views itself; leave out --data.views, or set it to null.")
+        if resolution is not None and transform is not None:
+            raise UserError("--data.transform sets the size of its views itself; set --data.resolution to null.")
+        self.resolution = Resolution(**resolution) if isinstance(resolution, dict) else resolution
         check_positives(positives, pair_distance)
         self.batch_size, self.views, self.transform = batch_size, views, transform
         self.positives, self.pair_distance = positives, pair_distance
@@ -226,6 +233,18 @@ class SSLDataModule(PlainLoaders):
         return adapted(self._own_specs, self._alike.preparation.channels, self._alike.statistics)
 
     @property
+    def small_view_specs(self) -> tuple[ViewSpec, ...]:
+        """The training views of the first epochs, if they are smaller; else none."""
+        patch = getattr(getattr(self._module, "backbone", None), "patch_side", 1)
+        return () if self.resolution is None else self.resolution.small(self.view_specs, patch)
+
+    def _stages(self, batches: int) -> Stages | None:
+        if self.resolution is None:
+            return None
+        epochs = math.inf if self.trainer is None else planned_epochs(self.trainer, batches)
+        return Stages(self.view_specs, self.small_view_specs, self.resolution.until * epochs)
+
+    @property
     def _own_specs(self) -> tuple[ViewSpec, ...]:
         patch = getattr(getattr(self._module, "backbone", None), "patch_side", 1)
         if self.views is not None:
@@ -271,11 +290,12 @@ class SSLDataModule(PlainLoaders):
         check_positives(self.positives, self.pair_distance, specs)
         if isinstance(images, ImageStream):
             parts = batch_size, self._seed, self._rank, world_size
-            stream = StreamedViews(images, specs, *parts, self._preparation, self._own)
+            stages = self._stages(len(images) // (batch_size * world_size))
+            stream = StreamedViews(images, specs, *parts, self._preparation, self._own, stages)
             return Loader(stream, stream, min(workers, images.max_workers(world_size)), position=self._position)
         batches = RepeatedBatches if getattr(self.trainer, "overfit_batches", 0) else ShuffledBatches
         order = batches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
-        dataset = ViewDataset(images, specs, self._seed, self._own)
+        dataset = ViewDataset(images, specs, self._seed, self._own, self._stages(len(order)))
         return Loader(dataset, order, workers, persistent=True, position=self._position)
 
     def _workers(self, images: Images | ImageStream) -> int:

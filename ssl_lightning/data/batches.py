@@ -9,7 +9,7 @@ from torch import Tensor
 from ssl_lightning.data.augment import augment, chunks, normalize, resized_crop
 from ssl_lightning.data.images import Unreadable
 from ssl_lightning.data.randomness import Augmentation
-from ssl_lightning.data.views import ViewSpec
+from ssl_lightning.data.views import ViewSpec, with_side
 
 
 class Views(NamedTuple):
@@ -39,6 +39,8 @@ class RawViews(NamedTuple):
     """``(B,)`` indices of the images in the data set."""
     unreadable: list[Unreadable]
     """Images that could not be read, and that others replace."""
+    sizes: list[int]
+    """For each ViewSpec the side in pixels of its views, which may be smaller than the spec says."""
 
     def to(self, device: torch.device) -> "RawViews":
         """The batch with its tensors on a device. The random numbers stay on the host until they are used."""
@@ -50,6 +52,9 @@ class RawViews(NamedTuple):
     def augmented(self, specs: Sequence[ViewSpec], dtype: torch.dtype = torch.float32) -> Views:
         """Crop if the workers did not, augment in float32, and split into views, on the device that holds the batch."""
         views: list[Tensor] = []
+        specs = [
+            spec if spec.size == size else with_side(spec, size) for spec, size in zip(specs, self.sizes, strict=True)
+        ]
         if not self.augmentations:  # a transform of one's own made them; it may leave the normalization to us
             for spec, crops in zip(specs, self.crops, strict=True):
                 finished = normalize(crops.float() / 255, spec) if crops.dtype == torch.uint8 else crops

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_lightning.data.decoding import OpenedImage
 from ssl_lightning.data.pairs import view_sources
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Augmentation, Draws, draw, uniforms
+from ssl_lightning.data.resolution import Stages
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
 from ssl_lightning.seeding import generators_put_back
@@ -26,15 +27,23 @@ class ViewMaker:
         specs: The views.
         seed: Seed of all random decisions.
         paired: Whether each image comes with a partner, which other views show.
+        stages: The views of each epoch, if their size changes. Nothing else changes with it.
 
     Attributes:
         sources: ``(V,)`` for each view 0 if it shows the image, 1 if it shows the partner.
     """
 
-    def __init__(self, specs: Sequence[ViewSpec], seed: int, paired: bool = False) -> None:
+    def __init__(
+        self, specs: Sequence[ViewSpec], seed: int, paired: bool = False, stages: Stages | None = None
+    ) -> None:
         self.specs, self.seed = specs, seed
+        self.stages = stages or Stages(tuple(specs))
         self.needs_pixels = any(spec.rand_augment for spec in specs)
         self.sources = view_sources(specs) * paired
+
+    def sizes(self, epoch: int) -> list[int]:
+        """Side in pixels of the views of each ViewSpec in an epoch."""
+        return [spec.size for spec in self.stages.at(epoch)]
 
     def image_rows(self, batch_size: int) -> list[NDArray[np.int64]]:
         """For each ViewSpec ``(count * B,)``: which of the B images, followed by their partners, each view shows."""
@@ -87,18 +96,18 @@ class ViewMaker:
                 views[number].append((kind, row, box))
         first_views = np.cumsum([0, *(spec.count for spec in self.specs)]).tolist()
         crops: list[Tensor] = []
+        specs = self.stages.at(epoch)
         for number, image in enumerate(images):
             bottom = max((top + height for _, _, (top, _, height, _) in views[number]), default=0)
             pixels = image.decode(bottom).permute(1, 2, 0).numpy()  # (rows, W, C)
             if not crops:
                 channels, dtype = pixels.shape[2], torch.from_numpy(pixels).dtype
                 shapes = [
-                    (len(boxes), channels, spec.size, spec.size)
-                    for spec, boxes in zip(self.specs, all_boxes, strict=True)
+                    (len(boxes), channels, spec.size, spec.size) for spec, boxes in zip(specs, all_boxes, strict=True)
                 ]
                 crops = [torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) for shape in shapes]
             for kind, row, (top, left, height, width) in views[number]:
-                spec, out = self.specs[kind], crops[kind][row : row + 1]
+                spec, out = specs[kind], crops[kind][row : row + 1]
                 crop = pixels[top : top + height, left : left + width]
                 resize(crop, (spec.size, spec.size), spec.interpolation, out)
                 if spec.rand_augment:

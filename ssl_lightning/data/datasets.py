@@ -17,6 +17,7 @@ from ssl_lightning.data.images import ImageArray, Images, Unreadable
 from ssl_lightning.data.look import LOOKED_AT
 from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.prepared import prepared
+from ssl_lightning.data.resolution import Stages
 from ssl_lightning.data.sampler import BatchKey
 from ssl_lightning.data.stream import Example, ImageStream
 from ssl_lightning.data.transforms import OwnViewMaker, OwnViews
@@ -32,11 +33,19 @@ class ViewDataset(Dataset[RawViews]):
         specs: The views.
         seed: Seed of all random decisions.
         own: A transform of one's own that makes the views. None means crops and augmentation as the specs say.
+        stages: The views of each epoch, if their size changes.
     """
 
-    def __init__(self, images: Images, specs: Sequence[ViewSpec], seed: int, own: OwnViews | None = None) -> None:
+    def __init__(
+        self,
+        images: Images,
+        specs: Sequence[ViewSpec],
+        seed: int,
+        own: OwnViews | None = None,
+        stages: Stages | None = None,
+    ) -> None:
         self.images, self.seed = images, seed
-        self.maker = _maker(specs, seed, own, images.paired)
+        self.maker = _maker(specs, seed, own, images.paired, stages)
         self.paired = bool(self.maker.sources.any())
 
     def __getitem__(self, key: BatchKey) -> RawViews:
@@ -49,7 +58,8 @@ class ViewDataset(Dataset[RawViews]):
             boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)
             rows = self.maker.image_rows(len(indices))
             crops = [torch.from_numpy(np.column_stack(columns)) for columns in zip(rows, boxes, strict=True)]
-            return RawViews(batch, crops, augmentations, _labels(self.images, indices), torch.from_numpy(indices), [])
+            labels, sizes = _labels(self.images, indices), self.maker.sizes(epoch)
+            return RawViews(batch, crops, augmentations, labels, torch.from_numpy(indices), [], sizes)
         try:
             return self._from_files(epoch, indices)
         except UserError:
@@ -75,7 +85,8 @@ class ViewDataset(Dataset[RawViews]):
                 for partner, image in zip(partners, images, strict=True)
             ]
         crops, augmentations = self.maker.crop(epoch, indices, images)
-        return RawViews(None, crops, augmentations, _labels(self.images, read), torch.from_numpy(read), unreadable)
+        labels, sizes = _labels(self.images, read), self.maker.sizes(epoch)
+        return RawViews(None, crops, augmentations, labels, torch.from_numpy(read), unreadable, sizes)
 
     def first_readable(self, index: int, check_pixels: bool, unreadable: list[Unreadable]) -> tuple[OpenedImage, int]:
         """Open an image, or another one in its place if that fails. Returns the image and its index.
@@ -153,6 +164,7 @@ class StreamedViews(IterableDataset[RawViews]):
         world_size: Number of processes.
         preparation: What is done to the pixels of each image.
         own: A transform of one's own that makes the views. None means crops and augmentation as the specs say.
+        stages: The views of each epoch, if their size changes.
 
     Attributes:
         epoch: Epoch of the next pass.
@@ -169,11 +181,12 @@ class StreamedViews(IterableDataset[RawViews]):
         world_size: int = 1,
         preparation: Preparation = Preparation(),
         own: OwnViews | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.preparation = preparation
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.size, self.rank, self.world_size = len(stream), rank, world_size
-        self.maker = _maker(specs, seed, own)
+        self.maker = _maker(specs, seed, own, stages=stages)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -194,8 +207,8 @@ class StreamedViews(IterableDataset[RawViews]):
             indices = (batch * self.batch_size + np.arange(self.batch_size)) * parts + part
             opened, labels = zip(*itertools.islice(images, self.batch_size), strict=True)
             crops, augmentations = self.maker.crop(self.epoch, indices, opened)
-            numbers = torch.from_numpy(indices)
-            yield RawViews(None, crops, augmentations, torch.tensor(labels), numbers, unreadable.copy())
+            numbers, sizes = torch.from_numpy(indices), self.maker.sizes(self.epoch)
+            yield RawViews(None, crops, augmentations, torch.tensor(labels), numbers, unreadable.copy(), sizes)
             unreadable.clear()
 
     def decoded(self, skip: int = 0, unreadable: list[Unreadable] | None = None) -> Iterator[tuple[OpenedImage, int]]:
@@ -273,9 +286,9 @@ class PlainDataset(Dataset[PlainImages]):
 
 
 def _maker(
-    specs: Sequence[ViewSpec], seed: int, own: OwnViews | None, paired: bool = False
+    specs: Sequence[ViewSpec], seed: int, own: OwnViews | None, paired: bool = False, stages: Stages | None = None
 ) -> ViewMaker | OwnViewMaker:
-    return ViewMaker(specs, seed, paired) if own is None else OwnViewMaker(own, seed, paired)
+    return ViewMaker(specs, seed, paired, stages) if own is None else OwnViewMaker(own, seed, paired)
 
 
 def _labels(images: Images, indices: NDArray[np.int64]) -> Tensor:

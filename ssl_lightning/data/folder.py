@@ -1,5 +1,6 @@
 """Images in a folder, with or without labels."""
 
+import csv
 import os
 import time
 import zipfile
@@ -37,6 +38,8 @@ class ImageFolderData(SSLDataModule):
             every image lies exactly one folder deep and there are at least two such folders, else ``none``.
         val_fraction: Fraction of each class held out for validation if there is no validation folder.
         splits: Whether folders named like splits (train, val, test, ...) divide the images. False trains on all images.
+        files: CSV file that names the images to use in its column ``path``, below the root or absolute; rows whose
+            column ``kept`` is 0 are left out. ``curate`` writes such files. None uses all images.
         kwargs: See SSLDataModule.
     """
 
@@ -46,11 +49,12 @@ class ImageFolderData(SSLDataModule):
         labels: Literal["auto", "folders", "none"] = "auto",
         val_fraction: float = 0.1,
         splits: bool = True,
+        files: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root, self.labels, self.val_fraction = Path(root).expanduser(), labels, val_fraction
-        self.splits = splits
+        self.splits, self.files = splits, files
 
     def prepare_data(self) -> None:
         """Scan the folders, once per machine. The other processes read the cached index."""
@@ -63,6 +67,8 @@ class ImageFolderData(SSLDataModule):
             what = "is a file, not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"{self.root} {what}; give the folder of your images as --data.root.")
         listing = find_images(self.root)
+        if self.files is not None:
+            listing = _chosen(listing, self.root, Path(self.files).expanduser())
         if listing.others:
             rank_zero_info(f"{printable(str(self.root))}: {passed_over(listing.others)}")
         whole = [Part("train", "", tuple(folder.split(os.sep)) if folder else ()) for folder in listing.folders]
@@ -190,6 +196,35 @@ def find_images(root: Path) -> FolderListing:
             f"no images below {root}{others and f': {others}'}; give the folder of your images as --data.root."
         )
     return listing
+
+
+def _chosen(listing: FolderListing, root: Path, file: Path) -> FolderListing:
+    """The images that a CSV file names.
+
+    Raises:
+        UserError: The file cannot be read, names no image, or names files that are not there.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
+            rows = list(csv.DictReader(opened))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--data.files {file} cannot be read: {error}.") from error
+    if not rows or "path" not in rows[0]:
+        raise UserError(f"--data.files {file} needs a header with a column path, and a row for each image.")
+    paths = [row["path"] for row in rows if (row.get("kept") or "1").strip() not in ("0", "false", "False")]
+    below = [os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) for path in paths]
+    wanted = np.array(sorted({os.fsencode(path) for path in below}) or [b""], dtype=np.bytes_)
+    if len(missing := wanted[~np.isin(wanted, listing.paths)]):
+        raise UserError(
+            f"--data.files {file} names {len(missing):,} files that are no images below {root}, the first is "
+            f"{printable(os.fsdecode(missing[0])) or 'none at all'}."
+        )
+    rows_kept = np.isin(listing.paths, wanted)
+    counts = np.bincount(
+        np.repeat(np.arange(len(listing.counts)), listing.counts)[rows_kept], minlength=len(listing.counts)
+    )
+    folders = [folder for folder, count in zip(listing.folders, counts, strict=True) if count]
+    return FolderListing(listing.paths[rows_kept], folders, counts[counts > 0], listing.others)
 
 
 _WORTH_CACHING = 10_000

@@ -111,6 +111,14 @@ class PlainLoaders(DataModule):
             if images is not None
         ]
 
+    def plain_loader(self, images: Images) -> Loader:
+        """Other images, prepared as plain images.
+
+        Args:
+            images: Of the same channels and type of pixels as the training images.
+        """
+        return self._plain_loader(images, np.arange(len(images)))
+
     def _plain_loader(self, images: Images, indices: NDArray[np.int64]) -> Loader:
         dataset = PlainDataset(images, self._eval_spec, self.crop_fraction)
         order = OrderedBatches(indices, self.batch_size, self._rank, self._world_size)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from ssl_lightning.data.views import ViewSpec
 
 _CROP_TRIES = 10
+_TENSORFLOW_TRIES = 100
+_SMALLEST_TENSORFLOW_CROP = 0.1
 NUMBERS_PER_VIEW = 40
 """22 for the crop, 14 for colors and the horizontal flip, 4 for the vertical flip and turns."""
 
@@ -85,7 +87,8 @@ class Augmentation(NamedTuple):
     operations: NDArray[np.int8]
     """``(N, 4)`` color operation of each step: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 none."""
     amounts: NDArray[np.float32]
-    """``(N, 4)`` factor of each operation; for hue the shift, as a fraction of the color circle."""
+    """``(N, 4)`` factor of each operation; for hue the shift, as a fraction of the color circle, and for additive
+    brightness what to add."""
     grayscale: NDArray[np.bool_]
     """``(N,)`` whether to convert to grayscale."""
     sigmas: NDArray[np.float32]
@@ -136,10 +139,10 @@ def draw(spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDA
 def crop_boxes(
     spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Crops distributed as ``torchvision.transforms.RandomResizedCrop.get_params``.
+    """Crops distributed as ``torchvision.transforms.RandomResizedCrop.get_params``, or as the view asks.
 
     Args:
-        spec: Its ``scale``, ``ratio`` and ``single_draw`` apply.
+        spec: Its ``scale``, ``ratio``, ``single_draw`` and ``tensorflow_crop`` apply.
         numbers: ``(N, 22)`` uniform numbers: ten areas, ten ratios, top, left.
         heights: ``(N,)`` heights of the images in pixels.
         widths: ``(N,)`` widths of the images in pixels.
@@ -147,6 +150,8 @@ def crop_boxes(
     Returns:
         ``(N, 4)``: top, left, height, width in pixels.
     """
+    if spec.tensorflow_crop:
+        return _tensorflow_boxes(spec, numbers, heights, widths)
     areas = (heights * widths)[:, None] * _between(numbers[:, :_CROP_TRIES], *spec.scale)
     ratios = np.exp(_between(numbers[:, _CROP_TRIES : 2 * _CROP_TRIES], *np.log(spec.ratio)))
     tried_widths, tried_heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
@@ -175,6 +180,51 @@ def crop_boxes(
     return np.stack([top, left, box_heights, box_widths], axis=1).astype(np.int64)
 
 
+def _tensorflow_boxes(
+    spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Crops distributed as TensorFlow's ``sample_distorted_bounding_box``; for the arguments see ``crop_boxes``."""
+    sizes = _first_tensorflow_size(spec, numbers[:, : 2 * _CROP_TRIES], heights, widths)
+    if len(late := np.flatnonzero(sizes[:, 0] == 0)):  # hardly ever, unless the image is long and narrow
+        further = _further_uniforms(numbers[late], 2 * (_TENSORFLOW_TRIES - _CROP_TRIES))
+        sizes[late] = _first_tensorflow_size(spec, further, heights[late], widths[late])
+    images = np.stack([heights, widths], axis=1)
+    sizes = np.where(sizes == 0, images, sizes)
+    corners = np.floor(numbers[:, -2:] * (images - sizes))  # below the bound, so that the last place is left out
+    return np.concatenate([corners, sizes], axis=1).astype(np.int64)
+
+
+def _first_tensorflow_size(
+    spec: ViewSpec, numbers: Array, heights: NDArray[np.int64], widths: NDArray[np.int64]
+) -> Array:
+    """Height and width ``(N, 2)`` of the first attempt that fits, or zeros; half the numbers are ratios."""
+    shares, numbers = np.split(numbers, 2, axis=1)
+    height, width = heights[:, None], widths[:, None]
+    image, ratios = height * width, _between(numbers, *spec.ratio)
+    smallest, largest = (share * image for share in spec.scale)
+    lowest, highest = np.rint(np.sqrt(smallest / ratios)), np.rint(np.sqrt(largest / ratios))
+    highest = np.where(np.rint(highest * ratios) > width, np.floor((width + 0.5) / ratios), highest)
+    highest = np.minimum(highest - (np.rint(highest * ratios) > width), height)
+    lowest = np.minimum(lowest, highest)
+    tried = lowest + np.floor(shares * (highest - lowest + 1))
+    tried += tried * np.rint(tried * ratios) < smallest  # what rounding has moved out of the range
+    tried -= tried * np.rint(tried * ratios) > largest
+    tried_widths = np.rint(tried * ratios)
+    areas = tried * tried_widths
+    fits = (tried <= height) & (tried_widths <= width) & (areas >= smallest) & (areas <= largest)
+    fits &= areas >= np.maximum(1, _SMALLEST_TENSORFLOW_CROP * image)
+    rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+    return np.stack([tried, tried_widths], axis=2)[rows, first] * fits[rows, first, None]
+
+
+def _further_uniforms(numbers: Array, count: int) -> Array:
+    """Uniform numbers ``(N, count)`` that follow from each row's first three."""
+    counters = np.empty((4, len(numbers), -(-count // 4)), dtype=np.uint64)
+    counters[0] = np.arange(counters.shape[2])
+    counters[1:] = (numbers[:, :3].T * 2.0**32)[..., None]
+    return np.moveaxis(philox(counters, 0), 0, -1).reshape(len(numbers), -1)[:, :count] * 2.0**-32
+
+
 def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
     flip, jitter, grayscale, blur, sigma, solarize = numbers[:, :6].T
     strengths, order = numbers[:, 6:10], numbers[:, 10:14]
@@ -182,6 +232,8 @@ def _augmentation(spec: ViewSpec, numbers: Array) -> Augmentation:
 
     strongest = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
     factors = _between(strengths[:, :3], np.maximum(0, 1 - strongest[:3]), 1 + strongest[:3])
+    if spec.additive_brightness:
+        factors[:, 0] = _between(strengths[:, 0], -spec.brightness, spec.brightness)
     turns = _between(strengths[:, 3:], -spec.hue, spec.hue)
     operations = order.argsort(axis=1)  # (N, 4): a random permutation
     amounts = np.take_along_axis(np.concatenate([factors, turns], axis=1), operations, axis=1)

@@ -145,6 +145,10 @@ class OwnViewMaker:
         self.own, self.seed = own, seed
         self.sources = view_sources(own.specs) * paired
 
+    def sizes(self, epoch: int) -> list[int]:
+        """Side in pixels of the views of each ViewSpec: the same in every epoch."""
+        return [spec.size for spec in self.own.specs]
+
     def crop(
         self, epoch: int, indices: NDArray[np.int64], images: Sequence[OpenedImage]
     ) -> tuple[list[Tensor], list[Augmentation]]:

@@ -24,9 +24,11 @@ class ViewSpec:
         size: Side of the view in pixels.
         count: Number of views of this kind for each image.
         scale: Smallest and largest area of the crop, as a fraction of the image.
-        ratio: Smallest and largest width / height of the crop, drawn log-uniformly.
+        ratio: Smallest and largest width / height of the crop, drawn log-uniformly; with ``tensorflow_crop`` uniformly.
         single_draw: Draw area and ratio once and clamp the crop to the image (BYOL), instead of up to ten times until
             the crop fits (torchvision).
+        tensorflow_crop: Draw the ratio, then the height among those whose area fits, and reject areas below a tenth of
+            the image (SimCLR); after a hundred attempts the whole image.
         interpolation: Interpolation of the resize, always with antialiasing.
         flip: Probability of a horizontal flip.
         vertical_flip: Probability of a vertical flip.
@@ -35,7 +37,9 @@ class ViewSpec:
         rotation: Probability of a rotation by any angle, bilinear. Corners from outside the crop become black.
         rotation_degrees: Smallest and largest angle of the rotation, counterclockwise.
         jitter: Probability of color jitter: the next four operations in random order.
-        brightness: Largest relative change of brightness.
+        brightness: Largest relative change of brightness; with ``additive_brightness`` the largest shift, where white
+            is 1.
+        additive_brightness: Whether to add to all pixel values (DeepMind's BYOL) instead of multiplying them.
         contrast: Largest relative change of contrast.
         saturation: Largest relative change of saturation.
         hue: Largest shift of the hue, as a fraction of the color circle. 0.5 in both directions is the whole circle.
@@ -59,6 +63,7 @@ class ViewSpec:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     single_draw: bool = False
+    tensorflow_crop: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     flip: float = 0.5
     vertical_flip: float = 0.0
@@ -67,6 +72,7 @@ class ViewSpec:
     rotation_degrees: tuple[float, float] = (-180.0, 180.0)
     jitter: float = 0.0
     brightness: float = 0.0
+    additive_brightness: bool = False
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
@@ -98,6 +104,8 @@ class ViewSpec:
                 raise UserError(f"view: {name}={low, high} must be two positive numbers, the smaller one first.")
         if self.scale[1] > 1:
             raise UserError(f"view: scale={self.scale} is a fraction of the image's area; give numbers up to 1.")
+        if self.single_draw and self.tensorflow_crop:
+            raise UserError("view: single_draw and tensorflow_crop are two ways to draw a crop; set one of them.")
         if self.rotation_degrees[0] > self.rotation_degrees[1]:
             raise UserError(f"view: rotation_degrees={self.rotation_degrees} must have the smaller angle first.")
         if not 0 <= self.hue <= 0.5:
@@ -127,13 +135,15 @@ class ViewSpec:
 
 
 _BARLOW = ViewSpec(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2, blur=1.0)
-_BYOL = replace(_BARLOW, single_draw=True)
+_BYOL = replace(_BARLOW, single_draw=True, additive_brightness=True)
 _MOCO_V3 = replace(_BARLOW, interpolation="bilinear")
 _DINO = replace(_BARLOW, scale=(0.4, 1.0))
 _DINO_LOCAL = replace(_BARLOW, size=96, count=8, scale=(0.05, 0.4), blur=0.5)
+_IBOT = replace(_BARLOW, scale=(0.25, 1.0))
 _DINOV2 = replace(_BARLOW, scale=(0.32, 1.0), blur_kernel=9)
 _DINOV2_LOCAL = replace(_DINO_LOCAL, scale=(0.05, 0.32), blur_kernel=9)
 _LEJEPA = replace(_BARLOW, count=2, scale=(0.3, 1.0), interpolation="bilinear", blur=0.5, solarize=0.2)
+_VISREG = replace(_LEJEPA, count=4, interpolation="bicubic", hue=0.05)
 _SWAV = ViewSpec(
     count=2,
     scale=(0.14, 1.0),
@@ -160,12 +170,17 @@ _MOCO_V2 = ViewSpec(
     grayscale=0.2,
     blur=0.5,
 )
+# Without blur and solarize, which hide from a teacher what it could teach.
+_DISTILLATION = replace(_BARLOW, scale=(0.25, 1.0), blur=0.0)
 _NPID = replace(_MOCO_V2, count=1, jitter=1.0, hue=0.4, blur=0.0, grayscale_first=True)
+_RESA_WEAK = ViewSpec(scale=(0.2, 1.0), interpolation="bilinear")
+_RESA_STRONG = replace(_BARLOW, scale=(0.2, 1.0), blur=0.5, solarize=0.2)
 _ROTNET = ViewSpec(interpolation="bilinear")
 # The released code scales the shorter side to 256 px and crops a square of 255 px at a random position.
 _JIGSAW = ViewSpec(size=255, scale=(0.6, 1.0), ratio=(1.0, 1.0), interpolation="bilinear", grayscale=0.66)
 # Inputs stay in [0, 1].
-_SIMCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+_NNCLR = replace(_SWAV, scale=(0.08, 1.0), interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+_SIMCLR = replace(_NNCLR, tensorflow_crop=True)
 
 
 def _second(first: ViewSpec) -> ViewSpec:
@@ -183,13 +198,20 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_BYOL, replace(_second(_BYOL), solarize_threshold=127.5)),
     "barlow_twins": (_BARLOW, _second(_BARLOW)),
     "vicreg": (_BARLOW, _second(_BARLOW)),
-    "nnclr": (_SIMCLR,),
+    "visreg": (_VISREG, replace(_VISREG, size=96, count=6, scale=(0.05, 0.3))),
+    "nnclr": (_NNCLR,),
     "swav": (_SWAV, _SWAV_LOCAL),
     "deepcluster_v2": (_SWAV, _SWAV_LOCAL),
     "dino": (_DINO, _second(_DINO), _DINO_LOCAL),
-    "ibot": (_DINO, _second(_DINO), _DINO_LOCAL),
+    "ibot": (_IBOT, _second(_IBOT), replace(_DINO_LOCAL, count=10, scale=(0.05, 0.25))),  # for ViT-S
+    "simdino": (_DINO, _second(_DINO), replace(_DINO_LOCAL, count=10)),
     # The released code swaps the probabilities of keeping and of blurring; these are the probabilities that result.
     "dinov2": (replace(_DINOV2, blur=0.0), replace(_DINOV2, blur=0.9, solarize=0.2), _DINOV2_LOCAL),
+    "simdinov2": (
+        replace(_DINOV2, scale=(0.4, 1.0), blur=0.0),
+        replace(_DINOV2, scale=(0.4, 1.0), blur=0.9, solarize=0.2),
+        replace(_DINOV2_LOCAL, count=10, scale=(0.05, 0.4)),
+    ),
     # The anchor sees the global crops at twice the size, without color changes.
     "gram_anchoring": (
         replace(_DINOV2, blur=0.0),
@@ -197,15 +219,18 @@ PRESETS: dict[str, tuple[ViewSpec, ...]] = {
         _DINOV2_LOCAL,
         ViewSpec(size=448, count=2, same_crop_as=0),
     ),
+    "resa": (_RESA_WEAK, _RESA_STRONG),
     # The released code's local crops have 98 px, for patches of 14.
     "lejepa": (_LEJEPA, replace(_LEJEPA, size=96, count=6, scale=(0.05, 0.3))),
+    "capi": (ViewSpec(scale=(0.6, 1.0)),),
+    "distillation": (_DISTILLATION,),
     "mae": (ViewSpec(scale=(0.2, 1.0)),),
     "rotnet": (_ROTNET,),
     "jigsaw": (_JIGSAW,),
     "simmim": (ViewSpec(size=192, scale=(0.67, 1.0), interpolation="bilinear"),),
     "ijepa": (ViewSpec(scale=(0.3, 1.0), interpolation="bilinear", flip=0.0),),
     # Jitter and flip come before the crop in the released code.
-    "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, mean=(0.5,) * 3, std=(0.5,) * 3),),
+    "beit": (ViewSpec(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4),),
     "npid": (_NPID,),
     "linear": (ViewSpec(),),
     "finetune": (ViewSpec(rand_augment="rand-m9-mstd0.5-inc1"),),
@@ -217,12 +242,15 @@ def _cifar(spec: ViewSpec) -> ViewSpec:
     return replace(spec, size=32, scale=(0.08, 1.0), interpolation="bicubic", mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
+_RESA_CIFAR_STRONG = replace(_cifar(_RESA_STRONG), scale=(0.2, 1.0), blur=0.0)
+_RESA_CIFAR_WEAK = replace(_cifar(_RESA_WEAK), scale=(0.2, 1.0), interpolation="bilinear")
 _CIFAR_SYMMETRIC = replace(_cifar(_MOCO_V2), blur=0.0)
 _CIFAR_FIRST = replace(_cifar(_BARLOW), blur=0.0)
 _CIFAR_SECOND = replace(_CIFAR_FIRST, solarize=0.2)
 
 CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
-    "simclr": (replace(_CIFAR_SYMMETRIC, mean=_SIMCLR.mean, std=_SIMCLR.std),),  # strength 0.5, no blur
+    # Strength 0.5, no blur.
+    "simclr": (replace(_CIFAR_SYMMETRIC, tensorflow_crop=True, mean=_SIMCLR.mean, std=_SIMCLR.std),),
     "moco_v2": (_CIFAR_SYMMETRIC,),
     "simsiam": (replace(_CIFAR_SYMMETRIC, scale=(0.2, 1.0)),),
     "moco_v3": (_CIFAR_FIRST, _CIFAR_SECOND),
@@ -234,6 +262,9 @@ CIFAR_PRESETS: dict[str, tuple[ViewSpec, ...]] = {
     "swav": (_cifar(_SWAV),),
     "deepcluster_v2": (_cifar(_SWAV),),
     "dino": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "simdino": (_CIFAR_FIRST, _CIFAR_SECOND),
+    "resa": (_RESA_CIFAR_WEAK, _RESA_CIFAR_STRONG),
+    "distillation": (replace(_CIFAR_FIRST, scale=(0.25, 1.0)),),
     "mae": (_cifar(ViewSpec()),),
     # The released code pads the image by 4 px and crops 32 px; here the crops have at least 28 px.
     "rotnet": (replace(_cifar(_ROTNET), scale=(0.77, 1.0), ratio=(1.0, 1.0)),),
@@ -304,6 +335,16 @@ def _resized(spec: ViewSpec, ratio: float, image_size: int, patch: int) -> ViewS
     if ratio < 1 and size % patch:
         before, size = size, _rounded(image_size * ratio, patch)
         rank_zero_info(f"local crops have {size} px instead of {before}: the backbone has patches of {patch} px.")
+    return with_side(spec, size)
+
+
+def with_side(spec: ViewSpec, size: int) -> ViewSpec:
+    """A view at another size, with a blur kernel that fits into it.
+
+    Args:
+        spec: The view.
+        size: Side in pixels.
+    """
     widest = 2 * ((size - 1) // 2) - 1  # a reflected border must be narrower than the image
     return replace(spec, size=size, blur_kernel=min(spec.blur_kernel, max(widest, 1)))
 

@@ -1,4 +1,4 @@
-"""Measures of features that need no labels: rank, spectrum, spread, alignment, uniformity."""
+"""Measures of features that need no labels: rank, spectrum, LiDAR, spread, alignment, uniformity."""
 
 import math
 
@@ -52,6 +52,35 @@ def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
     x, y, weights = ranks.log(), eigenvalues[first - 1 : last][: len(ranks)].log(), 1 / ranks
     x, y = x - (weights * x).sum() / weights.sum(), y - (weights * y).sum() / weights.sum()
     return -float((weights * x * y).sum() / (weights * x * x).sum())
+
+
+@torch.no_grad()
+def lidar(embeddings: Tensor, delta: float = 1e-4, epsilon: float = 1e-8) -> float:
+    """Effective number of directions in which images differ more than their own views do, 1 to min(D, n - 1).
+
+    The exponential of the entropy of the eigenvalues of linear discriminant analysis with each image as a class.
+    Source: Thilak et al. 2023, LiDAR, with the normalizers of stable-pretraining. Use at least 1,000 images and 10
+    views.
+
+    Args:
+        embeddings: ``(n, q, D)``: of q views of each of n images, in eval mode.
+        delta: Added to the diagonal of the covariance within images.
+        epsilon: Added to each share of the eigenvalues.
+
+    Raises:
+        UserError: There are fewer than 2 images or 2 views.
+    """
+    if embeddings.ndim != 3 or min(embeddings.shape[:2]) < 2:
+        raise UserError(f"embeddings must be (n, q, D), n and q at least 2, not {tuple(embeddings.shape)}.")
+    embeddings = embeddings.double()
+    count, views, width = embeddings.shape
+    means = embeddings.mean(1)  # (n, D)
+    apart, spread = means - means.mean(0), (embeddings - means[:, None]).flatten(0, 1)
+    within = spread.T @ spread / (count * (views - 1)) + delta * torch.eye(width).to(spread)
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(within), apart.T, upper=False)  # (D, n)
+    eigenvalues = torch.linalg.svdvals(whitened).square()  # of the covariance between images, up to a factor
+    shares = eigenvalues / eigenvalues.sum().clamp(min=torch.finfo(eigenvalues.dtype).tiny) + epsilon
+    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.features import check_size, shared_classes
+from ssl_lightning.evaluation.features import check_size
 from ssl_lightning.evaluation.lowshot import choose
+from ssl_lightning.evaluation.sets import shared_classes
 from ssl_lightning.optim import Optim
 
 

@@ -7,11 +7,15 @@ indices.
 
 from ssl_lightning.losses.classification import accuracy, beit, cross_entropy
 from ssl_lightning.losses.clustering import (
+    capi,
     cross_view,
     deepcluster_v2,
     dino,
     entropy,
     ibot,
+    positionwise_sinkhorn,
+    resa,
+    self_assignments,
     share_in_use,
     sinkhorn,
     swav,
@@ -26,20 +30,44 @@ from ssl_lightning.losses.contrastive import (
     nnclr,
     nt_xent,
 )
-from ssl_lightning.losses.redundancy import barlow_twins, vicreg
-from ssl_lightning.losses.regression import byol, ijepa, lejepa, mae, negative_cosine, simmim, vector_quantization
-from ssl_lightning.losses.regularizers import gram, koleo, sigreg
+from ssl_lightning.losses.redundancy import (
+    barlow_twins,
+    coding_rate,
+    collapsed_expansion,
+    compression,
+    expansion,
+    simdino,
+    simdino_patches,
+    vicreg,
+)
+from ssl_lightning.losses.regression import (
+    byol,
+    distillation,
+    ijepa,
+    lejepa,
+    mae,
+    negative_cosine,
+    simmim,
+    vector_quantization,
+)
+from ssl_lightning.losses.regularizers import gram, koleo, sigreg, visreg
 
 __all__ = [
     "accuracy",
     "barlow_twins",
     "beit",
     "byol",
+    "capi",
+    "coding_rate",
+    "collapsed_expansion",
+    "compression",
     "cross_entropy",
     "cross_view",
     "deepcluster_v2",
     "dino",
+    "distillation",
     "entropy",
+    "expansion",
     "gram",
     "ibot",
     "ijepa",
@@ -55,11 +83,17 @@ __all__ = [
     "negative_cosine",
     "nnclr",
     "nt_xent",
+    "positionwise_sinkhorn",
+    "resa",
+    "self_assignments",
     "share_in_use",
     "sigreg",
+    "simdino",
+    "simdino_patches",
     "simmim",
     "sinkhorn",
     "swav",
     "vector_quantization",
     "vicreg",
+    "visreg",
 ]

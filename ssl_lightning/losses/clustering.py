@@ -47,11 +47,61 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = Fal
 
 
 @full_precision
+@torch.no_grad()
+def positionwise_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign patches to clusters so that, at each position, all clusters are used about equally often.
+
+    Each position is normalized by itself over the global batch, and each cluster is shifted by its own maximum: with
+    one shift for all, clusters far below the largest score would underflow. Source: Darcet et al. 2025, CAPI, section
+    3.1 and its released code.
+
+    Args:
+        scores: ``(P, B, K)`` of P positions, this process's images.
+        epsilon: Smoothness: scores are divided by it.
+        iterations: Number of normalizations, each over images and then over clusters.
+
+    Returns:
+        ``(P, B, K)``; each row sums to 1.
+
+    Example:
+        >>> positionwise_sinkhorn(torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]]), epsilon=1.0, iterations=3)
+        tensor([[[0.7298, 0.2702],
+                 [0.4984, 0.5016],
+                 [0.2677, 0.7323]]])
+    """
+    scores = scores / epsilon
+    assignments = (scores - reduced(scores.amax(1, keepdim=True), "max") + 50).exp()  # far above what is added below
+    for _ in range(iterations):
+        assignments = assignments / (reduced(assignments.sum(1, keepdim=True)) + 1e-8)
+        assignments = assignments / (assignments.sum(2, keepdim=True) + 1e-8)
+    return assignments
+
+
+@full_precision
+def capi(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Predict the assignment of each patch: mean cross entropy over all patches.
+
+    It trains the clusters on the teacher's patches, and the student on the patches that it predicts. Source: Darcet et
+    al. 2025, CAPI, section 3.
+
+    Args:
+        scores: ``(..., K)`` of the patches to the clusters.
+        assignments: ``(..., K)`` of the same patches; each row sums to 1.
+        temperature: Divides the scores.
+
+    Example:
+        >>> assignments = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
+        >>> capi(torch.tensor([[0.2, 0.0], [0.0, 0.0]]), assignments, temperature=0.1)  # (ln(1 + e^2) - 1.4 + ln 2) / 2
+        tensor(0.7100)
+    """
+    return -(assignments.detach() * F.log_softmax(scores / temperature, dim=-1)).sum(-1).mean()
+
+
+@full_precision
 def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Predict the distribution of each of the first views from every other view: mean over these pairs and images.
 
-    Summed over views first: the work of V + A views instead of V * A pairs. Source: Caron et al. 2021, DINO,
-    algorithm 1.
+    Source: Caron et al. 2021, DINO, algorithm 1.
 
     Args:
         logits: ``(V, B, K)`` of all views.
@@ -64,11 +114,27 @@ def cross_view(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         >>> cross_view(logits, targets, temperature=1.0)
         tensor(1.3133)
     """
-    predictions, targets = F.log_softmax(logits / temperature, dim=-1), targets.detach()
-    across = (targets.sum(0) * predictions.sum(0)).sum()
-    within = (targets * predictions[: len(targets)]).sum()
-    pairs = len(targets) * (len(predictions) - 1)
-    return (within - across) / (pairs * targets.shape[1])
+    return -mean_over_pairs(F.log_softmax(logits / temperature, dim=-1), targets.detach())
+
+
+def mean_over_pairs(views: Tensor, targets: Tensor) -> Tensor:
+    """Product of the target of each of the first views and every other view: mean over these pairs and images.
+
+    Summed over views first: the work of V + A views instead of V * A pairs.
+
+    Args:
+        views: ``(V, B, K)`` of all views.
+        targets: ``(A, B, K)`` of the first A views.
+
+    Example:
+        >>> views = torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 1.0]]])  # 3 views of 1 image
+        >>> mean_over_pairs(views, views[:1])  # (0.6 + 0) / 2
+        tensor(0.3000)
+    """
+    across = (targets.sum(0) * views.sum(0)).sum()
+    within = (targets * views[: len(targets)]).sum()
+    pairs = len(targets) * (len(views) - 1)
+    return (across - within) / (pairs * targets.shape[1])
 
 
 @full_precision
@@ -158,6 +224,63 @@ def ibot(student: Tensor, assignments: Tensor, counts: Tensor, temperature: floa
     """
     errors = -(assignments.detach() * F.log_softmax(student / temperature, dim=-1)).sum(-1)  # (M,)
     return (errors / counts).sum()
+
+
+@full_precision
+@torch.no_grad()
+def self_assignments(features: Tensor, teacher_features: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign each image to the images of the global batch by the similarity of their features, all used equally often.
+
+    Source: Weng et al. 2025, ReSA, as in its released code.
+
+    Args:
+        features: ``(B, D)`` of the student's backbone, this process's rows; any scale.
+        teacher_features: ``(N, D)`` of the teacher's backbone on the same view, of all processes; any scale.
+        epsilon: Smoothness: cosine similarities are divided by it.
+        iterations: Number of normalizations of ``sinkhorn``.
+
+    Returns:
+        ``(B, N)``; each row sums to 1.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-0.6, 0.8]])
+        >>> self_assignments(features, features, epsilon=0.5, iterations=3)
+        tensor([[0.6881, 0.2807, 0.0312],
+                [0.2773, 0.5601, 0.1626],
+                [0.0298, 0.1572, 0.8130]])
+    """
+    similarities = F.normalize(features, dim=1) @ F.normalize(teacher_features, dim=1).T
+    return sinkhorn(similarities, epsilon, iterations)
+
+
+@full_precision
+def resa(embeddings: Tensor, teacher_embeddings: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """Let the similarities of a view's embeddings to the teacher's of another view follow one assignment.
+
+    Mean over images and over the pairs of a view and another of the teacher's views. Source: Weng et al. 2025, ReSA,
+    as in its released code.
+
+    Args:
+        embeddings: ``(V, B, E)`` of all views, this process's rows; any scale.
+        teacher_embeddings: ``(G, N, E)`` of the first G views, of all processes; any scale.
+        assignments: ``(B, N)``, the same for all pairs.
+        temperature: Divides the cosine similarities.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-0.6, 0.8]])
+        >>> embeddings = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], [[0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]]])
+        >>> resa(embeddings, embeddings, self_assignments(features, features, epsilon=0.5, iterations=3), 0.4)
+        tensor(0.9057)
+        >>> resa(embeddings, embeddings, self_assignments(features, features, epsilon=0.05, iterations=3), 0.4)
+        tensor(0.4486)
+    """
+    embeddings, teacher = F.normalize(embeddings, dim=-1), F.normalize(teacher_embeddings.detach(), dim=-1)
+    errors = []
+    for view, keys in enumerate(teacher):
+        others = torch.cat([embeddings[:view], embeddings[view + 1 :]])  # (V - 1, B, E)
+        predictions = F.log_softmax(others @ keys.T / temperature, dim=-1)  # (V - 1, B, N)
+        errors.append(-(assignments.detach() * predictions).sum(-1).mean())
+    return torch.stack(errors).mean()
 
 
 def entropy(assignments: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """Losses that spread features, or keep them as they were."""
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning.distributed import summed, world_size
+from ssl_lightning.distributed import gather, rank, summed, world_size
 from ssl_lightning.losses.precision import full_precision
 
 
@@ -80,3 +83,44 @@ def gram(student: Tensor, anchor: Tensor) -> Tensor:
     """
     student, anchor = F.normalize(student, dim=-1), F.normalize(anchor.detach(), dim=-1)
     return (student @ student.mT - anchor @ anchor.mT).square().mean()  # of (B, N, N)
+
+
+@full_precision
+def visreg(embeddings: Tensor, directions: Tensor) -> Tensor:
+    """Distance of the embeddings' distribution from an isotropic Gaussian: in scale, in shape, and in its center.
+
+    For each view, over the images of all processes, with the exact gradient: the squared difference of each
+    dimension's standard deviation from 1; the squared differences of the sorted projections of the standardized
+    embeddings from the quantiles of the normal distribution, where no gradient passes through the deviation; and the
+    squared mean of each dimension. Each part is a mean, and so is the result over views. Unlike with ``sigreg``, the
+    gradient does not vanish when all embeddings are nearly the same. Source: Wu et al. 2026, VISReg, eq. 1 to 8.
+
+    Args:
+        embeddings: ``(V, B, D)`` of all views, this process's rows.
+        directions: ``(D, K)``, any scale, the same on all processes; each process sorts along its share of them.
+
+    Example:
+        >>> visreg(torch.tensor([[[-1.0], [0.0], [1.0]]]), directions=torch.ones(1, 1))  # 0.0337 + 0.2019
+        tensor(0.2355)
+        >>> visreg(torch.zeros(1, 8, 4), directions=torch.eye(4))  # collapsed: 1 + 0.5699
+        tensor(1.5699)
+    """
+    everyone = gather(embeddings.transpose(0, 1)).transpose(0, 1)  # (V, W * B, D)
+    images, slices = everyone.shape[1], directions.shape[1]
+    centers = everyone.mean(1, keepdim=True)
+    spread = everyone - centers
+    # vector_norm: its gradient at 0 is 0, that of a square root is not finite
+    deviations = torch.linalg.vector_norm(spread, dim=1, keepdim=True) / math.sqrt(images) + 1e-6  # (V, 1, D)
+    own = F.normalize(directions.to(spread.dtype), dim=0).tensor_split(world_size(), dim=1)[rank()]  # (D, K / W)
+    projections = (own.mT @ (spread / deviations.detach()).mT).sort().values  # (V, K / W, W * B)
+    quantiles = _normal_quantiles(images, spread.dtype, spread.device)  # (W * B,)
+    errors = (projections - quantiles).square().mean((0, 2)).sum()
+    return summed(errors) / slices + (deviations - 1).square().mean() + centers.square().mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _normal_quantiles(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Quantiles of the normal distribution at i / (count + 1); computed on the CPU, as not all devices can."""
+    with torch.inference_mode(False):  # what validation asks for first is used in training, too
+        shares = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / (count + 1)
+        return torch.special.ndtri(shares).to(dtype).to(device)

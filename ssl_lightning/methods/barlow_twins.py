@@ -16,7 +16,8 @@ class BarlowTwins(SSLModule):
 
     Zbontar et al. 2021, Barlow Twins: Self-Supervised Learning via Redundancy Reduction,
     https://arxiv.org/abs/2103.03230. BatchNorm is global, also in the loss. Biases and norms have their own learning
-    rate: 0.0048 instead of 0.2.
+    rate: 0.0048 instead of 0.2. The released gradient is ours divided by the number of processes. LARS cancels that
+    except for this rate and the weight decay; ``configs/barlow_twins/imagenet_resnet50.yaml`` makes up for it.
 
     Args:
         lambd: Weight of the correlations of different dimensions.
@@ -27,6 +28,7 @@ class BarlowTwins(SSLModule):
     """
 
     views = "barlow_twins"
+    drops_tokens = True
     remedies = "wider projections, a lambd near 0.005, a lower learning rate, above all of biases and norms"
     global_views = 2
     batch_norm = "global"

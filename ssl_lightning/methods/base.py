@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from ssl_lightning.backbones import checkpointing, initialization
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.own import Backbone, is_own, name_of
+from ssl_lightning.backbones.token_dropout import add_token_dropout
 from ssl_lightning.backbones.tokens import input_channels
+from ssl_lightning.backbones.trainable import Choice, chosen, restrict
 from ssl_lightning.checkpoints import check_fit, describe, rename
+from ssl_lightning.continued import Continuation, Continued
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.features import whole_features
@@ -41,6 +44,13 @@ class SSLModule(StepTools):
             project, a folder of timm or transformers, ``hf-hub:NAME``, or the name of a timm or torchvision model.
             Read when a training or an evaluation starts without ``ckpt_path``; positions, patches and the first layer
             of another size are resampled. Heads, optimizer and schedules start as usual.
+        continued: How a training goes on from good weights: the heads learn first, then the backbone joins. None
+            trains everything from the first step.
+        trainable: What trains of the backbone: ``all``; ``norms``; the ``last_blocks``; or ``lora``, low-rank updates
+            of a ViT's attention. Everything else in it is frozen and needs little memory; heads always train.
+        token_dropout: Share of the patches of each view that the student of a ViT does not see in the first quarter of
+            the training, for speed; from there it falls to 0 at three quarters. 0.75 is usual. Teachers and
+            evaluation always see all patches. For methods that predict no patches.
     """
 
     # What the paper prescribes
@@ -75,10 +85,13 @@ class SSLModule(StepTools):
 
     # What the code permits
 
+    drops_tokens: bool = False
+    """Whether ``token_dropout`` may hide patches from the backbone: it must be called as a whole."""
+
     shardable: bool = True
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
-    step_callbacks: tuple[type[L.Callback], ...] = (Steps, InitFrom, Checks, FiniteLoss)
+    step_callbacks: tuple[type[L.Callback], ...] = (Steps, InitFrom, Checks, FiniteLoss, Continuation)
     """Callbacks around the steps, added to any Trainer."""
 
     unsaved_arguments: tuple[str, ...] = ()
@@ -101,13 +114,24 @@ class SSLModule(StepTools):
         compile: bool = False,  # noqa: A002 # the word that people look for
         checkpoint_blocks: bool = False,
         init_from: str | None = None,
+        continued: Continued | None = None,
+        trainable: Choice = "all",
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim  # a checkpoint holds a dict
+        self.continued = Continued(**continued) if isinstance(continued, dict) else continued
+        self.trainable = chosen(trainable)
         self.save_hyperparameters(ignore=["optim", "backbone", *self.unsaved_arguments])
         backbone_kwargs = backbone_kwargs or {}
         self.save_hyperparameters(  # a method's, too
-            {"backbone": name_of(backbone), "backbone_kwargs": backbone_kwargs, "optim": asdict(self.optim)}
+            {
+                "backbone": name_of(backbone),
+                "backbone_kwargs": backbone_kwargs,
+                "optim": asdict(self.optim),
+                "continued": None if self.continued is None else asdict(self.continued),
+                "trainable": "all" if self.trainable is None else asdict(self.trainable),
+            }
         )
         self.backbone = create_backbone(backbone, **backbone_kwargs)
         self.own_backbone = is_own(backbone)
@@ -118,8 +142,15 @@ class SSLModule(StepTools):
         self.in_chans = input_channels(self.backbone) or int(backbone_kwargs.get("in_chans", 3))
         self.pretrained = self.own_backbone or bool(backbone_kwargs.get("pretrained"))  # its weights are to stay
         self._compile, self.checkpoint_blocks, self.init_from = compile, checkpoint_blocks, init_from
+        if self.continued is not None and init_from is None and not self.pretrained:
+            raise UserError("--model.continued goes on with weights; set --model.init_from to say which.")
+        if self.trainable is not None:
+            restrict(self.backbone, self.trainable, self.continued is not None and self.continued.train_patch_embed)
         if checkpoint_blocks:
             checkpointing.checkpoint_blocks(self.backbone)
+        self.token_dropout = token_dropout
+        if token_dropout:
+            add_token_dropout(self, token_dropout)
 
     # The contract of a method
 

@@ -24,9 +24,9 @@ class BEiT(SSLModule):
     """BEiT: predict the visual words of masked patches.
 
     Bao et al. 2022, BEiT: BERT Pre-Training of Image Transformers, https://arxiv.org/abs/2106.08254. The encoder is
-    ``backbone`` and sees all patches, masked patches as a learned token. timm's plain ViTs embed absolute positions, as
-    the released model for ImageNet-1k; ``beit_base_patch16_224`` and the like are the paper's others, with a bias for
-    relative positions that all blocks share. The words come from ``tokenizer``, which is frozen and not saved with the
+    ``backbone`` and sees all patches, masked patches as a learned token. Defaults: the run on ImageNet-1k of the README
+    of the released code, whose ViT has a bias for relative positions that all blocks share. timm's plain ViTs embed
+    absolute positions instead. The words come from ``tokenizer``, which is frozen and not saved with the
     checkpoint: keep its file. As with MAE, the linear probe learns from whole views at every ``probe_every``-th step;
     features are the mean of the patches, as in fine-tuning.
 
@@ -52,9 +52,9 @@ class BEiT(SSLModule):
         self,
         tokenizer: str | nn.Module = "", num_tokens: int = 8192, mask_ratio: float = 75 / 196,
         smallest_block: int = 16, probe_every: int = 32,
-        backbone: Backbone = "vit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
+        backbone: Backbone = "beit_base_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 1.5e-3, lr_scaling="none", weight_decay=0.05, end_lr_factor=1 / 150,
-                             warmup_epochs=10),
+                             warmup_epochs=10, warmup_inclusive=True),
         **kwargs: Any,
     ) -> None:  # fmt: skip
         averaged = vit_defaults(backbone, None, global_pool="avg", fc_norm=False, init_values=0.1)

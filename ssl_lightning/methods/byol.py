@@ -18,7 +18,9 @@ class BYOL(SSLModule):
 
     Grill et al. 2020, Bootstrap Your Own Latent, https://arxiv.org/abs/2006.07733. The paper's online network is
     ``backbone``, ``projector`` and ``predictor``, its target network the teachers, which start as copies (in the
-    released code they are drawn independently). BatchNorm is global.
+    released code they are drawn independently). BatchNorm is global. Its views add to the brightness, as released;
+    contrast and saturation are PyTorch's (released: around the mean of each channel, and in HSV), and blur reflects the
+    border (released: zeros).
 
     Args:
         momentum: Share of the teacher that stays at the first step; it rises to 1 along a cosine. 0.99 for 300
@@ -30,6 +32,7 @@ class BYOL(SSLModule):
     """
 
     views = "byol"
+    drops_tokens = True
     collapsed_loss = 0.0
     remedies = "a predictor, BatchNorm in projector and predictor, a momentum of 0.99 or more, a lower learning rate"
     global_views = 2

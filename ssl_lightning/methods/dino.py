@@ -46,6 +46,7 @@ class DINO(SSLModule):
     """
 
     views = "dino"
+    drops_tokens = True
     collapsed_loss = 0.0
     remedies = "a teacher temperature of 0.04 to 0.07 with its warm-up, centering on, a lower learning rate"
     global_views, local_views = 2, True

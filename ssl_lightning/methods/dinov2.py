@@ -11,9 +11,9 @@ from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.tokens import ViT, called_blocks, layer_scale, masked_tokens, multi_crop, patch_tokens
-from ssl_lightning.distributed import gather, own_part, reduced, world_size
+from ssl_lightning.distributed import gather, reduced
 from ssl_lightning.heads import DINOHead
-from ssl_lightning.masks import block_masks, masked_patches
+from ssl_lightning.masks import global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_together, steps_per_epoch
 from ssl_lightning.schedules import Warmup, cosine
@@ -23,7 +23,8 @@ class DINOv2(SSLModule):
     """DINOv2: DINO on class tokens, iBOT on masked patches, and features spread evenly.
 
     Oquab et al. 2023, Learning Robust Visual Features without Supervision, https://arxiv.org/abs/2304.07193. For ViTs
-    of timm. The probes read the teacher. Defaults: the released code's ViT-L/16, whose epoch has 1,250 steps.
+    of timm. The probes read the teacher. Defaults: the released code's ViT-L/16, whose epoch has 1,250 steps; it drops
+    paths of an exact share of the batch, we by chance.
 
     Args:
         num_prototypes: Number of outputs K of the head.
@@ -41,7 +42,7 @@ class DINOv2(SSLModule):
         center_momentum: Share of the centers that stays at each step.
         hidden_dim: Width of the heads' hidden layers.
         bottleneck_dim: Width of the head's bottleneck.
-        freeze_last_layer: Number of epochs at the start in which the prototypes are frozen.
+        freeze_last_layer: Number of epochs at the start in which the prototypes have a learning rate of 0.
         clip_gradient: Largest gradient norm of the backbone and of each head, clipped separately; 0 for no clipping.
         drop_path: Stochastic depth of the student, the same for all blocks.
         layer_decay: Learning rate of each block, as a share of the next block's learning rate.
@@ -124,6 +125,8 @@ class DINOv2(SSLModule):
 
     def update_teacher(self) -> None:
         """Move the teacher with the momentum of the step just taken, and the centers by the teacher's mean logits."""
+        for prototypes, before in zip(self._prototypes(), self.deferred("frozen"), strict=False):
+            prototypes.detach().copy_(before)
         ema.follow_all(self, self.teacher_momentum(self.progress))
         ema.follow_mean(self.center, self.deferred("means"), self.center_momentum)
         if sums := self.deferred("patch_sums"):  # means over all masked patches, whose number differs by process
@@ -131,12 +134,21 @@ class DINOv2(SSLModule):
             self.patch_center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - self.center_momentum)
 
     def edit_gradients(self) -> None:
-        """Clip the gradient of backbone and heads, each on its own, then drop the gradients of frozen prototypes."""
+        """Clip the gradient of backbone and heads, each on its own, and note frozen prototypes.
+
+        ``update_teacher`` puts them back. In effect their learning rate is 0, as in the released code: unlike DINO's,
+        their gradients enter the moments of Adam.
+        """
         heads = [part for part in self.children() if isinstance(part, DINOHead) and part.training]
         for parameters in ([*self.backbone.parameters(), self.mask_token], *(head.parameters() for head in heads)):
             clip_together(parameters, self.clip_gradient)
-        for head in heads if self.current_epoch < self.freeze_last_layer else ():
-            head.drop_prototype_gradients()
+        for prototypes in self._prototypes() if self.current_epoch < self.freeze_last_layer else ():
+            self.defer(frozen=prototypes.detach().clone())
+
+    def _prototypes(self) -> list[nn.Parameter]:
+        """Directions and norms of the student's prototypes."""
+        heads = [part for part in self.children() if isinstance(part, DINOHead) and part.training]
+        return [parameter for head in heads for parameter in (head.prototypes, head.prototype_norms)]
 
     def _teacher_logits(self, crops: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``(2B, K)`` of class tokens and ``(M, K)`` of masked patches."""
@@ -160,16 +172,8 @@ class DINOv2(SSLModule):
             crops: ``(2B, 3, S, S)``.
         """
         rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
-        patches, everywhere = rows * columns, len(crops) * world_size()
-        bins = torch.linspace(*self.mask_ratio, int(everywhere * self.masked_share) + 1)
-        ratios = bins[:-1] + torch.rand(len(bins) - 1, generator=self.generator) * bins.diff()  # one ratio per bin
-        ratios = torch.cat([ratios, ratios.new_zeros(everywhere - len(ratios))])
-        ratios = ratios[torch.randperm(everywhere, generator=self.generator)]
-        masks = []
-        for ratios_of_view in ratios.chunk(2):
-            counts = [int(ratio * patches) for ratio in own_part(ratios_of_view).tolist()]
-            masks.append(block_masks((rows, columns), counts, 4, patches // 2, self.seeds_of_images(len(counts))))
-        return torch.cat(masks)
+        images = len(crops) // 2
+        return global_crop_masks((rows, columns), images, self.mask_ratio, self.masked_share, self.generator)
 
     @property
     def current_teacher_temperature(self) -> float:

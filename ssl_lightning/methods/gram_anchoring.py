@@ -26,9 +26,11 @@ class GramAnchoring(DINOv2):
     grow noisy while class tokens still improve; the earlier teacher (here gram_backbone) anchors them. It sees the
     global crops, or crops of its own, the last two views if they are not smaller than the global ones: with
     ``data.views`` ``gram_anchoring`` the same crops at twice the size without color changes (section 4.3), whose
-    features are interpolated to the student's grid. The rest of DINOv3 is left out: its positions, schedules and data.
-    The defaults are the shares of its 1,200,000 steps. As a stage of its own, with ``init_from`` a checkpoint of
-    DINOv2 whose heads it goes on with, it begins at once: ``gram_snapshot`` and ``gram_start`` 0.
+    features are interpolated to the student's grid. The anchor's loss begins with its whole weight, and crops are
+    flipped (released: the weight rises along a cosine of 1,000 steps; no flips). The rest of DINOv3 is left out: its
+    positions, schedules and data. The defaults are the shares of its 1,200,000 steps. As a stage of its own, with
+    ``init_from`` a checkpoint of DINOv2 whose heads it goes on with, it begins at once: ``gram_snapshot`` and
+    ``gram_start`` 0.
 
     Args:
         gram_weight: Weight of the mean squared difference between the similarities of patches.

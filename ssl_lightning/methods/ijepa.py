@@ -1,5 +1,6 @@
 """I-JEPA."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,9 @@ class IJEPA(SSLModule):
 
     Assran et al. 2023, Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture,
     https://arxiv.org/abs/2301.08243. For ViTs of timm, built without a class token. The teacher sees the whole image;
-    the probes read the mean of its patches. Defaults: the paper's ViT-B/16, at a batch of 2,048.
+    the probes read the mean of its patches. Contexts have the length of the shortest of 128 images, the batch of a
+    process in the released code. A step has the rate and decay that the released schedules give the step before it.
+    Defaults: the paper's ViT-B/16, at a batch of 2,048.
 
     Args:
         targets: Blocks to predict.
@@ -82,11 +85,13 @@ class IJEPA(SSLModule):
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
         """Distance of predicted and actual features of the target blocks (section 3)."""
         images = views[0]
-        context, targets = self.draw_blocks(images)  # (B, C), (B, T, P)
+        contexts, targets = self.draw_blocks(images)  # (b, C) for b of the B images each, (B, T, P)
         with torch.no_grad():
             features = self._teacher_features(images)  # (B, N, embed_dim)
         actual = taken(features, targets.flatten(1)).unflatten(1, targets.shape[1:])  # (B, T, P, embed_dim)
-        return losses.ijepa(self.predict(images, context, targets), actual)
+        counts = [len(context) for context in contexts]
+        parts = zip(images.split(counts), contexts, targets.split(counts), strict=True)
+        return losses.ijepa(torch.cat([self.predict(*part) for part in parts]), actual)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Features ``(B, T, P, embed_dim)`` of the target blocks, predicted from the patches of the context.
@@ -119,19 +124,25 @@ class IJEPA(SSLModule):
         self.record(self.teacher_backbone.forward_head(tokens))
         return F.layer_norm(patch_tokens(self.backbone, tokens), tokens.shape[-1:])
 
-    def draw_blocks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices ``(B, C)`` of context and ``(B, T, P)`` of targets: this process's of the global batch's.
+    def draw_blocks(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Indices of contexts and targets: this process's part of the global batch's.
 
         Args:
             images: ``(B, 3, S, S)``.
+
+        Returns:
+            Contexts ``(b, C)`` of consecutive images, together B, each with another length C, and targets
+            ``(B, T, P)``.
         """
         (seed,) = torch.randint(2**62, (1,), generator=self.generator).tolist()
         scales = self.target_scale, self.target_aspect, self.context_scale
-        blocks = multi_block(
+        drawn = multi_block(
             len(images) * world_size(), grid_of(self.backbone, images), self.targets, *scales, self.min_context, seed
         )
-        context, targets = (self.random_to_device(own_part(part)) for part in blocks)
-        return context, targets
+        contexts, lengths, targets = (own_part(part) for part in drawn)
+        runs = [(length, len([*same])) for length, same in itertools.groupby(lengths.tolist())]
+        parts = zip(contexts.split([count for _, count in runs]), runs, strict=True)
+        return [self.random_to_device(part[:, :length]) for part, (length, _) in parts], self.random_to_device(targets)
 
     @property
     def evaluated_backbone(self) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_lightning import losses
 from ssl_lightning.backbones.names import Backbone, vit_defaults
-from ssl_lightning.backbones.tokens import multi_crop
+from ssl_lightning.backbones.tokens import full_size, multi_crop
 from ssl_lightning.heads import mlp
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim
@@ -19,12 +19,15 @@ class LeJEPA(SSLModule):
     """LeJEPA: all views predict the mean of the global ones, and embeddings become an isotropic Gaussian.
 
     Balestriero & LeCun 2025, LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics,
-    https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. For ResNets
-    the authors decay less: ``optim.weight_decay`` 5e-4.
+    https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. The views of
+    full size are the global ones, two or more. For ResNets the authors decay less: ``optim.weight_decay`` 5e-4. In
+    their example on Imagenette the features are those of a linear layer, ``backbone_kwargs: {num_classes: 512}``.
 
     Args:
         sigreg_weight: Weight of the regularizer; the prediction error has weight 1 minus it.
         num_slices: Random directions that the regularizer looks along, new ones at each step.
+        knots: Points of the regularizer's integral, an odd number; 33 in the released code, half of them computed.
+        limit: The integral runs from minus this to this; 3 in the released code, 5 in the paper.
         hidden_dim: Width of the projector's two hidden layers.
         projection_dim: Width of the embeddings.
         drop_path: Stochastic depth of a ViT: rate of the last block, rising linearly from 0.
@@ -35,6 +38,7 @@ class LeJEPA(SSLModule):
     """
 
     views = "lejepa"
+    drops_tokens = True
     remedies = "a larger sigreg_weight (0.02 to 0.1), a larger batch, a lower learning rate"
     global_views = 2
     local_views = True
@@ -44,6 +48,8 @@ class LeJEPA(SSLModule):
         self,
         sigreg_weight: float = 0.05,
         num_slices: int = 1024,
+        knots: int = 17,
+        limit: float = 5.0,
         hidden_dim: int = 2048,
         projection_dim: int = 128,
         drop_path: float = 0.1,
@@ -62,7 +68,7 @@ class LeJEPA(SSLModule):
     ) -> None:
 
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, drop_path_rate=drop_path), optim, **kwargs)
-        self.sigreg_weight, self.num_slices = sigreg_weight, num_slices
+        self.sigreg_weight, self.num_slices, self.knots, self.limit = sigreg_weight, num_slices, knots, limit
         self.projector = mlp([self.embed_dim, hidden_dim, hidden_dim, projection_dim], bias=True, last_bias=True)
 
     def training_loss(self, views: Sequence[Tensor]) -> Tensor:
@@ -75,8 +81,9 @@ class LeJEPA(SSLModule):
         embeddings = self.projector(multi_crop(self.backbone, views)).unflatten(0, (len(views), -1))  # (V, B, D)
         directions = torch.randn(embeddings.shape[2], self.num_slices, generator=self.generator)
         directions = self.random_to_device(directions)
-        regularizer = torch.stack([losses.sigreg(of_view, directions) for of_view in embeddings]).mean()
-        return losses.lejepa(embeddings, 2), regularizer
+        integral = directions, self.knots, self.limit
+        regularizer = torch.stack([losses.sigreg(of_view, *integral) for of_view in embeddings]).mean()
+        return losses.lejepa(embeddings, full_size(views)), regularizer
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Both parts of the loss."""

@@ -41,6 +41,7 @@ class MoCoV3(SSLModule):
     """
 
     views = "moco_v3"
+    drops_tokens = True
     remedies = "a lower learning rate or a longer warm-up, a temperature of 0.2 to 1, for ViTs fixed patch projections"
     global_views = 2
     batch_norm = "global"
@@ -69,6 +70,8 @@ class MoCoV3(SSLModule):
             self.views = "moco_v3_vit"
             if not self.pretrained:
                 initialization.moco_v3(token_vit("MoCoV3", backbone, self.backbone, tokens="plain"))
+            if self.continued is not None and self.continued.train_patch_embed:
+                self.backbone.patch_embed.requires_grad_(True)
         layers = 3 if vit else 2
         last_norms = [nn.BatchNorm1d(projector_dim, affine=False) for _ in range(2)]
         self.projector = mlp([self.embed_dim] + [hidden_dim] * (layers - 1) + [projector_dim], last_norm=last_norms[0])

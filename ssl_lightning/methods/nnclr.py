@@ -35,6 +35,7 @@ class NNCLR(SSLModule):
     """
 
     views = "nnclr"
+    drops_tokens = True
     remedies = "a temperature of 0.1 to 0.2, a queue no longer than the data set, a lower learning rate"
     global_views = 2
     batch_norm = "global"

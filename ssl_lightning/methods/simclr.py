@@ -18,11 +18,13 @@ class SimCLR(SSLModule):
 
     Chen et al. 2020, A Simple Framework for Contrastive Learning of Visual Representations,
     https://arxiv.org/abs/2002.05709. BatchNorm is global: train with ``sync_batchnorm`` on several devices.
-    Convolutions keep timm's initialization (fan-out normal; the released code has fan-in truncated normal).
+    Convolutions keep timm's initialization (fan-out normal; the released code has fan-in truncated normal). Views are
+    cropped as TensorFlow does; contrast and saturation are PyTorch's (released: around the mean of each channel, and in
+    HSV), the resize is antialiased (released: not), and blur reflects the border (released: zeros).
 
     Args:
         temperature: Divides the cosine similarities; 0.1 on ImageNet, 0.5 on CIFAR-10.
-        projector_layers: Linear layers of the projector: 2 in v1, 3 in v2.
+        projector_layers: Linear layers of the projector: 2 in v1, 3 in v2 and by default in the released scripts.
         projector_dim: Width of the projections.
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
         optim: Optimizer and learning-rate schedule.
@@ -32,6 +34,7 @@ class SimCLR(SSLModule):
     """
 
     views = "simclr"
+    drops_tokens = True
     remedies = "a temperature of 0.1 to 0.5, a lower learning rate or a longer warm-up, crops that share content"
     global_views = 2
     batch_norm = "global"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import losses
+from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import (
     BEIT_IN_PRETRAINING,
     Backbone,
@@ -32,7 +33,8 @@ class SimMIM(SSLModule):
     encoder is ``backbone``, which sees all patches, masked ones as a learned token: as in the paper timm's BEiT, a ViT
     with relative positions that all blocks share, or a Swin; or timm's plain ViT, which embeds absolute positions, then
     without a class token. Features are the mean of the patches. The paper's learning rate is for batches of 512 images,
-    ours for 256, so ``base_lr`` is half the paper's.
+    ours for 256, so ``base_lr`` is half the paper's; the released schedule lags a step behind ours. ViTs start as
+    BEiT's, a Swin as timm's.
 
     The training forward sees masked images, so the linear probe learns from features of whole views at every
     ``probe_every``-th step, as with MAE.
@@ -50,7 +52,7 @@ class SimMIM(SSLModule):
     views = "simmim"
     remedies = "a lower learning rate or a longer warm-up, mask units of a sixth to an eighth of the view's side"
     global_views = 1
-    undecayed = ("cls_token", "pos_embed", "mask_token")
+    undecayed: tuple[str, ...] = ("cls_token", "pos_embed")  # and the mask token of a Swin
 
     def __init__(
         self,
@@ -97,7 +99,13 @@ class SimMIM(SSLModule):
             )
         self.mask_ratio, self.mask_unit, self.probe_every = checked_ratio(mask_ratio), mask_unit, probe_every
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if is_swin(backbone):
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+            self.undecayed = (*self.undecayed, "mask_token")
+        elif self.pretrained:
+            initialization.narrow(self.mask_token)
+        else:
+            initialization.beit(encoder, self.mask_token)
         self.decoder = nn.Sequential(
             nn.Conv2d(self.embed_dim, self.stride**2 * self.in_chans, 1), nn.PixelShuffle(self.stride)
         )
@@ -146,6 +154,17 @@ class SimMIM(SSLModule):
         hidden = _enlarged(units, self.mask_unit)[:, None]  # (B, 1, S, S)
         predicted = torch.where(hidden, self.reconstruct(images, units).to(images.dtype), images)
         return {"visible": images.masked_fill(hidden, 0.0), "predicted": predicted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load; earlier versions kept the mask token, the first of all parameters, among the undecayed ones."""
+        super().on_load_checkpoint(checkpoint)
+        decayed = sum(group["decayed"] * len(group["params"]) for group in self.optim.create(self, 256).param_groups)
+        for state in checkpoint.get("optimizer_states", ()):
+            first, *others = state["param_groups"]
+            if others and (token := len(first["params"])) + 1 == decayed:
+                numbers = {token: 0, **{number: number + 1 for number in range(token)}}
+                state["state"] = {numbers.get(number, number): value for number, value in state["state"].items()}
+                first["params"], others[0]["params"] = [*range(token + 1)], others[0]["params"][1:]
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Error of the masked pixels without drop path."""

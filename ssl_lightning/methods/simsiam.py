@@ -21,7 +21,8 @@ class SimSiam(SSLModule):
 
     Args:
         projector_layers: Linear layers of the projector; 2 on CIFAR-10 in the paper.
-        hidden_dim: Width of the projector's hidden layers.
+        hidden_dim: Width of the projector's hidden layers; in the released code the width of the features, which is
+            2048 for a ResNet-50.
         projector_dim: Width of projections and predictions.
         predictor_dim: Width of the predictor's hidden layer, a bottleneck.
         optim: Optimizer and learning-rate schedule.
@@ -29,6 +30,7 @@ class SimSiam(SSLModule):
     """
 
     views = "simsiam"
+    drops_tokens = True
     collapsed_loss = -1.0
     remedies = (
         "BatchNorm in the projector's every layer, a predictor at a constant learning rate, a lower learning rate"

@@ -42,6 +42,7 @@ class SwAV(SSLModule):
     """
 
     views = "swav"
+    drops_tokens = True
     remedies = "an epsilon of 0.03 to 0.05, fewer prototypes, a queue for small batches, longer frozen prototypes"
     global_views = 2
     local_views = True

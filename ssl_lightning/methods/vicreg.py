@@ -31,6 +31,7 @@ class VICReg(SSLModule):
     """
 
     views = "vicreg"
+    drops_tokens = True
     remedies = "a variance weight as large as the invariance weight, wider projections, a lower learning rate"
     global_views = 2
     batch_norm = "global"

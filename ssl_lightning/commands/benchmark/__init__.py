@@ -1,9 +1,12 @@
 """The command ``benchmark``: the speed of this package and of lightly, both measured here in the same run."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssl_lightning.arguments import SSLArgumentParser, title_of, underscored
+import yaml
+
+from ssl_lightning.arguments import SSLArgumentParser, title_of
 from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.pipeline import PipelineResult, pipeline
 from ssl_lightning.commands.benchmark.step import StepResult, step
@@ -25,8 +28,30 @@ def run(words: Sequence[str]) -> None:
         benchmark.add_function_arguments(function)
         benchmark.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
         benchmarks.add_subcommand(name, benchmark, help=benchmark.description)
-    options = parser.parse_args(underscored(words))
+    options = parser.parse_args(_with_model_kwargs(words))
     chosen = options[options.subcommand]
     as_json = chosen.pop("json")
     result = functions[options.subcommand](**chosen)
     print(result.json if as_json else result)
+
+
+def _with_model_kwargs(words: Sequence[str]) -> list[str]:
+    """Write arguments of the method as ``step`` takes them: ``--model.momentum 0.99`` as ``--model_kwargs {...}``.
+
+    Args:
+        words: The command line after ``benchmark``.
+    """
+    left: list[str] = []
+    arguments: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--model."):
+            left.append(word)
+            continue
+        *parents, name = option.removeprefix("--model.").replace("-", "_").split(".")
+        place: dict[str, Any] = arguments
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = yaml.safe_load(value if equals else next(rest, ""))
+    return [*left, "--model_kwargs", json.dumps(arguments)] if arguments else left

@@ -109,7 +109,8 @@ def step(
         image_size: Side of the full-size views in pixels.
         batch_size: Images per batch.
         steps: Number of timed steps of each kind; the median is reported.
-        model_kwargs: Further arguments of the method, e.g. ``{"queue_length": 4096}``.
+        model_kwargs: Further arguments of the method, e.g. ``{"queue_length": 4096}``; or each as an option,
+            ``--model.queue_length 4096``.
 
     Raises:
         UserError: No method has that name.

@@ -14,7 +14,13 @@ _POINTS = 2000
 """Most points of a curve. A longer curve keeps the smallest and the largest value of each stretch."""
 _BARS = 100
 
-PROBES = {"val/knn_top1": "kNN top-1", "val/linear_top1": "linear top-1", "val/linear_top5": "linear top-5"}
+PROBES = {
+    "val/knn_top1": "kNN top-1",
+    "val/linear_top1": "linear top-1",
+    "val/linear_top5": "linear top-5",
+    "val/start_knn_top1": "kNN before training",
+    "val/teacher_knn_top1": "kNN of the teacher",
+}
 _TIMES = {
     "loader": "waiting for images",
     "augment": "transfer, augmentation",
@@ -33,6 +39,12 @@ _NOTES = {
     "health/prototypes_in_use": "share of the prototypes that are chosen",
     "health/queue_age": "steps since the keys were made",
     "health/masked_patch_error": "of the hidden patches",
+    "health/image_agreement": "cosine of prediction and teacher, whole images",
+    "health/patch_agreement": "cosine of prediction and teacher, places",
+    "health/image_explained": "share of the teacher's variance, whole images",
+    "health/patch_explained": "share of the teacher's variance, places",
+    "health/neighbors_shared": "share of the teacher's nearest images that are the student's, too",
+    "health/teacher_scale": "deviation of the teacher's features",
     "train/memory_gb": "most that the GPU has held",
 }
 

@@ -77,13 +77,15 @@ def _summary(history: History) -> list[tuple[str, str, str]]:
         ("data", data_name, ", ".join(counts)),
         ("pairs", *(data.get("pairs") or ": ").rsplit(": ", 1)),
         ("views", data.get("transform"), "by --data.transform"),
+        ("trains", start.get("trains"), "by --model.trainable"),
+        ("stages", start.get("stages"), "by --model.continued"),
         ("epoch", str(done), f"of {planned}" if planned else ""),
     ]
     if (loss := history.last("train/loss")) is not None:
         chance = "" if history.chance_loss is None else f"chance {history.chance_loss:.4g}"
         facts.append(("loss", f"{loss:.4g}", chance))
-    for key, name in [*PROBES.items()][:2]:
-        if points := history.run.metrics.get(key):
+    for key, name in PROBES.items():
+        if key != "val/linear_top5" and (points := history.run.metrics.get(key)):
             best = max(points, key=lambda point: point.value)
             after = "" if best.epoch is None else f", epoch {best.epoch + 1}"
             remark = "" if best.value == points[-1].value else f"best {100 * best.value:.1f} %{after}"

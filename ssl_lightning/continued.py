@@ -1,0 +1,156 @@
+"""Going on with the weights of another training: what waits, and for how long."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from ssl_lightning.backbones.tokens import layer_scale
+from ssl_lightning.backbones.trainable import of_first_layer
+from ssl_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A training that goes on from a good backbone: the heads learn first, then the backbone joins slowly.
+
+    As FINO does it, https://arxiv.org/abs/2606.05107. At first the backbone has a learning
+    rate and a weight decay of 0, and its BatchNorm keeps its statistics: it does not change by a bit, nor does its
+    teacher. Then its rate rises along a line, and the cosine of ``optim`` begins only after that.
+
+    Args:
+        frozen_steps: Optimizer steps in which only the heads learn; 0 for none, and no ramp. None is a tenth of the
+            training, at least 1,000 and at most 40 % of it.
+        ramp_steps: Optimizer steps in which the rate of the backbone then rises to its own. None is 4 % of the
+            training, at least 100.
+        train_patch_embed: Whether the patch projection, or the first convolution, learns from the first step: for
+            images of other channels than the weights are for. ``trainable`` does not freeze it then.
+        layer_decay: Learning rate of each block of a ViT, as a share of the next block's rate. None is the method's
+            own, or 0.9.
+        patch_embed_lr: Further multiplier of the learning rate of the patch projection. None is the method's own, or
+            0.2.
+        heads_lr: Learning-rate multiplier of the heads while the backbone waits, e.g. 10 if that is short.
+    """
+
+    frozen_steps: int | None = None
+    ramp_steps: int | None = None
+    train_patch_embed: bool = False
+    layer_decay: float | None = None
+    patch_embed_lr: float | None = None
+    heads_lr: float = 1.0
+
+    def stages(self, total_steps: float) -> tuple[int, int]:
+        """Steps in which the backbone waits, and steps of the ramp after them.
+
+        Args:
+            total_steps: Optimizer steps of the training; infinite if it has no end.
+
+        Raises:
+            UserError: They do not fit the training.
+        """
+        if total_steps == float("inf"):
+            if self.frozen_steps is None or self.ramp_steps is None:
+                raise UserError(
+                    "this training has no end to take shares of; set --model.continued.frozen_steps and "
+                    "--model.continued.ramp_steps, or --trainer.max_steps."
+                )
+            return self.frozen_steps, self.ramp_steps
+        frozen, ramp = self.frozen_steps, self.ramp_steps
+        if frozen is None:
+            frozen = round(min(max(1000, 0.1 * total_steps), 0.4 * total_steps))
+        if frozen >= total_steps:
+            raise UserError(
+                f"--model.continued.frozen_steps {frozen:,}: the training has {total_steps:,.0f} steps, so its "
+                "backbone would never train; lower it, or raise --trainer.max_epochs."
+            )
+        if ramp is None:
+            ramp = round(min(max(100, 0.04 * total_steps), total_steps - frozen))
+        return frozen, ramp if frozen else 0
+
+    def waiting(self, module: Any) -> set[str]:
+        """Names of the parameters of a method that wait.
+
+        Args:
+            module: The method.
+        """
+        first = of_first_layer(module.backbone) if self.train_patch_embed else set()
+        return {f"backbone.{name}" for name, _ in module.backbone.named_parameters() if name not in first}
+
+    def lr_scale(self, module: Any, own: Callable[[str], float] | None) -> Callable[[str], float]:
+        """Learning-rate multiplier of a parameter, given its name.
+
+        Args:
+            module: The method.
+            own: The method's own multiplier of each parameter; None if it has none.
+        """
+        layer_decay, patch_embed_lr = (
+            getattr(module, name, default) if value is None else value
+            for name, value, default in (
+                ("layer_decay", self.layer_decay, 0.9),
+                ("patch_embed_lr", self.patch_embed_lr, 0.2),
+            )
+        )
+        blocks = len(getattr(module.backbone, "blocks", ()))
+
+        def scale(name: str) -> float:
+            if not name.startswith("backbone."):
+                return own(name) if own else 1.0
+            name = name.removeprefix("backbone.")
+            further = patch_embed_lr if name.startswith("patch_embed") else 1.0
+            return further * (layer_scale(name, blocks, layer_decay) if blocks else 1.0)
+
+        return scale
+
+
+class Continuation(L.Callback):
+    """Keeps the statistics of BatchNorm in backbone and teacher while the backbone waits."""
+
+    def __init__(self) -> None:
+        self._frozen, self._still = 0, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Look up how long it waits.
+
+        Raises:
+            UserError: The optimizer knows nothing of it.
+        """
+        if pl_module.continued is None:
+            return
+        if not any(group.get("waits", False) for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            raise UserError(
+                f"{type(pl_module).__name__}.configure_optimizers must return self.optim.configure(self) for "
+                "--model.continued."
+            )
+        self._frozen, _ = pl_module.continued.stages(trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Set the mode of BatchNorm; once the backbone trains, it gets the mode of its network back."""
+        still, before = trainer.global_step < self._frozen, self._still
+        self._still = still
+        for name, part in pl_module.named_children() if still or before else ():
+            for layer in part.modules() if name.endswith("backbone") else ():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.train(part.training and not still)
+
+
+def what_trains(module: Any, total_steps: float) -> dict[str, str]:
+    """What trains and when, in words, where that is not everything from the first step.
+
+    Args:
+        module: The method.
+        total_steps: Optimizer steps of the training.
+    """
+    rows = {}
+    if getattr(module, "trainable", None) is not None:
+        parameters = [*module.backbone.parameters()]
+        learning = sum(p.numel() for p in parameters if p.requires_grad)
+        share = learning / sum(p.numel() for p in parameters)
+        rows["trains"] = f"{learning:,} parameters of the backbone, {share:.1%}, and the heads"
+    if getattr(module, "continued", None) is not None:
+        frozen, ramp = module.continued.stages(total_steps)
+        first = "the heads and the first layer" if module.continued.train_patch_embed else "the heads"
+        then = f"{first} for {frozen:,} steps, then the backbone, its rate rising for {ramp:,}"
+        rows["stages"] = then if frozen else "everything from the first step"
+    return rows

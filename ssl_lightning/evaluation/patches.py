@@ -1,0 +1,151 @@
+"""What the features of patches hold: segmentation by nearest patches, and principal components as colors."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation.knn import SIMILARITIES_AT_ONCE
+
+
+@torch.no_grad()
+def knn_segmentation(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    k: int = 10,
+    distance: Literal["cosine", "l2"] = "cosine",
+    ignored: Sequence[int] = (255,),
+) -> Tensor:
+    """Label each pixel of a patch by the most frequent label at its place in the k nearest training patches.
+
+    The predictions are finer than the grid of patches. Of equally frequent labels the smallest wins. The protocol
+    standardizes all features by mean and deviation of the training patches before. Source: Darcet et al. 2025, CAPI,
+    its released segmentation evaluation.
+
+    Args:
+        train_features: ``(N, D)``, a row per patch.
+        train_labels: ``(N, P)`` whole numbers, the labels of a patch's P pixels. Patches whose most frequent label is
+            ignored are left out.
+        features: ``(M, D)``.
+        k: Number of neighbors. All training patches vote if there are fewer.
+        distance: ``cosine``: of the angle; ``l2``: Euclidean.
+        ignored: Labels that do not count.
+
+    Returns:
+        ``(M, P)`` labels.
+
+    Raises:
+        UserError: No training patch is left.
+    """
+    most = train_labels.mode(dim=1).values  # (N,)
+    kept = ~torch.isin(most, torch.tensor([*ignored], dtype=most.dtype, device=most.device))
+    bank, labels = _wide(train_features)[kept], train_labels[kept]
+    if len(bank) == 0:
+        raise UserError("kNN segmentation needs a training patch whose most frequent label is not ignored.")
+    queries, by_angle = _wide(features).to(bank.dtype), distance == "cosine"
+    if by_angle:
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    predictions = [labels.new_empty(0, labels.shape[1])]
+    for chunk in queries.split(max(1, SIMILARITIES_AT_ONCE // len(bank))):
+        distances = -chunk @ bank.T if by_angle else torch.cdist(chunk, bank)  # (m, N)
+        nearest = distances.topk(min(k, len(bank)), dim=1, largest=False).indices  # (m, k)
+        few = nearest.split(max(1, SIMILARITIES_AT_ONCE // (nearest.shape[1] * labels.shape[1])))  # k labels a pixel
+        predictions += [labels[rows].mode(dim=1).values for rows in few]  # (m, P)
+    return torch.cat(predictions)
+
+
+@torch.no_grad()
+def hummingbird(
+    memory: Tensor, memory_labels: Tensor, features: Tensor, k: int = 30, temperature: float = 0.02
+) -> Tensor:
+    """Shares of the classes in each patch: the shares of its k nearest patches, by softmax(cosine / temperature).
+
+    The shares of all patches, interpolated bilinearly to the image, give the label of a pixel by their maximum.
+    Source: Balažević et al. 2023, Towards In-Context Scene Understanding; Pariza et al., open-hummingbird-eval.
+
+    Args:
+        memory: ``(N, D)`` features of training patches, any scale.
+        memory_labels: ``(N, C)`` shares of the classes in each patch.
+        features: ``(M, D)``, any scale.
+        k: Number of neighbors. The whole memory counts if it is smaller.
+        temperature: Divides the cosine similarities.
+
+    Returns:
+        ``(M, C)``.
+    """
+    bank = F.normalize(_wide(memory), dim=1)  # (N, D)
+    shares = [memory_labels.new_empty(0, memory_labels.shape[1], dtype=bank.dtype)]
+    for chunk in F.normalize(_wide(features), dim=1).to(bank.dtype).split(max(1, SIMILARITIES_AT_ONCE // len(bank))):
+        similarities, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # (m, k)
+        weights = (similarities / temperature).softmax(dim=1)
+        shares.append((weights[:, :, None] * memory_labels[nearest].to(bank.dtype)).sum(dim=1))
+    return torch.cat(shares)
+
+
+@torch.no_grad()
+def mean_iou(labels: Tensor, predictions: Tensor, ignored: Sequence[int] = (255,)) -> float:
+    """Intersection over union, averaged over the classes that occur in the labels or the predictions, 0 to 1.
+
+    As in CAPI's released evaluation, an ignored class that is predicted counts as a class without intersection.
+
+    Args:
+        labels: Whole numbers of any shape.
+        predictions: Of the same shape.
+        ignored: Pixels with these labels are left out.
+
+    Raises:
+        UserError: All pixels are ignored.
+    """
+    counted = ~torch.isin(labels, torch.tensor([*ignored], dtype=labels.dtype, device=labels.device))
+    labels, predictions = labels[counted], predictions[counted]
+    if len(labels) == 0:
+        raise UserError("all pixels are ignored.")
+    classes, index = torch.unique(torch.cat([labels, predictions.to(labels.dtype)]), return_inverse=True)
+    truth, guess = index.split(len(labels))
+
+    def counts(which: Tensor) -> Tensor:
+        return torch.bincount(which, minlength=len(classes)).double()
+
+    both = counts(truth[truth == guess])
+    return float((both / (counts(truth) + counts(guess) - both)).mean())
+
+
+@torch.no_grad()
+def patch_pca(features: Tensor, components: int = 3) -> Tensor:
+    """The first principal components of patch features, each with deviation 1 and the skewness positive.
+
+    Source: Darcet et al. 2025, CAPI, the released pictures. ``pca_colors`` makes colors of three components.
+
+    Args:
+        features: ``(N, D)``: the patches of a single image, or of several images to compare their colors.
+        components: Number of components. Components without variance are 0.
+
+    Returns:
+        ``(N, components)``.
+    """
+    centered = _wide(features)
+    centered = centered - centered.mean(0)
+    wide = centered.double()
+    eigenvalues, axes = torch.linalg.eigh(wide.T @ wide / len(wide))  # ascending
+    eigenvalues, axes = eigenvalues.flip(0)[:components], axes.flip(1)[:, :components]
+    kept = eigenvalues > eigenvalues[:1] * 1e-12
+    values = wide @ axes * torch.where(kept, eigenvalues, torch.inf).rsqrt()  # (N, components)
+    values = torch.where(values.pow(3).mean(0) < 0, -values, values)
+    return F.pad(values, (0, components - values.shape[1])).to(centered.dtype)
+
+
+def pca_colors(components: Tensor) -> Tensor:
+    """Colors between 0 and 1: from -2.3 deviations to 2.3, the first three components as red, green and blue.
+
+    Args:
+        components: ``(N, 3)`` of ``patch_pca``.
+    """
+    return ((components + 2.3) / 4.6).clamp(0, 1)
+
+
+def _wide(features: Tensor) -> Tensor:
+    return features.float() if features.dtype.itemsize < 4 else features

@@ -84,11 +84,9 @@ def _normalize_into(out: Tensor, x: Tensor, spec: ViewSpec) -> None:
         out.copy_(x)
 
 
-_Step = tuple[Callable[..., Tensor], tuple[Any, ...]]
-"""An operation and its arguments after the image."""
-
-
-def _steps_of_each(numbers: Augmentation, spec: ViewSpec) -> Iterator[tuple[list[int], list[_Step]]]:
+def _steps_of_each(
+    numbers: Augmentation, spec: ViewSpec
+) -> Iterator[tuple[list[int], list[tuple[Callable[..., Tensor], tuple[Any, ...]]]]]:
     """For each image the axes to flip, and the operations that follow with their arguments, in order.
 
     What is done for all images together costs little: on a single image, a tensor of a few numbers takes as long as
@@ -99,11 +97,9 @@ def _steps_of_each(numbers: Augmentation, spec: ViewSpec) -> Iterator[tuple[list
     for row, (flips, flips_vertically, turns, degrees, operations, amounts, grays, sigma, solarizes) in enumerate(
         zip(*columns, strict=True)
     ):
-        jitter: list[_Step] = [
-            (colors[which], (amount,)) for which, amount in zip(operations, amounts, strict=True) if which >= 0
-        ]
-        gray: list[_Step] = [(grayscale, ())] if grays else []
-        steps: list[_Step] = []
+        jitter = [(colors[which], (amount,)) for which, amount in zip(operations, amounts, strict=True) if which >= 0]
+        gray = [(grayscale, ())] * grays
+        steps: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
         if turns:
             steps.append((quarter_turn, (turns,)))
         if degrees:

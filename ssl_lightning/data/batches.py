@@ -65,11 +65,12 @@ class RawViews(NamedTuple):
             augmented = torch.empty(len(crops), channels, spec.size, spec.size, device=crops.device)
             if self.images is None:
                 augment(crops, numbers, spec, out=augmented)
-            else:
-                for rows in chunks(augmented):
-                    images, boxes = self.images.index_select(0, crops[rows, 0]), crops[rows, 1:]
-                    chunk = resized_crop(images, boxes, spec.size, spec.interpolation)
-                    augment(chunk, numbers.select(rows), spec, out=augmented[rows])
+                views += augmented.to(dtype).chunk(spec.count)
+                continue
+            for rows in chunks(augmented):
+                images, boxes = self.images.index_select(0, crops[rows, 0]), crops[rows, 1:]
+                chunk = resized_crop(images, boxes, spec.size, spec.interpolation)
+                augment(chunk, numbers.select(rows), spec, out=augmented[rows])
             views += augmented.to(dtype).chunk(spec.count)
         return Views(views, self.labels, self.indices)
 

@@ -41,6 +41,7 @@ class ReSA(SSLModule):
     global_views = 2
     local_views = True
     batch_norm = "global"
+    drops_tokens = True
 
     def __init__(
         self,

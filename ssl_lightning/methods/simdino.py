@@ -44,6 +44,7 @@ class SimDINO(SSLModule):
     remedies = "a smaller epsilon, smooth on, a batch larger than projector_dim, a lower learning rate"
     global_views, local_views = 2, True
     batch_norm = "global"
+    drops_tokens = True
     zero_init_residual = False
 
     def __init__(

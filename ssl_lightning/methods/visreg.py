@@ -40,6 +40,7 @@ class VISReg(SSLModule):
     global_views = 2
     local_views = True
     batch_norm = "global"
+    drops_tokens = True
 
     def __init__(
         self,

@@ -23,7 +23,8 @@ figcaption { font-size: .75rem; overflow-wrap: anywhere; color: #555 }
 {% if not group.rows %}<p>None.</p>{% endif %}
 <div class="group">{% for row in group.rows %}<figure>
 {% for image in row.images %}<img src="{{ image.source }}" alt="{{ image.path }}" title="{{ image.path }}">{% endfor %}
-<figcaption>{{ row.caption }}{% if row.caption %} &middot; {% endif %}{{ row.images[0].path }}</figcaption>
+<figcaption>{% if row.caption %}{{ row.caption }} &middot; {% endif %}
+{{ row.images | map(attribute="path") | join(" &harr; " | safe) }}</figcaption>
 </figure>{% endfor %}</div>
 {% endfor %}</body></html>
 """

@@ -18,7 +18,7 @@ def knn_segmentation(
     features: Tensor,
     k: int = 10,
     distance: Literal["cosine", "l2"] = "cosine",
-    ignored: Sequence[int] = (255,),
+    ignored: int | Sequence[int] = 255,
 ) -> Tensor:
     """Label each pixel of a patch by the most frequent label at its place in the k nearest training patches.
 
@@ -33,7 +33,7 @@ def knn_segmentation(
         features: ``(M, D)``.
         k: Number of neighbors. All training patches vote if there are fewer.
         distance: ``cosine``: of the angle; ``l2``: Euclidean.
-        ignored: Labels that do not count.
+        ignored: A label that does not count, or several.
 
     Returns:
         ``(M, P)`` labels.
@@ -42,7 +42,7 @@ def knn_segmentation(
         UserError: No training patch is left.
     """
     most = train_labels.mode(dim=1).values  # (N,)
-    kept = ~torch.isin(most, torch.tensor([*ignored], dtype=most.dtype, device=most.device))
+    kept = ~torch.isin(most, torch.as_tensor(ignored, dtype=most.dtype, device=most.device))
     bank, labels = _wide(train_features)[kept], train_labels[kept]
     if len(bank) == 0:
         raise UserError("kNN segmentation needs a training patch whose most frequent label is not ignored.")
@@ -87,7 +87,7 @@ def hummingbird(
 
 
 @torch.no_grad()
-def mean_iou(labels: Tensor, predictions: Tensor, ignored: Sequence[int] = (255,)) -> float:
+def mean_iou(labels: Tensor, predictions: Tensor, ignored: int | Sequence[int] = 255) -> float:
     """Intersection over union, averaged over the classes that occur in the labels or the predictions, 0 to 1.
 
     As in CAPI's released evaluation, an ignored class that is predicted counts as a class without intersection.
@@ -95,12 +95,12 @@ def mean_iou(labels: Tensor, predictions: Tensor, ignored: Sequence[int] = (255,
     Args:
         labels: Whole numbers of any shape.
         predictions: Of the same shape.
-        ignored: Pixels with these labels are left out.
+        ignored: Pixels with this label, or these labels, are left out.
 
     Raises:
         UserError: All pixels are ignored.
     """
-    counted = ~torch.isin(labels, torch.tensor([*ignored], dtype=labels.dtype, device=labels.device))
+    counted = ~torch.isin(labels, torch.as_tensor(ignored, dtype=labels.dtype, device=labels.device))
     labels, predictions = labels[counted], predictions[counted]
     if len(labels) == 0:
         raise UserError("all pixels are ignored.")

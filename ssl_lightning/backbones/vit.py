@@ -56,7 +56,8 @@ class TimmViT(ViT):
     def _with_prefix(self, patches: Tensor) -> Tensor:
         """The class token and the registers, as far as there are any, before the patches ``(B, N, D)``."""
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in tokens), patches], dim=1)
+        count = patches.shape[0]  # len() would fix it in an exported graph
+        return torch.cat([*(token.expand(count, -1, -1) for token in tokens), patches], dim=1)
 
     @property
     def patch_side(self) -> int:  # type: ignore[override] # read only

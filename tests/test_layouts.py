@@ -355,8 +355,8 @@ def test_folders_of_save_to_disk_are_loaded(tmp_path: Path, streaming: bool) -> 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     columns = {"image": [picture] * 10, "label": [number % 2 for number in range(10)]}
     single = datasets.Dataset.from_dict(columns, features=features)
-    single.save_to_disk(tmp_path / "single")
-    datasets.DatasetDict({"Training": single, "Testing": single}).save_to_disk(tmp_path / "both")
+    single.save_to_disk(str(tmp_path / "single"))
+    datasets.DatasetDict({"Training": single, "Testing": single}).save_to_disk(str(tmp_path / "both"))
     for name, validation in (("single", 0 if streaming else 2), ("both", 10)):
         data = ready(HuggingFaceData(str(tmp_path / name), streaming=streaming))
         assert len(data.train_stream or data.train_images) == (8 if validation == 2 else 10)

@@ -224,9 +224,10 @@ def _none_readable(images: Images) -> UserError:
 
 def _some(pixels: Tensor) -> Tensor:
     """Some pixels of an image ``(C, H, W)``, ``(C, P)``."""
-    flat = pixels.flatten(1)
+    flat = pixels.flatten(1).numpy()  # torch 2.6 cannot index 16-bit values without a sign
     count = flat.shape[1]
-    return flat[:, torch.linspace(0, count - 1, min(count, _PIXELS), dtype=torch.float64).long()]
+    places = torch.linspace(0, count - 1, min(count, _PIXELS), dtype=torch.float64).long()
+    return torch.from_numpy(flat[:, places.numpy()])
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -231,7 +231,7 @@ class ProgressBar(RichProgressBar):
         own = {name: f"{name.split('/')[-1]} {_text(value)}" for name, value in logged.items()}
         return shown | own
 
-    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.is_enabled:
             self.status = "  ".join(self.get_metrics(trainer, pl_module).values())
 

@@ -270,7 +270,10 @@ class ImageArray(Images):
 
     def batch(self, indices: Tensor | int) -> Tensor:
         """The pixels of some images, ``(B, C, H, W)``, or of one image, ``(C, H, W)``."""
-        pixels = self.images[indices]
+        if self.images.dtype == torch.uint16:  # which torch 2.6 cannot index
+            pixels = self.images.view(torch.int16)[indices].view(torch.uint16)
+        else:
+            pixels = self.images[indices]
         return pixels if self.preparation is None else self.preparation(pixels)
 
     def prepared(self, preparation: Preparation) -> "ImageArray":

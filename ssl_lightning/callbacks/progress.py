@@ -231,7 +231,9 @@ class ProgressBar(RichProgressBar):
         own = {name: f"{name.split('/')[-1]} {_text(value)}" for name, value in logged.items()}
         return shown | own
 
-    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def _update_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:  # more arguments before lightning 2.6.1
         if self.is_enabled:
             self.status = "  ".join(self.get_metrics(trainer, pl_module).values())
 

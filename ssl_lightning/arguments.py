@@ -1,5 +1,6 @@
 """How the command line is parsed, and how it reports mistakes."""
 
+import inspect
 import os
 import re
 import sys
@@ -136,6 +137,33 @@ def underscored(words: Sequence[str]) -> list[str]:
         re.sub(r"^--(?![\w.]*kwargs\.)[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word)
         for word in words
     ]
+
+
+def run_method(kind: type, names: Sequence[str], prog: str, description: str, words: Sequence[str]) -> Any:
+    """Build an object and call a method of it, as a command line says; returns what the method returns.
+
+    Args:
+        kind: The class; its arguments and those of the method are options.
+        names: The methods, each a subcommand.
+        prog: The command.
+        description: What it does, for its help.
+        words: The command line after the command.
+    """
+    parser = SSLArgumentParser(prog=prog, description=description)
+    methods = parser.add_subcommands()
+    for name in names:
+        method = SSLArgumentParser(description=title_of(getattr(kind, name)))
+        method.add_argument("--config", action="config", help="YAML file with any of these options.")
+        method.add_class_arguments(kind)
+        method.add_method_arguments(kind, name)
+        methods.add_subcommand(name, method, help=method.description)
+    options = parser.parse_args([*words])
+    name = options.subcommand
+    arguments = vars(parser.instantiate(options)[name])
+    arguments.pop("config", None)
+    parameters = inspect.signature(getattr(kind, name)).parameters.keys() - {"self"}
+    chosen = {key: arguments.pop(key) for key in [*arguments] if key in parameters}
+    return getattr(kind(**arguments), name)(**chosen)
 
 
 def title_of(function: Callable[..., Any]) -> str:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssl_lightning.losses.precision import wide
+
 _ROWS = 4096  # of similarities at once
 
 
@@ -26,7 +28,7 @@ def semantic_duplicates(embeddings: Tensor, epsilon: float) -> Tensor:
     Returns:
         ``(N,)`` bool, true for an image to remove.
     """
-    unit = F.normalize(_wide(embeddings), dim=1)
+    unit = F.normalize(wide(embeddings), dim=1)
     removed = [torch.zeros(0, dtype=torch.bool, device=unit.device)]
     for start in range(0, len(unit), _ROWS):
         rows = unit[start : start + _ROWS]
@@ -47,12 +49,13 @@ def whitening(embeddings: Tensor, directions: int = 256) -> tuple[Tensor, Tensor
         embeddings: ``(N, D)``.
         directions: Largest number of directions; at most a quarter of N, and no directions without variance.
     """
-    wide = embeddings.double()
-    mean = wide.mean(0)
-    eigenvalues, axes = torch.linalg.eigh((wide - mean).T @ (wide - mean) / len(wide))  # ascending
-    kept = int((eigenvalues > eigenvalues[-1] * 1e-6).sum().clamp(max=min(directions, max(1, len(wide) // 4))))
+    exact = embeddings.double()
+    mean = exact.mean(0)
+    eigenvalues, axes = torch.linalg.eigh((exact - mean).T @ (exact - mean) / len(exact))  # ascending
+    kept = int((eigenvalues > eigenvalues[-1] * 1e-6).sum().clamp(max=min(directions, max(1, len(exact) // 4))))
     matrix = axes[:, -kept:] * eigenvalues[-kept:].rsqrt()
-    return mean.to(_wide(embeddings).dtype), matrix.to(_wide(embeddings).dtype)
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    return mean.to(dtype), matrix.to(dtype)
 
 
 @torch.no_grad()
@@ -70,7 +73,7 @@ def near_duplicates(embeddings: Tensor, threshold: float) -> tuple[Tensor, Tenso
         ``(N,)`` index of that image, -1 for the first; and ``(N,)`` their cosine similarity, -2 for the first. Images
         with a similarity above the threshold are duplicates.
     """
-    unit = F.normalize(_wide(embeddings), dim=1)
+    unit = F.normalize(wide(embeddings), dim=1)
     nearest, similarity = torch.full((len(unit),), -1), torch.full((len(unit),), -2.0, dtype=unit.dtype)
     kept = torch.zeros(0, dtype=torch.bool)
     for start in range(0, len(unit), _ROWS):
@@ -102,7 +105,7 @@ def mean_similarity(embeddings: Tensor, k: int) -> Tensor:
     Returns:
         ``(N,)``.
     """
-    unit = F.normalize(_wide(embeddings), dim=1)
+    unit = F.normalize(wide(embeddings), dim=1)
     means = []
     for rows in unit.split(_ROWS):
         nearest = (rows @ unit.T).topk(min(k, len(unit) - 1) + 1, dim=1).values  # the first is the image itself
@@ -125,7 +128,7 @@ def k_center(embeddings: Tensor, count: int, first: int | None = None) -> Tensor
     Returns:
         ``(count,)`` indices in the order of choice. Of equally far images the first in the data is chosen.
     """
-    points = _wide(embeddings)
+    points = wide(embeddings)
     if first is None:
         first = int((points - points.mean(0)).norm(dim=1).argmin())
     chosen = [first]
@@ -177,7 +180,7 @@ def balanced_choice(embeddings: Tensor, count: int, seed: int = 0) -> tuple[Tens
     Returns:
         ``(count,)`` indices in ascending order, and ``(N,)`` the cluster of each image.
     """
-    unit = F.normalize(_wide(embeddings), dim=1).cpu().numpy()
+    unit = F.normalize(wide(embeddings), dim=1).cpu().numpy()
     centers, clusters = _resampled_kmeans(unit, max(1, len(unit) // 50), seed)
     _, above = _resampled_kmeans(centers, max(1, len(centers) // 20), seed)
     sizes = np.bincount(clusters, minlength=len(centers))
@@ -207,7 +210,3 @@ def _resampled_kmeans(points: NDArray[np.float32], count: int, seed: int) -> tup
         means = KMeans(count, init=means.cluster_centers_, n_init=1).fit(points[order[rank < nearest]])
         means.labels_ = means.predict(points)
     return means.cluster_centers_, means.labels_.astype(np.int64)
-
-
-def _wide(embeddings: Tensor) -> Tensor:
-    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings

@@ -15,6 +15,7 @@ from ssl_lightning.checkpoints import Pretrained, open_backbone
 from ssl_lightning.checkpoints.pretrained import image_transform_of
 from ssl_lightning.checkpoints.sources import is_source
 from ssl_lightning.errors import UserError
+from ssl_lightning.losses.precision import wide
 
 
 class FrozenTeacher:
@@ -66,7 +67,7 @@ class FrozenTeacher:
             images: ``(B, C, S, S)``, not normalized: values from 0 to 1.
         """
         features, grid = features_and_map(self.network, self.prepared(images))
-        return _wide(features), None if grid is None else _wide(grid)
+        return wide(features), None if grid is None else wide(grid)
 
     def prepared(self, images: Tensor) -> Tensor:
         """The images as the teacher sees them.
@@ -123,10 +124,6 @@ class FrozenTeacher:
                 f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); set --model.teacher_size."
             ) from error
         return features.shape[1], None if grid is None else grid.shape[1]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _opened(source: str | nn.Module, kwargs: dict[str, Any]) -> Pretrained:

@@ -1,6 +1,5 @@
 """The command ``evaluate``: the accuracy of frozen or fine-tuned features, by published protocols."""
 
-import inspect
 import json
 import os
 import sys
@@ -40,23 +39,11 @@ def run(words: Sequence[str]) -> None:
         words: The command line after ``evaluate``.
     """
     # Only here, as it takes half a second: `import ssl_lightning` imports this file for Evaluation.
-    from ssl_lightning.arguments import SSLArgumentParser, title_of
+    from ssl_lightning.arguments import run_method
 
-    parser = SSLArgumentParser(prog="ssl-lightning evaluate", description="Evaluate a backbone on labeled images.")
-    protocols = parser.add_subcommands()
-    for name in PROTOCOLS:
-        protocol = SSLArgumentParser(description=title_of(getattr(Evaluation, name)))
-        protocol.add_argument("--config", action="config", help="YAML file with any of these options.")
-        protocol.add_class_arguments(Evaluation)
-        protocol.add_method_arguments(Evaluation, name)
-        protocols.add_subcommand(name, protocol, help=protocol.description)
-    options = parser.parse_args(_with_data_of_the_run([*words]))
-    name = options.subcommand
-    arguments = vars(parser.instantiate(options)[name])
-    arguments.pop("config", None)
-    parameters = inspect.signature(getattr(Evaluation, name)).parameters.keys() - {"self"}
-    chosen = {key: arguments.pop(key) for key in [*arguments] if key in parameters}
-    results = getattr(Evaluation(**arguments), name)(**chosen)
+    words = _with_data_of_the_run([*words])
+    what = "Evaluate a backbone on labeled images."
+    results = run_method(Evaluation, PROTOCOLS, "ssl-lightning evaluate", what, words)
     if results is not None:  # on the first process
         print(results)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.knn import SIMILARITIES_AT_ONCE
+from ssl_lightning.losses.precision import wide
 
 
 @torch.no_grad()
@@ -43,10 +44,10 @@ def knn_segmentation(
     """
     most = train_labels.mode(dim=1).values  # (N,)
     kept = ~torch.isin(most, torch.as_tensor(ignored, dtype=most.dtype, device=most.device))
-    bank, labels = _wide(train_features)[kept], train_labels[kept]
+    bank, labels = wide(train_features)[kept], train_labels[kept]
     if len(bank) == 0:
         raise UserError("kNN segmentation needs a training patch whose most frequent label is not ignored.")
-    queries, by_angle = _wide(features).to(bank.dtype), distance == "cosine"
+    queries, by_angle = wide(features).to(bank.dtype), distance == "cosine"
     if by_angle:
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     predictions = [labels.new_empty(0, labels.shape[1])]
@@ -77,9 +78,9 @@ def hummingbird(
     Returns:
         ``(M, C)``.
     """
-    bank = F.normalize(_wide(memory), dim=1)  # (N, D)
+    bank = F.normalize(wide(memory), dim=1)  # (N, D)
     shares = [memory_labels.new_empty(0, memory_labels.shape[1], dtype=bank.dtype)]
-    for chunk in F.normalize(_wide(features), dim=1).to(bank.dtype).split(max(1, SIMILARITIES_AT_ONCE // len(bank))):
+    for chunk in F.normalize(wide(features), dim=1).to(bank.dtype).split(max(1, SIMILARITIES_AT_ONCE // len(bank))):
         similarities, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # (m, k)
         weights = (similarities / temperature).softmax(dim=1)
         shares.append((weights[:, :, None] * memory_labels[nearest].to(bank.dtype)).sum(dim=1))
@@ -127,13 +128,13 @@ def patch_pca(features: Tensor, components: int = 3) -> Tensor:
     Returns:
         ``(N, components)``.
     """
-    centered = _wide(features)
+    centered = wide(features)
     centered = centered - centered.mean(0)
-    wide = centered.double()
-    eigenvalues, axes = torch.linalg.eigh(wide.T @ wide / len(wide))  # ascending
+    exact = centered.double()
+    eigenvalues, axes = torch.linalg.eigh(exact.T @ exact / len(exact))  # ascending
     eigenvalues, axes = eigenvalues.flip(0)[:components], axes.flip(1)[:, :components]
     kept = eigenvalues > eigenvalues[:1] * 1e-12
-    values = wide @ axes * torch.where(kept, eigenvalues, torch.inf).rsqrt()  # (N, components)
+    values = exact @ axes * torch.where(kept, eigenvalues, torch.inf).rsqrt()  # (N, components)
     values = torch.where(values.pow(3).mean(0) < 0, -values, values)
     return F.pad(values, (0, components - values.shape[1])).to(centered.dtype)
 
@@ -145,7 +146,3 @@ def pca_colors(components: Tensor) -> Tensor:
         components: ``(N, 3)`` of ``patch_pca``.
     """
     return ((components + 2.3) / 4.6).clamp(0, 1)
-
-
-def _wide(features: Tensor) -> Tensor:
-    return features.float() if features.dtype.itemsize < 4 else features

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.knn import SIMILARITIES_AT_ONCE
+from ssl_lightning.losses.precision import wide
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def rankme(features: Tensor, epsilon: float = 1e-7) -> float:
         features: ``(N, D)``, any scale, of whole images in eval mode.
         epsilon: Added to each singular value after dividing by their sum.
     """
-    singular = torch.linalg.svdvals(_wide(features))
+    singular = torch.linalg.svdvals(_rows(features))
     shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny) + epsilon
     return float(torch.exp(-(shares * shares.log()).sum()))
 
@@ -40,7 +41,7 @@ def alpha_req(features: Tensor, first: int = 11, last: int = 100) -> float:
     Raises:
         UserError: There are fewer than two eigenvalues to fit.
     """
-    features = _wide(features)
+    features = _rows(features)
     eigenvalues = torch.linalg.svdvals(features - features.mean(0)).square()
     count = int((eigenvalues > eigenvalues[0] * torch.finfo(eigenvalues.dtype).eps).sum())
     if min(count, last) <= first:
@@ -92,7 +93,7 @@ def feature_std(features: Tensor) -> float:
     Args:
         features: ``(N, D)``, any scale.
     """
-    return float(F.normalize(_wide(features), dim=1).std(0).mean())
+    return float(F.normalize(_rows(features), dim=1).std(0).mean())
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def alignment(features0: Tensor, features1: Tensor) -> float:
         features0: ``(N, D)``, any scale.
         features1: ``(N, D)``, any scale. Row i belongs to the same image as row i of ``features0``.
     """
-    difference = F.normalize(_wide(features0), dim=1) - F.normalize(_wide(features1), dim=1)
+    difference = F.normalize(_rows(features0), dim=1) - F.normalize(_rows(features1), dim=1)
     return float(difference.square().sum(1).mean())
 
 
@@ -119,7 +120,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
         features: ``(N, D)``, N at least 2, any scale.
         t: Scale of the squared distances.
     """
-    features = F.normalize(_wide(features), dim=1)
+    features = F.normalize(_rows(features), dim=1)
     count = len(features)
     blocks = features.split(max(1, SIMILARITIES_AT_ONCE // count))
     totals = torch.stack([torch.exp(t * (2 * block @ features.T - 2)).sum() for block in blocks])
@@ -127,7 +128,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     return math.log(float(totals.sum() - count) / (count * (count - 1)))
 
 
-def _wide(features: Tensor) -> Tensor:
+def _rows(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
         raise UserError(f"features must be (N, D) with at least 2 rows, not {tuple(features.shape)}.")
-    return features.float() if features.dtype.itemsize < 4 else features
+    return wide(features)

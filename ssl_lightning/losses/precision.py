@@ -1,4 +1,4 @@
-"""Computing losses in full precision."""
+"""Computing losses and measures in full precision."""
 
 import functools
 from collections.abc import Callable
@@ -33,3 +33,12 @@ def full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return loss(*map(widen, args), **{key: widen(value) for key, value in kwargs.items()})
 
     return wrapped
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or as it is if its numbers are as wide.
+
+    Args:
+        tensor: Any numbers.
+    """
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -200,7 +200,7 @@ class Distillation(SSLModule):
         """See how the data normalizes images, to undo it for the teachers."""
         specs = getattr(getattr(self.trainer, "datamodule", None), "view_specs", None)
         if specs is None:
-            rank_zero_info("Distillation takes the views of this loader to be normalized as those of ImageNet are.")
+            rank_zero_info("Distillation takes views of this loader as normalized by ImageNet's mean and deviation.")
             return
         for buffer, values in ((self.pixel_mean, specs[0].mean), (self.pixel_std, specs[0].std)):
             buffer.copy_(buffer.new_tensor(values).view(-1, 1, 1))

@@ -21,7 +21,7 @@ class LeJEPA(SSLModule):
     Balestriero & LeCun 2025, LeJEPA: Provable and Scalable Self-Supervised Learning Without the Heuristics,
     https://arxiv.org/abs/2511.08544. For any backbone; no teacher, no stop-gradient. BatchNorm is global. The views of
     full size are the global ones, two or more. For ResNets the authors decay less: ``optim.weight_decay`` 5e-4. In
-    their example on Imagenette the features are those of a linear layer, ``backbone_kwargs: {num_classes: 512}``.
+    their example on Imagenette the features come from a linear layer, ``backbone_kwargs: {num_classes: 512}``.
 
     Args:
         sigreg_weight: Weight of the regularizer; the prediction error has weight 1 minus it.

@@ -21,8 +21,9 @@ from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.pictures import Pictures
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.run_record import RunRecord
+from ssl_lightning.callbacks.segmentation_probe import SegmentationProbe
 from ssl_lightning.callbacks.view_grid import ViewGrid
-from ssl_lightning.commands.evaluate import Evaluation
+from ssl_lightning.commands.evaluate import Evaluation, SegmentationEvaluation
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.dense import COCODetectionData, VOCDetectionData, VOCSegmentationData
@@ -135,6 +136,8 @@ __all__ = [
     "SSLDataModule",
     "SSLModule",
     "STL10Data",
+    "SegmentationEvaluation",
+    "SegmentationProbe",
     "SemanticSegmenter",
     "ShardsData",
     "SimCLR",

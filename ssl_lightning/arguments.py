@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,19 +139,18 @@ def underscored(words: Sequence[str]) -> list[str]:
     ]
 
 
-def run_method(kind: type, names: Sequence[str], prog: str, description: str, words: Sequence[str]) -> Any:
+def run_method(kinds: Mapping[str, type], prog: str, description: str, words: Sequence[str]) -> Any:
     """Build an object and call a method of it, as a command line says; returns what the method returns.
 
     Args:
-        kind: The class; its arguments and those of the method are options.
-        names: The methods, each a subcommand.
+        kinds: The methods, each a subcommand, and their classes. The arguments of both are options.
         prog: The command.
         description: What it does, for its help.
         words: The command line after the command.
     """
     parser = SSLArgumentParser(prog=prog, description=description)
     methods = parser.add_subcommands()
-    for name in names:
+    for name, kind in kinds.items():
         method = SSLArgumentParser(description=title_of(getattr(kind, name)))
         method.add_argument("--config", action="config", help="YAML file with any of these options.")
         method.add_class_arguments(kind)
@@ -161,6 +160,7 @@ def run_method(kind: type, names: Sequence[str], prog: str, description: str, wo
     name = options.subcommand
     arguments = vars(parser.instantiate(options)[name])
     arguments.pop("config", None)
+    kind = kinds[name]
     parameters = inspect.signature(getattr(kind, name)).parameters.keys() - {"self"}
     chosen = {key: arguments.pop(key) for key in [*arguments] if key in parameters}
     return getattr(kind(**arguments), name)(**chosen)

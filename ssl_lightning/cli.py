@@ -31,6 +31,7 @@ from ssl_lightning.callbacks.processes import FailTogether, Preemption
 from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.run_header import RunHeader
 from ssl_lightning.callbacks.run_record import RunRecord
+from ssl_lightning.callbacks.segmentation_probe import SegmentationProbe
 from ssl_lightning.callbacks.view_grid import ViewGrid
 from ssl_lightning.checkpoints import AtomicCheckpointIO
 from ssl_lightning.commands import check, plan, preview
@@ -58,6 +59,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "linear_probe": LinearProbe,
     "knn_probe": KNNProbe,
+    "segmentation_probe": SegmentationProbe,
     "best_checkpoint": BestCheckpoint,
     "last_checkpoint": LastCheckpoint,
     "preemption": Preemption,
@@ -83,6 +85,7 @@ _ONLY_IN_FIT = {
     "view_grid",
     "pictures",
     "health_monitor",
+    "segmentation_probe",
     "loss_floor_alarm",
 }
 
@@ -182,6 +185,8 @@ class SSLCLI(LightningCLI):
             without = {*without, *_ONLY_IN_FIT, *(CALLBACKS if self.subcommand == "plan" else [])}
         if self.subcommand != "predict" or self._get(self.config_init, "embedding_writer").output is None:
             without = {*without, "embedding_writer"}
+        if "segmentation_probe" not in without and self._get(self.config_init, "segmentation_probe").data is None:
+            without = {*without, "segmentation_probe"}
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         config["enable_model_summary"] = bool(config["enable_model_summary"])
         if config["barebones"]:

@@ -307,17 +307,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def data_of_run(checkpoint: Path) -> dict[str, Any] | None:
+def data_of_run(checkpoint: Path, views: bool = False) -> dict[str, Any] | None:
     """The data of the run that wrote a checkpoint, without what only training needs; None if it is not known.
 
     Args:
         checkpoint: The file.
+        views: Whether to keep the training views.
     """
     folder = run_of(checkpoint)
     data = read_config(folder).get("data") if folder is not None and checkpoint.is_file() else None
     if not isinstance(data, dict) or "class_path" not in data:
         return None
-    for training_only in ("views", "transform", "positives"):
+    for training_only in ("positives", *(() if views else ("views", "transform"))):
         data.get("init_args", {}).pop(training_only, None)
     return data
 

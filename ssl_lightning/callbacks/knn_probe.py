@@ -1,5 +1,6 @@
 """k-nearest-neighbor accuracy of the features while the method trains."""
 
+import time
 from typing import Any
 
 import lightning as L
@@ -9,10 +10,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import in_eval_mode, no_features, no_numbers, plain_features
-from ssl_lightning.callbacks.progress import planned_epochs
+from ssl_lightning.callbacks.interval import EveryEpochs, Interval
+from ssl_lightning.callbacks.progress import is_nth_or_last
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation import knn_predict
+from ssl_lightning.evaluation.clusters import cluster_measures
+
+_WATCHING = 0.015
+"""Share of the training time that validation and kNN may take with ``auto``."""
+_CLUSTERED = 10_000
+"""Largest number of validation images to cluster."""
 
 
 class KNNProbe(L.Callback):
@@ -22,23 +30,42 @@ class KNNProbe(L.Callback):
     their accuracy is measured once, before the first step, and logged along. For ``Distillation`` these are
     ``val/start_knn_top1`` (the student before training) and ``val/teacher_knn_top1``.
 
+    Now and then it clusters the same validation features, at most 10,000, into as many clusters as there are classes,
+    and logs ``val/cluster_accuracy``, ``val/nmi`` and ``val/silhouette``, as ``evaluate clusters`` measures them.
+
     Args:
         k: Number of neighbors that vote.
         temperature: A neighbor votes with exp(cosine similarity / temperature).
-        every_n_epochs: Run every this many epochs, and after the last one.
+        every_n_epochs: Run every this many epochs, and after the last one. ``auto`` runs after the first and the last
+            epoch, and in between so often that it takes at most 1.5 % of the training time, validation included: other
+            epochs have no validation. The log says what it chose.
         max_samples: Largest number of training images to search, evenly spread. None means all. Limits the cost.
+        clusters_every_n_epochs: Cluster every this many epochs, if kNN runs then, and after the last one. None never
+            does.
     """
 
     def __init__(
-        self, k: int = 20, temperature: float = 0.07, every_n_epochs: int = 1, max_samples: int | None = 50_000
+        self,
+        k: int = 20,
+        temperature: float = 0.07,
+        every_n_epochs: EveryEpochs = 1,
+        max_samples: int | None = 50_000,
+        clusters_every_n_epochs: int | None = 10,
     ) -> None:
-        if k < 1 or every_n_epochs < 1:
-            raise UserError(f"--knn_probe.k={k} and --knn_probe.every_n_epochs={every_n_epochs} must be at least 1.")
-        self.k, self.temperature = k, temperature
-        self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
+        self.interval = Interval(every_n_epochs, "--knn_probe.every_n_epochs", _WATCHING)
+        if k < 1 or (clusters_every_n_epochs is not None and clusters_every_n_epochs < 1):
+            raise UserError(
+                f"--knn_probe.k={k} and --knn_probe.clusters_every_n_epochs={clusters_every_n_epochs} must be at least "
+                "1."
+            )
+        self.k, self.temperature, self.max_samples = k, temperature, max_samples
+        self.clusters_every_n_epochs = clusters_every_n_epochs
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._wanted = False
+        self._indices: list[Tensor] = []
+        self._wanted = self._clusters = False
+        self._started = 0.0
+        self._validated_every: int | None = None
         self._references: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -47,8 +74,21 @@ class KNNProbe(L.Callback):
         if self.num_classes is None:
             rank_zero_info("KNNProbe: the data has no labels, so there is no kNN accuracy.")
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Note how often there would be a validation; a run may resume within an epoch."""
+        self._validated_every = trainer.check_val_every_n_epoch
+        self._plan_validation(trainer)
+
+    def _plan_validation(self, trainer: Any) -> None:
+        """With ``auto``, validate only in the epochs in which kNN runs."""
+        if self.interval.is_auto and self._validated_every is not None:
+            never = trainer.current_epoch + 2
+            trainer.check_val_every_n_epoch = self._validated_every if self.interval.is_due(trainer) else never
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure the accuracy of what the method is compared with, before the first step."""
+        self.interval.epoch_starts()
+        self._plan_validation(trainer)
         if self.num_classes is None or trainer.global_step > 0 or not trainer.enable_validation:
             return
         self._references = {}
@@ -59,6 +99,18 @@ class KNNProbe(L.Callback):
                 if (accuracy := self._accuracy(trainer, pl_module, reference)) is not None:
                     self._references[name] = accuracy
         trainer.strategy.on_validation_end()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note the time."""
+        self.interval.batch_ends()
+
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Leave the trainer as it was."""
+        trainer.check_val_every_n_epoch = self._validated_every
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note when the validation starts."""
+        self._started = time.perf_counter()
 
     def _accuracy(self, trainer: L.Trainer, pl_module: Any, reference: Any) -> float | None:
         """The accuracy of another network; None if there is nothing to search."""
@@ -74,20 +126,24 @@ class KNNProbe(L.Callback):
         return float((predicted == images.labels[known]).float().mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured before the first step."""
-        return {"references": self._references} if self._references else {}
+        """What was measured before the first step, and the interval that ``auto`` has chosen."""
+        chosen = {} if self.interval.chosen is None else {"every_n_epochs": self.interval.chosen}
+        return {**({"references": self._references} if self._references else {}), **chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self._references = state_dict.get("references", {})
+        self.interval.load(state_dict.get("every_n_epochs"))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether to run after this epoch."""
-        epoch = trainer.current_epoch + 1
         fits = trainer.state.fn == TrainerFn.FITTING
-        due = not fits or epoch % self.every_n_epochs == 0 or epoch == planned_epochs(trainer)
+        due = not fits or self.interval.is_due(trainer)
         self._wanted = self.num_classes is not None and not trainer.sanity_checking and due
+        every = self.clusters_every_n_epochs
+        self._clusters = every is not None and (not fits or is_nth_or_last(trainer, every))
         self._features, self._labels = [no_features(pl_module)], [no_numbers(pl_module)]
+        self._indices = [no_numbers(pl_module)]
 
     def on_validation_batch_end(
         self,
@@ -102,11 +158,18 @@ class KNNProbe(L.Callback):
         if self._wanted:
             self._features.append(outputs.float())
             self._labels.append(batch[1])
+            seen = sum(map(len, self._indices))
+            counted = torch.arange(seen, seen + len(outputs), device=outputs.device)
+            self._indices.append(getattr(batch, "indices", counted))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build the bank, classify, and log the accuracy over all processes."""
-        if not self._wanted:
-            return
+        if self._wanted:
+            self._measure(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.interval.took(trainer, time.perf_counter() - self._started, self._validated_every or 1)
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bank, bank_labels = self._bank(trainer, pl_module)
         if len(bank) == 0:  # a stream has no bank
             return
@@ -119,7 +182,20 @@ class KNNProbe(L.Callback):
             pl_module.log("val/knn_top1", correct / total, prog_bar=True)
             for name, accuracy in self._references.items():
                 pl_module.log(f"val/{name}_knn_top1", accuracy)
-        self._features, self._labels = [], []
+            if self._clusters:
+                self._cluster(trainer, pl_module, features, labels)
+        self._features, self._labels, self._indices = [], [], []
+
+    def _cluster(self, trainer: L.Trainer, pl_module: L.LightningModule, features: Tensor, labels: Tensor) -> None:
+        """Cluster on the first process, and log."""
+        order = gather_uneven(torch.cat(self._indices)).argsort()
+        if len(order) > _CLUSTERED:
+            order = order[torch.arange(_CLUSTERED, device=order.device) * len(order) // _CLUSTERED]
+        features, labels = gather_uneven(features)[order], gather_uneven(labels)[order]
+        assert self.num_classes is not None
+        measures = cluster_measures(features, labels, self.num_classes) if trainer.is_global_zero else {}
+        for name, value in trainer.strategy.broadcast(measures).items():
+            pl_module.log(f"val/{name}", value)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

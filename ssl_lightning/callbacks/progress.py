@@ -290,6 +290,17 @@ def planned_epochs(trainer: L.Trainer) -> int | None:
     return min(ends, default=None)
 
 
+def is_nth_or_last(trainer: L.Trainer, every: int) -> bool:
+    """Whether the current epoch is every n-th, counted from 1, or the last one.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        every: The n.
+    """
+    epoch = trainer.current_epoch + 1
+    return epoch % every == 0 or epoch == planned_epochs(trainer)
+
+
 def _fitting(parts: list[str], width: int) -> str:
     """As many of the first parts as fit into a line, at least two."""
     while len(parts) > 2 and len("  ".join(parts)) > width:

@@ -87,7 +87,9 @@ class Run:
         for folder, results in self.results:
             number = folder.rpartition("_")[2]
             title = _title(results) + (f" ({number})" if number.isdigit() else "")
-            row[f"{title}, %"] = f"{100 * results.accuracy['top1']:.1f} ± {_half_interval(results):.1f}"
+            if results.accuracy:
+                row[f"{title}, %"] = f"{100 * results.accuracy['top1']:.1f} ± {_half_interval(results):.1f}"
+            row |= {f"{title} {name}": _number([value]) for name, value in results.measures.items()}
         return row
 
 

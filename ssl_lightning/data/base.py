@@ -22,7 +22,7 @@ from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
 from ssl_lightning.data.resolution import Resolution, Stages, planned_epochs
-from ssl_lightning.data.sampler import RepeatedBatches, ShuffledBatches
+from ssl_lightning.data.sampler import OrderedBatches, RepeatedBatches, ShuffledBatches
 from ssl_lightning.data.splits import number_classes
 from ssl_lightning.data.stream import ImageStream
 from ssl_lightning.data.transforms import OwnViews, first_image
@@ -297,6 +297,18 @@ class SSLDataModule(PlainLoaders):
         order = batches(len(images), batch_size, self._seed, self._rank, world_size, images.order)
         dataset = ViewDataset(images, specs, self._seed, self._own, self._stages(len(order)))
         return Loader(dataset, order, workers, persistent=True, position=self._position)
+
+    def views_dataloader(self, count: int, epochs: int) -> Loader:
+        """The training views of some training images in each of several epochs, each once over all processes.
+
+        Args:
+            count: Number of images, evenly spread over the data set.
+            epochs: Number of epochs.
+        """
+        images, specs = self._training_images, self.view_specs
+        dataset = ViewDataset(images, specs, self._seed, self._own)
+        order = OrderedBatches(self.plain_indices(count), self.batch_size, self._rank, self._world_size, epochs)
+        return Loader(dataset, order, self._workers(images))
 
     def _workers(self, images: Images | ImageStream) -> int:
         quick = isinstance(images, ImageArray) and self.transform is None

@@ -102,6 +102,18 @@ class DenseData(DataModule):
         order = OrderedBatches(np.arange(len(val)), self.batch_size, self._rank, self._world_size)
         return Loader(val, order, self._loading_processes)
 
+    @cached_property
+    def _plain_training_images(self) -> "DenseImages":
+        return self.read(self.train_split, None)
+
+    def predict_dataloader(self) -> list[Loader]:
+        """The training images without augmentation, then the validation images, each once over all processes."""
+        train, batch_size = self._plain_training_images, self.batch_size
+        if len(train) < self._world_size:
+            raise UserError(f"{len(train)} training images are too few for {self._world_size} processes; use fewer.")
+        order = OrderedBatches(np.arange(len(train)), batch_size, self._rank, self._world_size)
+        return [Loader(train, order, self._loading_processes), self.val_dataloader()]
+
     def _files(self, folder: str, names: list[str]) -> list[Path]:
         """Paths of files in a folder of the data set, all of which must exist."""
         paths = [self.root / folder / name for name in names]

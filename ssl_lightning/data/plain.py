@@ -85,9 +85,17 @@ class PlainLoaders(DataModule):
         self.setup()
         if self.train_stream is not None:
             return []
+        return self._plain_loader(self._training_images, self.plain_indices(count))
+
+    def plain_indices(self, count: int | None = None) -> NDArray[np.int64]:
+        """Indices of some training images, evenly spread.
+
+        Args:
+            count: See ``plain_dataloader``.
+        """
         size = len(self._training_images)
         count = min(size, max(64, min(2048, size // 32)) if count is None else count)
-        return self._plain_loader(self._training_images, spread(np.arange(size), count))
+        return spread(np.arange(size), count)
 
     def val_dataloader(self) -> Loader | list[Any]:
         """The validation images as plain images, each once over all processes; empty if there are none."""

@@ -77,17 +77,21 @@ class OrderedBatches(SequentialSampler):
         batch_size: Images per batch and process.
         rank: Index of this process.
         world_size: Number of processes.
+        epochs: Number of times that each batch comes, each with the random numbers of another epoch.
     """
 
-    def __init__(self, indices: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.indices, self.batch_size = indices[rank::world_size], batch_size
+    def __init__(
+        self, indices: NDArray[np.int64], batch_size: int, rank: int = 0, world_size: int = 1, epochs: int = 1
+    ) -> None:
+        self.indices, self.batch_size, self.epochs = indices[rank::world_size], batch_size, epochs
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.indices) // self.batch_size) * self.epochs
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.indices), self.batch_size):
-            yield 0, self.indices[first : first + self.batch_size]
+            for epoch in range(self.epochs):
+                yield epoch, self.indices[first : first + self.batch_size]
 
 
 def spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:

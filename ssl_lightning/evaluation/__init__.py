@@ -1,6 +1,6 @@
 """Evaluation of features: the same code online and offline."""
 
-from ssl_lightning.evaluation.clusters import clustering_accuracy
+from ssl_lightning.evaluation.clusters import clustering_accuracy, kmeans, silhouette
 from ssl_lightning.evaluation.finetune import FineTune
 from ssl_lightning.evaluation.knn import knn_predict
 from ssl_lightning.evaluation.linear import LinearClassifier
@@ -15,11 +15,13 @@ __all__ = [
     "clustering_accuracy",
     "feature_std",
     "hummingbird",
+    "kmeans",
     "knn_predict",
     "knn_segmentation",
     "lidar",
     "mean_iou",
     "patch_pca",
     "rankme",
+    "silhouette",
     "uniformity",
 ]

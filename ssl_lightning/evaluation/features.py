@@ -11,7 +11,7 @@ from ssl_lightning.backbones.tokens import input_channels
 from ssl_lightning.checkpoints import Pretrained
 from ssl_lightning.distributed import gather_uneven, reduced, world_size
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.sets import LabeledImages, PlainSets
+from ssl_lightning.evaluation.sets import LabeledImages, PlainSets, SomeImages, SomeViews
 
 Corruption = Callable[[Tensor, Tensor], Tensor]
 """Changes images ``(B, 3, S, S)`` in [0, 1], given their indices ``(B,)``."""
@@ -146,7 +146,29 @@ class FeatureExtractor(L.LightningModule):
                 features.append(self.tokens(blank).float().cpu()[:0])
                 indices.append(torch.empty(0, dtype=torch.long))
             rows, order = (_gathered(torch.cat(parts), self.device) for parts in (features, indices))
-            self.found.append((rows[order.argsort()], order.sort().values))
+            self.found.append((rows[order.argsort(stable=True)], order.sort().values))
+
+
+class ViewFeatureExtractor(FeatureExtractor):
+    """Collects the features of full-size training views, those of an image one after another; see ``extract_views``.
+
+    Args:
+        pretrained: The backbone.
+        views: The views of the method.
+    """
+
+    def __init__(self, pretrained: Pretrained, views: Any) -> None:
+        super().__init__(pretrained)
+        self.views = views
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Keep the features of the views of full size."""
+        side = max(view.shape[-1] for view in batch.views)
+        views = torch.stack([self.tokens(view) for view in batch.views if view.shape[-1] == side], dim=1)
+        features, indices = self._parts[dataloader_idx]
+        features.append(views.flatten(0, 1).float().cpu())  # (B * V, 1, D)
+        indices.append(batch.indices.repeat_interleave(views.shape[1]).cpu())
+        return features[-1]
 
 
 def _gathered(rows: Tensor, device: torch.device) -> Tensor:
@@ -226,6 +248,58 @@ def extract_all(pretrained: Pretrained, data: L.LightningDataModule, trainer: L.
     computed = dict(zip(sets.wanted, extractor.found, strict=True))
     numbered = [(images, *sets.features_of(number, computed)) for number, (images, _) in enumerate(sets.sets)]
     return [ImageFeatures(images, features.flatten(1), indices) for images, features, indices in numbered]
+
+
+def extract_some(
+    pretrained: Pretrained, data: L.LightningDataModule, trainer: L.Trainer, max_samples: int, held_out: bool
+) -> tuple[ImageFeatures, bool] | None:
+    """Features of the validation images, or of some training images, with or without labels. Cached as by ``extract``.
+
+    Args:
+        pretrained: The backbone.
+        data: An SSLDataModule, and no stream.
+        trainer: Determines devices and precision.
+        max_samples: Largest number of training images, evenly spread.
+        held_out: Whether to take the validation images, if there are any.
+
+    Returns:
+        On the first process the features, and whether they are of validation images; None on the other processes.
+    """
+    extractor = FeatureExtractor(pretrained)
+    some = SomeImages(data, _key(pretrained, trainer, 1, False), max_samples, held_out)
+    trainer.predict(extractor, some, return_predictions=False)
+    if not trainer.is_global_zero:
+        return None
+    features, indices = some.features_of(0, dict(zip(some.wanted, extractor.found, strict=True)))
+    return ImageFeatures(some.sets[0][0], features.flatten(1), indices), some.is_validation
+
+
+def extract_views(
+    pretrained: Pretrained, data: L.LightningDataModule, trainer: L.Trainer, count: int, num_views: int, views: Any
+) -> Tensor | None:
+    """Features of several views of some training images, augmented as in training. Cached as by ``extract``.
+
+    Args:
+        pretrained: The backbone.
+        data: An SSLDataModule, and no stream.
+        trainer: Determines devices and precision.
+        count: Number of images, evenly spread.
+        num_views: Number of views of each image.
+        views: The views of the method, for data that states none.
+
+    Returns:
+        ``(n, num_views, D)`` on the first process, without unreadable images; None on the other processes.
+    """
+    extractor = ViewFeatureExtractor(pretrained, views)
+    some = SomeViews(data, _key(pretrained, trainer, 1, False), count, num_views)
+    trainer.predict(extractor, some, return_predictions=False)
+    if not trainer.is_global_zero:
+        return None
+    features, indices = some.features_of(0, dict(zip(some.wanted, extractor.found, strict=True)))
+    _, inverse, counts = indices.unique(return_inverse=True, return_counts=True)
+    per_image = some.per_epoch * some.epochs
+    complete = (counts == per_image)[inverse]  # another image takes the place of an unreadable one
+    return features[complete].flatten(1).unflatten(0, (-1, per_image))[:, :num_views]
 
 
 def _key(pretrained: Pretrained, trainer: L.Trainer, last_blocks: int, patch_mean: bool) -> str:

@@ -108,11 +108,19 @@ def mean_iou(labels: Tensor, predictions: Tensor, ignored: int | Sequence[int] =
     classes, index = torch.unique(torch.cat([labels, predictions.to(labels.dtype)]), return_inverse=True)
     truth, guess = index.split(len(labels))
 
-    def counts(which: Tensor) -> Tensor:
-        return torch.bincount(which, minlength=len(classes)).double()
+    pairs = torch.bincount(truth * len(classes) + guess, minlength=len(classes) ** 2)
+    return iou_of_counts(pairs.view(len(classes), -1))
 
-    both = counts(truth[truth == guess])
-    return float((both / (counts(truth) + counts(guess) - both)).mean())
+
+def iou_of_counts(counts: Tensor) -> float:
+    """Intersection over union, averaged over the classes that occur at all.
+
+    Args:
+        counts: ``(C, C)`` numbers of pixels, by their label and by their prediction.
+    """
+    counts = counts.cpu().double()  # a Mac's GPU has no float64
+    both, either = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    return float((both / either)[either > 0].mean())
 
 
 @torch.no_grad()

@@ -128,6 +128,21 @@ def uniformity(features: Tensor, t: float = 2.0) -> float:
     return math.log(float(totals.sum() - count) / (count * (count - 1)))
 
 
+def feature_measures(features: Tensor) -> dict[str, float]:
+    """``rankme``, ``feature_std``, ``uniformity``, and ``alpha_req`` unless there are too few directions to fit.
+
+    Args:
+        features: ``(N, D)``, any scale. Empty for fewer than 2 images.
+    """
+    if len(features) < 2:
+        return {}
+    measures = {"rankme": rankme(features), "feature_std": feature_std(features), "uniformity": uniformity(features)}
+    try:
+        return {**measures, "alpha_req": alpha_req(features)}
+    except UserError:  # e.g. because the features have collapsed
+        return measures
+
+
 def _rows(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
         raise UserError(f"features must be (N, D) with at least 2 rows, not {tuple(features.shape)}.")

@@ -38,11 +38,12 @@ class Results:
         parameters: All parameters of the evaluation.
         backbone: Where the backbone comes from: ``source``, ``name``, ``weights`` (a hash), ``method``, ...
         data: The data set, its numbers of images and classes, and how images were prepared.
-        accuracy: ``top1`` in [0, 1] and its 95 % ``interval``.
+        accuracy: ``top1`` in [0, 1] and its 95 % ``interval``; empty for evaluations that measure something else.
         rows: Rows of the table of results.
         seeds: Seeds of the random choices.
         seconds: Duration in seconds.
         versions: Versions of the packages.
+        measures: What evaluations without an accuracy measure, by name.
     """
 
     protocol: str
@@ -54,6 +55,7 @@ class Results:
     seeds: list[int]
     seconds: float
     versions: dict[str, str] = field(default_factory=_versions)
+    measures: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Write ``results.json``, completely or not at all.
@@ -89,14 +91,18 @@ class Results:
 
     @property
     def headline(self) -> str:
-        """Accuracy with its confidence interval, in percent."""
+        """Accuracy with its confidence interval, in percent; without an accuracy, the measures."""
+        if not self.accuracy:
+            return ", ".join(f"{name} {_cell(value)}" for name, value in self.measures.items())
         low, high = self.accuracy["interval"]
         return f"{100 * self.accuracy['top1']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
 
     def __str__(self) -> str:
         source, data = self.backbone, self.data
         title = f"{self.protocol}: {source['name']} of {source['source']} on {data['data']}"
-        sizes = f"{data['train_images']:,} training and {data['test_images']:,} test images, {data['classes']} classes"
+        counts = {"training": data["train_images"], "test": data["test_images"]}
+        sizes = " and ".join(f"{count:,} {name}" for name, count in counts.items() if count) + " images"
+        sizes += f", {data['classes']} classes" if data["classes"] else ""
         return f"{title}, {sizes}\n{table(self.rows)}\n{self.headline}, {self.seconds:.0f} s"
 
 

@@ -127,6 +127,62 @@ class LabeledImages(PlainSets):
         return [lambda: self.data.train_labelled_dataloader(self.max_samples), self.data.val_dataloader]
 
 
+class SomeImages(PlainSets):
+    """Images with or without labels: the validation images, or some training images.
+
+    Args:
+        data: The data module.
+        key: As for ``PlainSets``.
+        max_samples: Largest number of training images, evenly spread.
+        held_out: Whether to take the validation images, if there are any.
+    """
+
+    def __init__(self, data: L.LightningDataModule, key: str | None, max_samples: int, held_out: bool) -> None:
+        super().__init__(data, key)
+        self.max_samples, self.held_out = max_samples, held_out
+
+    def find_sets(self) -> list[tuple[Any, np.ndarray]]:
+        """The only set."""
+        sets = super().find_sets()
+        self.is_validation = self.held_out and len(sets) > 1
+        return sets[1:] if self.is_validation else [(self.data.train_images, self.data.plain_indices(self.max_samples))]
+
+    def loaders(self) -> list[Callable[[], Any]]:
+        """Of the only set."""
+        return [
+            self.data.val_dataloader if self.is_validation else lambda: self.data.plain_dataloader(self.max_samples)
+        ]
+
+
+class SomeViews(PlainSets):
+    """Views of some training images, as in training, of which those of full size are wanted.
+
+    Args:
+        data: The data module. Its views must not come from a stream.
+        key: As for ``PlainSets``.
+        count: Number of images, evenly spread.
+        num_views: Number of full-size views of each image.
+    """
+
+    def __init__(self, data: L.LightningDataModule, key: str | None, count: int, num_views: int) -> None:
+        super().__init__(data, key)
+        self.count, self.num_views = count, num_views
+
+    def find_sets(self) -> list[tuple[Any, np.ndarray]]:
+        """The only set."""
+        super().find_sets()
+        specs = self.data.view_specs
+        self.per_epoch = sum(spec.count for spec in specs if spec.size == max(spec.size for spec in specs))
+        self.epochs = -(-self.num_views // self.per_epoch)
+        # what a function of one's own does can change under the same name
+        self.key = None if self.data.transform else f"{self.key} {specs} {self.epochs} {self.data.seed}"
+        return [(self.data.train_images, self.data.plain_indices(self.count))]
+
+    def loaders(self) -> list[Callable[[], Any]]:
+        """Of the only set."""
+        return [lambda: self.data.views_dataloader(self.count, self.epochs)]
+
+
 def _read(file: Path | None) -> tuple[Tensor, Tensor] | None:
     try:
         if file is not None:

@@ -16,6 +16,8 @@ def run(words: Sequence[str]) -> None:
     Args:
         words: The command line after ``curate``.
     """
-    report = run_method(Curation, _WAYS, "ssl-lightning curate", "Choose images by their features.", words)
+    report = run_method(
+        dict.fromkeys(_WAYS, Curation), "ssl-lightning curate", "Choose images by their features.", words
+    )
     if report is not None:  # on the first process
         print(report)

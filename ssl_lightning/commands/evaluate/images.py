@@ -1,12 +1,6 @@
-"""The command ``evaluate``: the accuracy of frozen or fine-tuned features, by published protocols."""
+"""Evaluation on images with or without labels, by published protocols."""
 
-import json
-import os
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_lightning.checkpoints import open_backbone
+from ssl_lightning.commands.evaluate.without_labels import WithoutLabels, as_list
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.corruptions import CORRUPTIONS
@@ -27,40 +21,11 @@ from ssl_lightning.evaluation.results import Results, interval
 from ssl_lightning.evaluation.retrieval import retrieval
 from ssl_lightning.evaluation.supervised import labelled_share, named_protocol
 from ssl_lightning.loggers import AppendingCSVLogger
-from ssl_lightning.runs import data_of_run, new_evaluation
-
-PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness")
+from ssl_lightning.runs import new_evaluation
 
 
-def run(words: Sequence[str]) -> None:
-    """Run the command.
-
-    Args:
-        words: The command line after ``evaluate``.
-    """
-    # Only here, as it takes half a second: `import ssl_lightning` imports this file for Evaluation.
-    from ssl_lightning.arguments import run_method
-
-    words = _with_data_of_the_run([*words])
-    what = "Evaluate a backbone on labeled images."
-    results = run_method(Evaluation, PROTOCOLS, "ssl-lightning evaluate", what, words)
-    if results is not None:  # on the first process
-        print(results)
-
-
-def _with_data_of_the_run(words: list[str]) -> list[str]:
-    """Add the data of the run that wrote the checkpoint, without its views, unless ``--data`` is given."""
-    options = [word.partition("=")[0] for word in words]
-    if "--data" in options or "--config" in options or "--checkpoint" not in options:
-        return words
-    place = options.index("--checkpoint")
-    checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
-    data = data_of_run(checkpoint)
-    return words if data is None else [words[0], "--data", json.dumps(data), *words[1:]]
-
-
-class Evaluation:
-    """What to evaluate: a backbone, on labeled images.
+class Evaluation(WithoutLabels):
+    """What to evaluate: a backbone, on images; ``clusters`` and ``quality`` need no labels.
 
     Each protocol prints nothing, writes ``results.json`` and returns its ``Results``; processes other than the first
     get None. Images are prepared as in the training of the backbone, unless ``data`` says otherwise.
@@ -68,7 +33,8 @@ class Evaluation:
     Args:
         checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
             model, to use its pretrained weights; or the baseline ``untrained`` (random weights) or ``pixels``.
-        data: Labeled training and validation images. The command line defaults to the data of the checkpoint's run.
+        data: Training and validation images, with labels for most protocols. The command line defaults to the data of
+            the checkpoint's run.
         backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
         backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
         branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
@@ -90,15 +56,8 @@ class Evaluation:
         output: str | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
-        self.checkpoint, self.backbone, self.backbone_kwargs = checkpoint, backbone, backbone_kwargs
-        self.branch, self.data, self.max_samples, self.seed = branch, data, max_samples, seed
-        if output is not None and os.path.exists(output) and not os.path.isdir(output):
-            raise UserError(f"--output {output} is a file; give a folder.")
-        self.output, self.trainer = output, trainer or {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
-        self._start = time.perf_counter()
+        super().__init__(checkpoint, backbone, backbone_kwargs, branch, seed, output, trainer)
+        self.data, self.max_samples = data, max_samples
 
     def knn(self, k: int | list[int] | None = None, temperature: float | list[float] | None = None) -> Results | None:
         """Weighted k-nearest-neighbor accuracy for each k and temperature; reports k = 20 if it is tried.
@@ -116,7 +75,7 @@ class Evaluation:
             return None
         size = len(features.train.labels)
         ks = _neighbors(k, size, [number for number in (10, 20, 100, 200) if number <= size] or [size])
-        temperatures = _as_list(temperature) or [0.07]
+        temperatures = as_list(temperature) or [0.07]
         (bank, labels), (queries, truth) = map(self._on_device, (features.train, features.test))
         grid = knn_grid(bank, labels, queries, features.num_classes, ks, temperatures)
         accuracies = {setting: _accuracy(predicted, truth) for setting, predicted in grid.items()}
@@ -153,7 +112,7 @@ class Evaluation:
             UserError: The protocol is unknown, needs another backbone, or tries several settings with ``augment``.
         """
         chosen = named_protocol(LINEAR_PROTOCOLS, protocol)
-        given: dict[str, Any] = {"lrs": tuple(_as_list(lrs)), "epochs": epochs, "batch_size": batch_size}
+        given: dict[str, Any] = {"lrs": tuple(as_list(lrs)), "epochs": epochs, "batch_size": batch_size}
         chosen = replace(chosen, **{key: value for key, value in given.items() if value})
         parameters: dict[str, Any] = {"protocol": protocol, "augment": augment, **asdict(chosen)}
         if augment:
@@ -191,7 +150,7 @@ class Evaluation:
         train, (queries, truth) = features.train, (features.test.features.flatten(1), features.test.labels)
         bank, labels = train.features.flatten(1), train.labels
         seeds = [self.seed + draw for draw in range(draws)]
-        rows, shots = [], sorted(_as_list(shots) or [number for number in (1, 5, 10) if number <= fewest])
+        rows, shots = [], sorted(as_list(shots) or [number for number in (1, 5, 10) if number <= fewest])
         mean = deviation = 0.0
         for few in shots:
             accuracies = [_accuracy(low_shot(bank, labels, queries, few, seed), truth) for seed in seeds]
@@ -281,18 +240,6 @@ class Evaluation:
         trainer = self._trainer()
         return extract(self.pretrained, self.data, trainer, self.max_samples, last_blocks, patch_mean, corruption)
 
-    def _trainer(self, **arguments: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        options = {"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
-        try:
-            return L.Trainer(**options)
-        except TypeError as error:
-            raise UserError(f"--trainer: {str(error).rpartition('() ')[2]}.") from error
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return self._trainer().strategy.root_device
-
     def _on_device(self, labelled: LabelledFeatures) -> tuple[Tensor, Tensor]:
         """Features ``(N, P * D)`` and their labels."""
         return labelled.features.flatten(1).to(self._device), labelled.labels.to(self._device)
@@ -341,41 +288,21 @@ class Evaluation:
         data: SSLDataModule | None = None,
         folder: Path | None = None,
     ) -> Results:
-        pretrained, data = self.pretrained, data or self.data
-        results = Results(
+        data = data or self.data
+        bounds = bounds or interval(top1, len(features.test.labels))
+        return self._written(
             protocol,
-            {**parameters, "max_samples": self.max_samples, "trainer": self.trainer},
-            {
-                "source": str(self.checkpoint),
-                "name": pretrained.name,
-                "backbone_kwargs": pretrained.backbone_kwargs,
-                "weights": pretrained.hash,
-                "method": pretrained.facts.get("method"),
-            },
-            {
-                "data": type(data).__name__,
-                "root": str(getattr(data, "root", "")) or None,
-                "train_images": len(features.train.labels),
-                "test_images": len(features.test.labels),
-                "classes": features.num_classes,
-                "image_transform": data.image_transform,
-            },
-            {"top1": top1, "interval": bounds or interval(top1, len(features.test.labels))},
+            {**parameters, "max_samples": self.max_samples},
+            self._facts(data, len(features.train.labels), len(features.test.labels), features.num_classes),
             rows,
-            seeds or [self.seed],
-            round(time.perf_counter() - self._start, 3),
+            accuracy={"top1": top1, "interval": bounds},
+            seeds=seeds,
+            folder=folder,
         )
-        results.write(folder or new_evaluation(self.checkpoint, protocol, self.output))
-        self._start = time.perf_counter()
-        return results
-
-
-def _as_list(values: Any) -> list[Any]:
-    return [] if values is None else list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _neighbors(k: Any, size: int, default: list[int]) -> list[int]:
-    ks = _as_list(k) or default
+    ks = as_list(k) or default
     if not all(1 <= number <= size for number in ks):
         raise UserError(f"--k {ks} must lie between 1 and {size}, the number of labeled training images.")
     return ks

@@ -1,0 +1,43 @@
+"""The command ``evaluate``: what frozen or fine-tuned features are worth, by published protocols."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_lightning.commands.evaluate.images import Evaluation
+from ssl_lightning.commands.evaluate.masks import SegmentationEvaluation
+from ssl_lightning.runs import data_of_run
+
+__all__ = ["PROTOCOLS", "Evaluation", "SegmentationEvaluation", "run"]
+
+PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness", "clusters", "quality")
+"""The protocols on images."""
+_ON_MASKS = ("segmentation_knn", "segmentation_linear")
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        words: The command line after ``evaluate``.
+    """
+    # Only here, as it takes half a second: `import ssl_lightning` imports this file for Evaluation.
+    from ssl_lightning.arguments import run_method
+
+    words = _with_data_of_the_run([*words])
+    kinds = {**dict.fromkeys(PROTOCOLS, Evaluation), **dict.fromkeys(_ON_MASKS, SegmentationEvaluation)}
+    results = run_method(kinds, "ssl-lightning evaluate", "Evaluate a backbone.", words)
+    if results is not None:  # on the first process
+        print(results)
+
+
+def _with_data_of_the_run(words: list[str]) -> list[str]:
+    """Add the data of the run that wrote the checkpoint, unless ``--data`` is given; its views only if they count."""
+    options = [word.partition("=")[0] for word in words]
+    unfit = words[:1] and words[0] in _ON_MASKS  # for which the run has no masks
+    if unfit or "--data" in options or "--config" in options or "--checkpoint" not in options:
+        return words
+    place = options.index("--checkpoint")
+    checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
+    data = data_of_run(checkpoint, views=words[0] == "quality")
+    return words if data is None else [words[0], "--data", json.dumps(data), *words[1:]]

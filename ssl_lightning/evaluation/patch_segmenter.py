@@ -1,0 +1,304 @@
+"""Segmentation from the features of patches: a memory of training patches labels the pixels of other images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_lightning.backbones.maps import features_and_map
+from ssl_lightning.backbones.tokens import ViT
+from ssl_lightning.distributed import gather_uneven, rank, reduced, world_size
+from ssl_lightning.errors import UserError
+from ssl_lightning.evaluation.dense import stages
+from ssl_lightning.evaluation.patches import hummingbird, iou_of_counts, knn_segmentation
+
+_IGNORED = 255
+_CLASSES = 256  # of masks of 8 bits
+_STEPS, _DECAY = 100, 1e-4
+"""Of the linear classifier."""
+
+
+@dataclass(frozen=True)
+class PatchProtocol:
+    """How patches are labeled.
+
+    Args:
+        method: ``hummingbird``: the nearest patches vote with the shares of their classes, and the votes are
+            interpolated to the mask; ``capi``: the nearest patches vote for each pixel of a patch; ``linear``: a linear
+            classifier, whose outputs are interpolated to the mask.
+        k: Number of nearest patches. None is 30 for ``hummingbird``; ``capi`` chooses among 1, 3, 10 and 30.
+        distance: Only for ``capi``: ``cosine`` or ``l2``. None chooses.
+        temperature: Only for ``hummingbird``: divides the cosine similarities.
+        memory_size: Largest number of training patches, of rare classes first, the same from each image. None takes
+            all.
+        ignored: Labels that do not count.
+        seed: For the choice of patches, and of the images on which ``capi`` chooses.
+    """
+
+    method: Literal["hummingbird", "capi", "linear"] = "hummingbird"
+    k: int | None = None
+    distance: Literal["cosine", "l2"] | None = None
+    temperature: float = 0.02
+    memory_size: int | None = 200_000
+    ignored: Sequence[int] = (_IGNORED,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= label < _CLASSES for label in self.ignored):
+            raise UserError(f"--ignored {[*self.ignored]}: labels lie between 0 and {_CLASSES - 1}.")
+        if (self.k is not None and self.k < 1) or (self.memory_size is not None and self.memory_size < 1):
+            raise UserError(f"--k {self.k} and --memory_size {self.memory_size} must be at least 1.")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature} must be above 0.")
+
+
+class PatchSegmenter:
+    """Labels the pixels of images by a memory of training patches, on any number of processes.
+
+    Call ``remember`` with all training images, then ``score`` with all validation images, then ``measures``.
+
+    Args:
+        protocol: How patches are labeled.
+        num_classes: Number of classes.
+        num_images: Number of training images over all processes.
+    """
+
+    def __init__(self, protocol: PatchProtocol, num_classes: int, num_images: int) -> None:
+        self.protocol, self.num_classes, self.num_images = protocol, num_classes, num_images
+        self.chosen: dict[str, Any] = {}
+        """The k and the distance that ``capi`` has chosen."""
+        self.memory_size = 0
+        """Number of patches in the memory, once it is complete."""
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._seen = 0
+        self._predict: Callable[[Tensor], Tensor] | None = None
+        self._counts: Tensor | None = None
+
+    def remember(self, maps: Tensor, masks: Sequence[Tensor], side: int) -> None:
+        """Add the patches of the next training images of this process, or the rarest of them, to the memory.
+
+        Args:
+            maps: ``(B, D, rows, columns)`` features.
+            masks: The mask ``(H, W)`` of each image.
+            side: Side of a patch in pixels.
+        """
+        rows, columns = maps.shape[2:]
+        kept, limit = rows * columns, self.protocol.memory_size
+        if limit is not None and kept * self.num_images > limit:
+            kept = max(1, limit // self.num_images)
+        for features, mask in zip(_patches(maps), masks, strict=True):
+            index, self._seen = rank() + self._seen * world_size(), self._seen + 1
+            labels = _pixels(mask, rows, columns, side)  # (rows * columns, P)
+            if kept < len(labels):
+                rare = _rare(labels, kept, self.protocol.seed, index)
+                features, labels = features[rare], labels[rare]
+            self._parts.append((features, labels, torch.full((len(labels),), index, device=features.device)))
+
+    def _fit(self) -> Callable[[Tensor], Tensor]:
+        """Complete the memory with the patches of all processes, and learn from it."""
+        features, labels, images = (gather_uneven(torch.cat(part)) for part in zip(*self._parts, strict=True))
+        order = images.argsort(stable=True)  # of the images, whichever process had them
+        features, labels, images, self._parts = features[order], labels[order], images[order], []
+        self.memory_size = len(features)
+        protocol = self.protocol
+        if protocol.method == "hummingbird":
+            background = [label for label in protocol.ignored if label >= self.num_classes]  # as in the release
+            labels = torch.where(torch.isin(labels, labels.new_tensor(background)), 0, labels)
+            shares = self._shares(labels)
+            return lambda queries: hummingbird(features, shares, queries, protocol.k or 30, protocol.temperature)
+        if protocol.method == "linear":
+            return _linear(features, self._shares(labels), protocol.ignored)
+        mean, scale = _standard(features)
+        bank = (features - mean) / scale
+        k, distance = self._best_setting(bank, labels, images)
+        self.chosen = {"k": k, "distance": distance}
+        return lambda queries: knn_segmentation(
+            bank, labels, (queries - mean) / scale, k, distance, [*protocol.ignored]
+        )
+
+    def score(self, maps: Tensor, masks: Sequence[Tensor], side: int) -> None:
+        """Label the pixels of validation images, and count how many are right.
+
+        Args:
+            maps: ``(B, D, rows, columns)`` features.
+            masks: The mask ``(H, W)`` of each image.
+            side: Side of a patch in pixels.
+        """
+        if self._predict is None:
+            self._predict = self._fit()
+        rows, columns = maps.shape[2:]
+        answers = self._predict(_patches(maps).flatten(0, 1)).unflatten(0, (len(maps), -1))  # (B, N, C or P)
+        for answer, mask in zip(answers, masks, strict=True):
+            if self.protocol.method == "capi":
+                self._count(_pixels(mask, rows, columns, side), answer)
+            else:
+                grid = answer.mT.unflatten(1, (rows, columns))[None]  # (1, C, rows, columns)
+                self._count(mask, F.interpolate(grid, mask.shape, mode="bilinear")[0].argmax(0))
+
+    def _count(self, truth: Tensor, predicted: Tensor) -> None:
+        counts = _counted(truth, predicted)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def measures(self) -> dict[str, float]:
+        """``miou`` and ``pixel_accuracy`` over all processes.
+
+        Raises:
+            UserError: All pixels are ignored.
+        """
+        assert self._counts is not None
+        counts = self._without_ignored(reduced(self._counts))
+        if not counts.any():
+            raise UserError("no pixel of the validation masks counts: all have a label that is ignored.")
+        return {"miou": iou_of_counts(counts), "pixel_accuracy": float(counts.trace() / counts.sum())}
+
+    def _without_ignored(self, counts: Tensor) -> Tensor:
+        counts = counts.cpu().clone()
+        counts[[*self.protocol.ignored]] = 0
+        return counts
+
+    def _shares(self, labels: Tensor) -> Tensor:
+        """Share of each class in each patch ``(N, C)``."""
+        return torch.stack([(labels == label).float().mean(1) for label in range(self.num_classes)], dim=1)
+
+    def _best_setting(self, bank: Tensor, labels: Tensor, images: Tensor) -> tuple[int, Any]:
+        """The k and the distance that label the patches of a tenth of the training images best."""
+        ks = [self.protocol.k] if self.protocol.k else [1, 3, 10, 30]
+        distances = [self.protocol.distance] if self.protocol.distance else ["cosine", "l2"]
+        settings = [(k, distance) for distance in distances for k in ks]
+        if len(settings) == 1 or self.num_images < 2:
+            return settings[0]
+        random = np.random.Generator(np.random.Philox(key=self.protocol.seed))
+        left_out = random.permutation(self.num_images)[: max(1, self.num_images // 10)]
+        held_out = torch.isin(images, torch.from_numpy(left_out).to(images))
+        train, test, ignored = ~held_out, held_out, [*self.protocol.ignored]
+
+        def miou(setting: tuple[int, Any]) -> float:
+            predicted = knn_segmentation(bank[train], labels[train], bank[test], *setting, ignored)
+            counts = self._without_ignored(_counted(labels[test], predicted))
+            return iou_of_counts(counts) if counts.any() else 0.0
+
+        return max(settings, key=miou)
+
+
+def last_map(backbone: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """What gives the last feature map ``(B, D, rows, columns)`` of a backbone, after its last norm.
+
+    Args:
+        backbone: The backbone.
+        name: Its name in messages.
+    """
+    import torchvision.models.resnet  # only here: help texts should not wait for it
+
+    if isinstance(backbone, ViT | torchvision.models.resnet.ResNet):
+        part = stages(backbone, name, first=4)
+        return lambda images: part(images)["0"]
+
+    def of_any(images: Tensor) -> Tensor:
+        _, found = features_and_map(backbone, images)
+        if found is None:
+            raise UserError(f"backbone {name!r} gives no feature maps here; choose a ResNet or a ViT.")
+        return found
+
+    return of_any
+
+
+def segmenter_of(protocol: PatchProtocol, data: Any) -> PatchSegmenter:
+    """A segmenter for images with masks, with an empty memory.
+
+    Args:
+        protocol: How patches are labeled.
+        data: A DenseData.
+
+    Raises:
+        UserError: Validation images are training images, too.
+    """
+    train, val = ({images.files.name(index) for index in range(len(images))} for images in data.splits)
+    if train & val:
+        raise UserError(
+            f"{len(train & val)} of {len(val)} validation images are training images, too, e.g. {min(train & val)}; "
+            "set --data.train_split and --data.val_split to splits without common images."
+        )
+    return PatchSegmenter(protocol, data.num_classes, len(data.splits[0]))
+
+
+def maps_and_masks(
+    network: Callable[[Tensor], Tensor], batch: Any, transform: dict[str, Any]
+) -> tuple[Tensor, Sequence[Tensor], int]:
+    """Feature maps, masks, and the side of a patch in pixels, of a batch of images with masks.
+
+    Args:
+        network: Given by ``last_map``.
+        batch: Images ``(B, 3, S, S)``, uint8, and a mask ``(H, W)`` for each.
+        transform: How images are prepared: their ``mean`` and ``std``.
+
+    Raises:
+        UserError: There are no masks, or the network takes images of other channels.
+    """
+    images, masks = batch
+    if not isinstance(images, Tensor) or not isinstance(masks[0], Tensor):
+        raise UserError("segmentation needs masks; give --data VOCSegmentationData.")
+    if (channels := transform.get("channels", 3)) not in (1, 3):
+        raise UserError(f"the backbone takes images of {channels} channels, and images with masks have 3.")
+    if channels == 1:
+        gray = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]  # as Pillow
+        images = (images * gray).sum(1, keepdim=True)
+    mean, std = (torch.tensor(transform[key], device=images.device)[:channels, None, None] for key in ("mean", "std"))
+    maps = network((images / 255 - mean) / std)
+    return maps, masks, max(1, images.shape[-1] // maps.shape[-1])
+
+
+def _patches(maps: Tensor) -> Tensor:
+    """``(B, rows * columns, D)``."""
+    return maps.float().flatten(2).mT
+
+
+def _pixels(mask: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Labels ``(rows * columns, P)`` of the pixels of each patch, of a mask that is resized as its image was."""
+    resized = F.interpolate(mask[None, None].float(), (rows * side, columns * side), mode="nearest-exact")
+    return F.unfold(resized, side, stride=side)[0].mT.to(torch.uint8)
+
+
+def _rare(labels: Tensor, count: int, seed: int, image: int) -> Tensor:
+    """The patches with the smallest random number times how many patches of the image have their classes."""
+    holds = torch.stack([(labels == label).any(1) for label in labels.unique()], dim=1)  # (N, classes)
+    frequent = (holds * holds.sum(0)).sum(1)
+    numbers = np.random.Generator(np.random.Philox(key=[seed, image])).random(len(labels), dtype=np.float32)
+    return (torch.from_numpy(numbers).to(labels.device) * frequent).argsort(stable=True)[:count].sort().values
+
+
+def _counted(truth: Tensor, predicted: Tensor) -> Tensor:
+    """Numbers of pixels by their label and by their prediction ``(256, 256)``."""
+    pairs = truth.long() * _CLASSES + predicted.long()
+    return torch.bincount(pairs.flatten(), minlength=_CLASSES**2).view(_CLASSES, _CLASSES)
+
+
+def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each dimension; a deviation of 0 is 1."""
+    deviation = features.std(0, unbiased=False)
+    return features.mean(0), torch.where(deviation > 0, deviation, 1)
+
+
+def _linear(features: Tensor, shares: Tensor, ignored: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Logits by a logistic regression on standardized features, weighted by the share of pixels that count."""
+    with torch.inference_mode(False), torch.enable_grad():
+        mean, scale = _standard(features)
+        inputs, shares = (features - mean) / scale, shares.clone()
+        shares[:, [label for label in ignored if label < shares.shape[1]]] = 0
+        layer = nn.utils.skip_init(nn.Linear, inputs.shape[1], shares.shape[1], device=inputs.device)
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # not random: a training's random numbers stay
+        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = -(shares * layer(inputs).log_softmax(1)).sum() / shares.sum().clamp(min=1)
+            loss = loss + _DECAY * layer.weight.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.autocast(inputs.device.type, enabled=False):
+            optimizer.step(closure)
+    return lambda queries: layer((queries - mean) / scale).detach().float()

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from ssl_lightning.data.base import SSLDataModule
+from ssl_lightning.data.dense import DenseData
 from ssl_lightning.errors import UserError
 from ssl_lightning.methods.base import SSLModule
 
@@ -257,11 +258,13 @@ def chosen_classes(typed: list[Typed]) -> dict[str, list[type]]:
                 f"{option.value}."
             )
         if option.name in _CLASSES and isinstance(option.value, str) and option.value.isidentifier():
-            below = {kind.__name__: kind for kind in _below(_CLASSES[option.name]) if not kind.__name__.startswith("_")}
+            kinds = [*_below(_CLASSES[option.name]), *(_below(DenseData) if option.name == "data" else [])]
+            below = {kind.__name__: kind for kind in kinds if not kind.__name__.startswith("_")}
             if option.value not in below:
                 if option.value in ("true", "false", "null", "True", "False"):  # of trainer.logger
                     continue
                 hint = did_you_mean(option.value, below)
+                below = {name: kind for name, kind in below.items() if not issubclass(kind, DenseData)}
                 names = f"Choose from {', '.join(sorted(below))}, or give my_module.MyClass."
                 raise UserError(f"{option} {option.value}: no such class; {hint}{names}")
             kind = below[option.value]

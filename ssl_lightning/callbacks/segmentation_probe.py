@@ -8,7 +8,7 @@ import torch
 
 from ssl_lightning.callbacks.features import in_eval_mode
 from ssl_lightning.callbacks.interval import EveryEpochs, Interval
-from ssl_lightning.evaluation.patch_segmenter import PatchProtocol, last_map, maps_and_masks, segmenter_of
+from ssl_lightning.evaluation.patch_segmenter import PatchFeatures, PatchProtocol, segmenter_of
 
 _WATCHING = 0.005
 """Share of the training time that ``auto`` allows."""
@@ -70,12 +70,15 @@ class SegmentationProbe(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: Any) -> None:
         start, self._measured_in = time.perf_counter(), trainer.current_epoch
         self.data.trainer = trainer
-        network = last_map(pl_module.evaluated_backbone, str(pl_module.hparams.get("backbone")))
-        segmenter, transform = segmenter_of(self.protocol, self.data), trainer.datamodule.image_transform  # type: ignore[attr-defined]
+        images: Any = getattr(trainer, "datamodule", None)
+        name = str(pl_module.hparams.get("backbone"))
+        features = PatchFeatures(pl_module.evaluated_backbone, name, images.image_transform)
+        segmenter = segmenter_of(self.protocol, self.data)
+        loaders = zip(self.data.predict_dataloader(), (segmenter.remember, segmenter.score), strict=True)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            for loader, take in zip(self.data.predict_dataloader(), (segmenter.remember, segmenter.score), strict=True):
+            for loader, take in loaders:
                 for batch in loader:
-                    take(*maps_and_masks(network, trainer.strategy.batch_to_device(batch, dataloader_idx=0), transform))
+                    take(*features(trainer.strategy.batch_to_device(batch, dataloader_idx=0)))
         measures = segmenter.measures()
         pl_module.log("val/segmentation_miou", measures["miou"], prog_bar=True)
         pl_module.log("val/segmentation_accuracy", measures["pixel_accuracy"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning.backbones.maps import features_and_map
-from ssl_lightning.backbones.tokens import ViT
+from ssl_lightning.backbones.tokens import ViT, input_channels
 from ssl_lightning.distributed import gather_uneven, rank, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.dense import stages
@@ -184,26 +184,52 @@ class PatchSegmenter:
         return max(settings, key=miou)
 
 
-def last_map(backbone: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """What gives the last feature map ``(B, D, rows, columns)`` of a backbone, after its last norm.
+class PatchFeatures:
+    """Feature maps of images with masks: the last map of any backbone that gives maps, after its last norm.
 
     Args:
         backbone: The backbone.
         name: Its name in messages.
+        transform: How images are prepared: their ``mean`` and ``std``.
+
+    Raises:
+        UserError: The backbone takes images of other channels.
     """
-    import torchvision.models.resnet  # only here: help texts should not wait for it
 
-    if isinstance(backbone, ViT | torchvision.models.resnet.ResNet):
-        part = stages(backbone, name, first=4)
-        return lambda images: part(images)["0"]
+    def __init__(self, backbone: nn.Module, name: str, transform: dict[str, Any]) -> None:
+        import torchvision.models.resnet  # only here: help texts should not wait for it
 
-    def of_any(images: Tensor) -> Tensor:
-        _, found = features_and_map(backbone, images)
-        if found is None:
-            raise UserError(f"backbone {name!r} gives no feature maps here; choose a ResNet or a ViT.")
-        return found
+        self.backbone, self.name, self.transform = backbone, name, transform
+        self.channels = input_channels(backbone) or 3
+        if self.channels not in (1, 3):
+            raise UserError(f"the backbone takes images of {self.channels} channels, and images with masks have 3.")
+        has_stages = isinstance(backbone, ViT | torchvision.models.resnet.ResNet)
+        self.stages = stages(backbone, name, first=4) if has_stages else None
 
-    return of_any
+    def __call__(self, batch: Any) -> tuple[Tensor, Sequence[Tensor], int]:
+        """Feature maps ``(B, D, rows, columns)``, masks, and the side of a patch in pixels.
+
+        Args:
+            batch: Images ``(B, 3, S, S)``, uint8, and a mask ``(H, W)`` for each.
+
+        Raises:
+            UserError: There are no masks, or no feature maps.
+        """
+        images, masks = batch
+        if not isinstance(images, Tensor) or not isinstance(masks[0], Tensor):
+            raise UserError("segmentation needs masks; give --data VOCSegmentationData.")
+        if self.channels == 1:
+            gray = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]  # as Pillow
+            images = (images * gray).sum(1, keepdim=True)
+        mean, std = (
+            torch.tensor(self.transform[key], device=images.device)[: self.channels, None, None]
+            for key in ("mean", "std")
+        )
+        prepared = (images / 255 - mean) / std
+        maps = features_and_map(self.backbone, prepared)[1] if self.stages is None else self.stages(prepared)["0"]
+        if maps is None:
+            raise UserError(f"backbone {self.name!r} gives no feature maps here; choose a ResNet or a ViT.")
+        return maps, masks, max(1, images.shape[-1] // maps.shape[-1])
 
 
 def segmenter_of(protocol: PatchProtocol, data: Any) -> PatchSegmenter:
@@ -223,32 +249,6 @@ def segmenter_of(protocol: PatchProtocol, data: Any) -> PatchSegmenter:
             "set --data.train_split and --data.val_split to splits without common images."
         )
     return PatchSegmenter(protocol, data.num_classes, len(data.splits[0]))
-
-
-def maps_and_masks(
-    network: Callable[[Tensor], Tensor], batch: Any, transform: dict[str, Any]
-) -> tuple[Tensor, Sequence[Tensor], int]:
-    """Feature maps, masks, and the side of a patch in pixels, of a batch of images with masks.
-
-    Args:
-        network: Given by ``last_map``.
-        batch: Images ``(B, 3, S, S)``, uint8, and a mask ``(H, W)`` for each.
-        transform: How images are prepared: their ``mean`` and ``std``.
-
-    Raises:
-        UserError: There are no masks, or the network takes images of other channels.
-    """
-    images, masks = batch
-    if not isinstance(images, Tensor) or not isinstance(masks[0], Tensor):
-        raise UserError("segmentation needs masks; give --data VOCSegmentationData.")
-    if (channels := transform.get("channels", 3)) not in (1, 3):
-        raise UserError(f"the backbone takes images of {channels} channels, and images with masks have 3.")
-    if channels == 1:
-        gray = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]  # as Pillow
-        images = (images * gray).sum(1, keepdim=True)
-    mean, std = (torch.tensor(transform[key], device=images.device)[:channels, None, None] for key in ("mean", "std"))
-    maps = network((images / 255 - mean) / std)
-    return maps, masks, max(1, images.shape[-1] // maps.shape[-1])
 
 
 def _patches(maps: Tensor) -> Tensor:

@@ -9,13 +9,7 @@ from torch import Tensor
 from ssl_lightning.checkpoints import Pretrained
 from ssl_lightning.commands.evaluate.evaluator import Evaluator
 from ssl_lightning.data.dense import DenseData
-from ssl_lightning.evaluation.patch_segmenter import (
-    PatchProtocol,
-    PatchSegmenter,
-    last_map,
-    maps_and_masks,
-    segmenter_of,
-)
+from ssl_lightning.evaluation.patch_segmenter import PatchFeatures, PatchProtocol, PatchSegmenter, segmenter_of
 from ssl_lightning.evaluation.results import Results
 
 
@@ -125,8 +119,7 @@ class _Segmenting(L.LightningModule):
     def __init__(self, pretrained: Pretrained, protocol: PatchProtocol) -> None:
         super().__init__()
         self.backbone, self.protocol = pretrained.backbone.eval(), protocol
-        self.maps = last_map(pretrained.backbone, pretrained.name)
-        self.transform = pretrained.image_transform
+        self.features = PatchFeatures(self.backbone, pretrained.name, pretrained.image_transform)
         self.measures: dict[str, float] = {}
         self.image_size = 0
 
@@ -137,7 +130,7 @@ class _Segmenting(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Remember training images, then score validation images."""
-        maps, masks, side = maps_and_masks(self.maps, batch, self.transform)
+        maps, masks, side = self.features(batch)
         self.image_size = batch[0].shape[-1]
         (self.segmenter.score if dataloader_idx else self.segmenter.remember)(maps, masks, side)
         return torch.empty(0)

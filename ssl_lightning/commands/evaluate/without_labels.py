@@ -85,7 +85,7 @@ class WithoutLabels(Evaluator):
         rows = [{"measure": name, "value": value} for name, value in measures.items()]
         parameters = {"num_images": len(views), "num_views": num_views, "max_samples": self.max_samples}
         facts = self._facts(self.data, len(features), 0, self.data.num_classes)
-        chief = {name: measures[name] for name in ("rankme", "alpha_req", "lidar") if name in measures}
+        chief = {name: value for name, value in measures.items() if name in ("rankme", "alpha_req", "lidar")}
         return self._written("quality", parameters, facts, rows, measures=chief)
 
     def _facts(self, data: SSLDataModule, train: int, test: int, classes: int | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _EXAMPLES = """For example:
 _CLASSES = {
     "model": SSLModule,
     "data": SSLDataModule,
+    "segmentation_probe.data": DenseData,
     "trainer.callbacks": Callback,
     "trainer.logger": Logger,
 }

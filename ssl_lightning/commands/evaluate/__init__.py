@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ssl_lightning.commands.evaluate.images import Evaluation
 from ssl_lightning.commands.evaluate.masks import SegmentationEvaluation
+from ssl_lightning.errors import UserError
 from ssl_lightning.runs import data_of_run
 
 __all__ = ["PROTOCOLS", "Evaluation", "SegmentationEvaluation", "run"]
@@ -34,9 +35,12 @@ def run(words: Sequence[str]) -> None:
 def _with_data_of_the_run(words: list[str]) -> list[str]:
     """Add the data of the run that wrote the checkpoint, unless ``--data`` is given; its views only if they count."""
     options = [word.partition("=")[0] for word in words]
-    unfit = words[:1] and words[0] in _ON_MASKS  # for which the run has no masks
-    if unfit or "--data" in options or "--config" in options or "--checkpoint" not in options:
+    if "--data" in options or "--config" in options or "--checkpoint" not in options:
         return words
+    if words[0] in _ON_MASKS:  # which the run has none of
+        raise UserError(
+            "missing: --data, images with masks. For example: --data VOCSegmentationData --data.root VOCdevkit/VOC2012"
+        )
     place = options.index("--checkpoint")
     checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
     data = data_of_run(checkpoint, views=words[0] == "quality")

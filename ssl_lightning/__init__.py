@@ -3,7 +3,8 @@
 The notebooks, with their output: [quickstart](notebooks/01_quickstart.html),
 [your own method](notebooks/02_your_own_method.html),
 [monitoring and evaluation](notebooks/03_monitoring_and_evaluation.html),
-[methods side by side](notebooks/04_methods_side_by_side.html).
+[methods side by side](notebooks/04_methods_side_by_side.html),
+[start from a foundation model](notebooks/05_start_from_a_foundation_model.html).
 """
 
 import os

@@ -22,6 +22,7 @@ from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.awaited_metrics import AwaitedMetrics
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter
+from ssl_lightning.callbacks.forgetting_alarm import ForgettingAlarm
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -67,6 +68,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "pictures": Pictures,
     "health_monitor": HealthMonitor,
     "loss_floor_alarm": LossFloorAlarm,
+    "forgetting_alarm": ForgettingAlarm,
     "embedding_writer": EmbeddingWriter,
 }
 """Callbacks of every run, each with its options on the command line; only ``predict`` has ``embedding_writer``.
@@ -84,6 +86,7 @@ _ONLY_IN_FIT = {
     "pictures",
     "health_monitor",
     "loss_floor_alarm",
+    "forgetting_alarm",
 }
 
 _DEFAULTS = {"log_every_n_steps": 10, "default_root_dir": "runs"}

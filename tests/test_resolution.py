@@ -12,7 +12,7 @@ from torch import nn
 
 from ssl_lightning import DINO, BEiT, DINOv2, FakeData, ImageFolderData, LastCheckpoint, SimCLR, UserError, ViewSpec
 from ssl_lightning.data.crops import ViewMaker
-from ssl_lightning.data.resolution import Resolution, Stages, planned_epochs
+from ssl_lightning.data.resolution import Resolution, Stages, length_in_epochs
 from tests.small import BACKBONE, METHODS, VIT, VIT_ONLY, data, slow_unless, small, trainer
 
 HALF = Resolution(scale=0.5, until=0.5)
@@ -98,11 +98,11 @@ def test_every_method_trains_on_both_sizes(method: Any, tmp_path: Path) -> None:
 
 def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
     steps = trainer(tmp_path, max_epochs=-1, max_steps=30, accumulate_grad_batches=2)
-    assert planned_epochs(steps, batches=20) == 3
+    assert length_in_epochs(steps, batches=20) == 3
     steps = trainer(tmp_path, max_epochs=2, max_steps=30, limit_train_batches=0.5)
-    assert planned_epochs(steps, batches=20) == 2
+    assert length_in_epochs(steps, batches=20) == 2
     with pytest.raises(UserError, match=r"set --trainer.max_epochs"):
-        planned_epochs(trainer(tmp_path, max_epochs=-1), batches=20)
+        length_in_epochs(trainer(tmp_path, max_epochs=-1), batches=20)
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"scale": -1}])

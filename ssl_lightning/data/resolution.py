@@ -72,7 +72,7 @@ class Stages:
         return self.small if epoch < self.epochs else self.full
 
 
-def planned_epochs(trainer: Any, batches: int) -> float:
+def length_in_epochs(trainer: Any, batches: int) -> float:
     """Epochs that a training will take; the last one may be a part of an epoch.
 
     Args:

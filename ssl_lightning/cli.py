@@ -51,7 +51,7 @@ from ssl_lightning.runs import (
     version_of,
 )
 
-STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report")
+STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report", "sweep")
 """Commands without a Trainer: each is a module of ``commands``, imported only when it runs."""
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -328,6 +328,30 @@ def _of_the_trainer(error: BaseException) -> bool:
     )
 
 
+class _Parsed(SSLCLI):
+    """Parses the command line, and does no more."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Answer mistakes of a command line as the command itself does, without running it.
+
+    Args:
+        words: The command line.
+    """
+    before = [*sys.argv]
+    sys.argv[1:] = underscored(with_shipped_configs(words))
+    try:
+        _Parsed()
+    finally:
+        sys.argv[:] = before
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -340,7 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         words = underscored(with_shipped_configs(sys.argv[1:] if arguments is None else arguments))
         if words and words[0] in STANDALONE:
-            import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
+            run = import_module(f"ssl_lightning.commands.{words[0]}").run
+            run(words[1:], *([check_words] if words[0] == "sweep" else []))  # commands do not import the command line
             return
         sys.argv[1:] = words
         with removed_if_refused():

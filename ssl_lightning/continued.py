@@ -1,7 +1,7 @@
 """Going on with the weights of another training: what waits, and for how long."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -83,6 +83,17 @@ class Continued:
     layer_decay: float | None = None
     patch_embed_lr: float | None = None
     heads_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject impossible values.
+
+        Raises:
+            UserError: A number of steps or blocks, or a multiplier, is too small.
+        """
+        for field in fields(self):
+            value, least = getattr(self, field.name), 1 if field.name == "last_blocks" else 0
+            if value is not None and not value >= least:
+                raise UserError(f"--model.continued.{field.name} {value} must be at least {least}.")
 
     def stages(self, total_steps: float) -> Stages:
         """The lengths of the stages.

@@ -152,12 +152,12 @@ def test_last_blocks_join_before_the_rest_and_all_then_has_a_lower_rate(tmp_path
 
 
 def test_a_continued_run_that_forgets_is_reported_once(tmp_path: Path) -> None:
-    source = saved(tmp_path, SimCLR)
+    source = saved(tmp_path, SimCLR, VIT)
     messages, alarms = [], []
     for rate in (0.0, 1.0):
         alarm = ForgettingAlarm()
         optim = dataclasses.replace(DECAYING, base_lr=rate)
-        module = small(SimCLR, init_from=source, continued={"frozen_steps": 0}, optim=optim)
+        module = small(SimCLR, VIT, init_from=source, continued={"frozen_steps": 0}, optim=optim)
         images = digits(num_workers=0)
         running = trainer(tmp_path, max_epochs=2, limit_train_batches=4, callbacks=[KNNProbe(k=5), alarm])
         with warnings.catch_warnings(record=True) as warned:
@@ -251,13 +251,15 @@ def test_what_cannot_go_on_is_refused_before_training(tmp_path: Path) -> None:
     for method, continued, message, options in (
         (SimCLR, {"frozen_steps": 8}, "frozen_steps 8: the training has 8 steps, so its backbone would never", {}),
         (SimCLR, {}, "no end to take shares of; set --model.continued.frozen_steps", {"max_epochs": -1}),
+        (SimCLR, {"ramp_steps": -1}, "--model.continued.ramp_steps -1 must be at least 0", {}),
+        (SimCLR, {"last_blocks": 0}, "--model.continued.last_blocks 0 must be at least 1", {}),
         (SimCLR, {"last_blocks": 1}, "--model.continued.last_blocks: the backbone has no blocks", {}),
         (Own, {}, r"configure_optimizers must return self.optim.configure", {}),
     ):
         running = trainer(tmp_path, **options)
         with pytest.raises(UserError, match=message):
             running.fit(small(method, init_from=source, continued=continued), data(SimCLR))
-        assert running.global_step == 0
+        assert running.global_step == 0, message
     for module, message in (
         (small(SimCLR, init_from=source), "init_from .*source.ckpt is not read where --ckpt_path resumes"),
         (small(SimCLR, init_from=source, continued={}), "init_from"),

@@ -94,7 +94,8 @@ def restrict(backbone: nn.Module, trainable: Trainable, patch_embed: bool = Fals
     whole = trainable.last_blocks if lora is None else lora.whole_blocks
     parts = [] if whole is None else last_parts(backbone, whole, option)
     if trainable.norms:
-        parts += [part for part in backbone.modules() if "Norm" in type(part).__name__]
+        within = (part for part in backbone.modules() if part is not backbone)  # whose class may be called NormFreeNet
+        parts += [part for part in within if "Norm" in type(part).__name__]
     learning = {id(p) for part in parts for p in part.parameters()}
     first = of_first_layer(backbone) if patch_embed else set()
     for name, p in backbone.named_parameters():

@@ -98,6 +98,8 @@ class Optim:
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
         cosine_from_start: Whether the cosine counts from the first step, so that the warm-up takes the place of its
             beginning (timm), instead of from the end of the warm-up.
+        decay_start: When the cosine begins; until then the learning rate stays at the peak (warm-up, stable, decay): an
+            epoch, or below 1 a share of the training. None is the end of the warm-up.
         cosine_share: Share of that cosine that is run; with less than 1 the learning rate ends higher (CAPI).
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
@@ -122,6 +124,7 @@ class Optim:
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
     cosine_from_start: bool = False
+    decay_start: float | None = None
     cosine_share: float = 1.0
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
@@ -129,6 +132,20 @@ class Optim:
     norm_and_bias_lr_scale: float = 1.0
     constant_lr: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject a start of the decay that is none.
+
+        Raises:
+            UserError: It is negative, or the schedule has no cosine that could begin then.
+        """
+        if self.decay_start is None:
+            return
+        if not self.decay_start >= 0:
+            raise UserError(f"--model.optim.decay_start {self.decay_start}: give an epoch, or a share below 1.")
+        if self.milestones or self.cosine_from_start:
+            other = "milestones to []" if self.milestones else "cosine_from_start to false"
+            raise UserError(f"--model.optim.decay_start says when the cosine begins; set --model.optim.{other}.")
 
     def peak_lr(self, global_batch: int) -> float:
         """Learning rate after warm-up.
@@ -157,6 +174,9 @@ class Optim:
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
         begin = 0 if self.cosine_from_start and not held else max(warmup_steps, held)
+        if self.decay_start is not None:
+            length = total_steps if self.decay_start < 1 else steps_per_epoch
+            begin = max(begin, round(self.decay_start * length))
         progress = self.cosine_share * (step - begin) / max(1, total_steps - begin)
         return cosine(1.0, self.end_lr_factor, progress)
 
@@ -300,10 +320,10 @@ class Optim:
         stages = Stages(0, 0, 0) if continued is None else continued.stages(total_steps)
         steps = steps_per_epoch(trainer)
         if steps == float("inf") and not endless:
-            if self.warmup_epochs > 0 or self.per_epoch:
+            if self.warmup_epochs > 0 or self.per_epoch or (self.decay_start or 0) >= 1:
                 raise UserError(
                     "the loader has no length to count epochs by; set --model.optim.warmup_epochs "
-                    "to 0 and --model.optim.per_epoch to false."
+                    "to 0, --model.optim.per_epoch to false, and --model.optim.decay_start to a share below 1 or null."
                 )
             steps = total_steps
 

@@ -62,17 +62,21 @@ def run(words: Sequence[str], check_words: Callable[[Sequence[str]], None]) -> N
             raise UserError(f"--{name} {value} must be at least 1.")
     budget = None if options.budget is None else _seconds(options.budget)
     runs = named(combinations(read_grid(options.grid), options.random, options.draw_seed))
-    level = logging.root.manager.disable
-    logging.disable(logging.INFO)  # each of them would say the same
-    try:
-        for chosen in runs.values():
-            check_words(["fit", *fit, *words_of(chosen)])
-    finally:
-        logging.disable(level)
     jobs = [Job(Path(options.output) / name, chosen) for name, chosen in runs.items()]
     sweep = Sweep(Path(options.output), fit, jobs, options.rank, options.mode == "max", budget, options.parallel)
     sweep.begin()
-    sweep.train()
+    level = logging.root.manager.disable
+    logging.disable(logging.INFO)  # each of them would say the same
+    try:
+        for job in sweep.waiting:
+            check_words(["fit", *fit, *words_of(job.options)])
+    finally:
+        logging.disable(level)
+    try:
+        sweep.train()
+    except KeyboardInterrupt:
+        print(report(sweep))
+        raise SystemExit(130) from None
     print(report(sweep))
 
 

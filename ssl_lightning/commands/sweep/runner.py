@@ -120,14 +120,19 @@ class Sweep:
                 "another --output."
             )
         for job in self.jobs:
-            if (reason := before.get("failed", {}).get(job.folder.name)) is not None:
+            if (reason := before.get("failed", {}).get(job.folder.name)) is not None and job.folder.exists():
                 job.state, job.note = "failed", reason
             job.look()
+
+    @property
+    def waiting(self) -> list[Job]:
+        """The runs that are not finished and did not fail."""
+        return [job for job in self.jobs if job.state in ("new", "interrupted")]
 
     def train(self) -> None:
         """Train what is not finished, until the budget is spent."""
         began = time.monotonic()
-        waiting = [job for job in self.jobs if job.state in ("new", "interrupted")]
+        waiting = self.waiting
         done = len(self.jobs) - len(waiting)
         print(f"{len(self.jobs)} runs in {self.folder}" + (f", {done} of them done" if done else ""), flush=True)
         previous = signal.signal(signal.SIGTERM, _raise_exit)

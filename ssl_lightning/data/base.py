@@ -242,7 +242,7 @@ class SSLDataModule(PlainLoaders):
         if self.resolution is None:
             return None
         epochs = math.inf if self.trainer is None else length_in_epochs(self.trainer, batches)
-        return Stages(self.view_specs, self.small_view_specs, self.resolution.until * epochs)
+        return Stages(self.view_specs, self.small_view_specs, self.resolution.until * epochs, self.resolution.noise)
 
     @property
     def _own_specs(self) -> tuple[ViewSpec, ...]:

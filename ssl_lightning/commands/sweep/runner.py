@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten as shortened
 from typing import Any
 
 import torch
@@ -287,13 +289,14 @@ def report(sweep: Sweep) -> str:
     Args:
         sweep: The sweep.
     """
-    best = next((job for job in sweep.ranked if job.value(sweep.metric) is not None), None)
-    lines = [table(sweep.rows), f"the table is {sweep.folder / TABLE_FILE}"]
-    if best is None:
-        logged = sorted({name for job in sweep.jobs if job.run is not None for name in job.run.metrics})
-        if logged:
-            lines.append(f"no run logged {sweep.metric}; set --rank to one of {', '.join(logged)}.")
-    elif sum(job.state == "finished" for job in sweep.jobs) > 1:
-        lines.append(f"best by {sweep.metric}: {best.folder.name}")
+    best = next((job for job in sweep.ranked if job.state == "finished" and job.value(sweep.metric) is not None), None)
+    rows = [{**row, "note": shortened(row["note"], 60, placeholder=" ...")} for row in sweep.rows]
+    lines = [table(rows), f"the table is {sweep.folder / TABLE_FILE}"]
+    logged = sorted({name for job in sweep.jobs if job.run is not None for name in job.run.metrics})
+    if best is not None:
+        page = f"python -m ssl_lightning report {shlex.quote(str(best.folder))}"
+        lines.append(f"best by {sweep.metric}: {best.folder.name}; its page: {page}")
+    elif logged and sweep.metric not in logged:
+        lines.append(f"no run logged {sweep.metric}; set --rank to one of {', '.join(logged)}.")
     total = sum(job.seconds for job in sweep.jobs)
     return "\n".join([*lines, f"all runs together took {duration(total)}"])

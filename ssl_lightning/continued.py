@@ -220,7 +220,8 @@ def what_trains(module: Any, total_steps: float) -> dict[str, str]:
         first = "the heads and the first layer" if module.continued.train_patch_embed else "the heads"
         parts = [f"{first} for {stages.frozen:,} steps"] if stages.frozen else []
         if stages.last_blocks:
-            parts.append(f"the last {module.continued.last_blocks} blocks for {stages.last_blocks:,}")
+            blocks = f"{module.continued.last_blocks} block{'s' * (module.continued.last_blocks != 1)}"
+            parts.append(f"the last {blocks} for {stages.last_blocks:,}")
         parts.append(f"the backbone, its rate rising for {stages.ramp:,}")
         rows["stages"] = ", then ".join(parts) if stages.end else "everything from the first step"
     return rows

@@ -130,7 +130,7 @@ def test_last_blocks_join_before_the_rest_and_all_then_has_a_lower_rate(tmp_path
     )
     trainer(tmp_path, max_epochs=2, callbacks=[watch]).fit(module, data(DINOv2))
     assert what_trains(module, 16)["stages"] == (
-        "the heads for 2 steps, then the last 1 blocks for 3, then the backbone, its rate rising for 2"
+        "the heads for 2 steps, then the last 1 block for 3, then the backbone, its rate rising for 2"
     )
     moved = [{name.removeprefix("backbone.") for name in watch.moved(step)} for step in range(8)]
     assert not moved[0] | moved[1]

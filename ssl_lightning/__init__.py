@@ -15,6 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter, read_embeddings
+from ssl_lightning.callbacks.forgetting_alarm import ForgettingAlarm
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -108,6 +109,7 @@ __all__ = [
     "FSDP2Strategy",
     "FakeData",
     "FineTune",
+    "ForgettingAlarm",
     "GramAnchoring",
     "HealthMonitor",
     "HuggingFaceData",

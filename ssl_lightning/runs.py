@@ -11,7 +11,7 @@
         slurm.json                                   in a SLURM job: which of its fits this is
         views.png                                    the views at the start of training
         pictures/<picture>/<epoch>.png               what the method has learned so far
-        checkpoints/last.ckpt, best.ckpt
+        checkpoints/last.ckpt, best.ckpt             and epoch_<n>.ckpt of --last_checkpoint.keep_epochs
         evaluations/<protocol>/results.json          one folder for each evaluation
 """
 

@@ -98,6 +98,7 @@ def test_nearly_symmetric_components_keep_their_sign() -> None:
 @pytest.mark.parametrize("shape", [(5, 12), (60_000, 4)])
 def test_few_and_many_patches_have_the_components_of_a_whitened_pca(shape: tuple[int, int]) -> None:
     features = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double() ** 2
+    features *= torch.arange(1, shape[1] + 1)
     expected = PCA(2, whiten=True).fit_transform(features.numpy())
     found = patch_pca(features, 2).numpy()
     tolerance = 1e-9 if len(features) < 50_000 else 0.2  # some determine the components

@@ -35,7 +35,8 @@ def bank_of(trainer: L.Trainer, pl_module: L.LightningModule, data: Any, count: 
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, KNNProbe) and callback.bank is not None and callback.bank[0] == trainer.global_step:
             bank = callback.bank[1]
-            return bank if count is None else bank.some(count)
+            if count is None or count <= len(bank.indices):
+                return bank.some(count or len(bank.indices))
     if count is None:
         count = min(2048, max(_FEWEST, len(getattr(data, "train_images", None) or []) // 32))
     return plain_features(trainer, pl_module, data.plain_dataloader(count))
@@ -51,8 +52,7 @@ def tiles_of(trainer: L.Trainer, pl_module: L.LightningModule, data: Any, indice
         indices: ``(N,)`` in ascending order, on the CPU.
     """
     transform = data.image_transform
-    channels = len(transform["mean"])
-    tiles = [torch.empty(0, channels, _TILE, _TILE, dtype=torch.uint8, device=pl_module.device)]
+    tiles = [torch.empty(0, data.train_images.channels, _TILE, _TILE, dtype=torch.uint8, device=pl_module.device)]
     places = [no_numbers(pl_module)]
     for batch in data.plain_loader(data.train_images.subset(indices.numpy())):
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -19,7 +19,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # since torch 2.9
 
 NAME = "standin"
 _WIDE = (torch.float64, torch.complex128)
@@ -175,6 +174,8 @@ class _Module:
 @contextmanager
 def on_device() -> Iterator[torch.device]:
     """The device, for as long as its tensors may be made."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # since torch 2.9
+
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         _missing.update(missing_on_mps())

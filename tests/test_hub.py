@@ -66,7 +66,9 @@ class Hub(BaseHTTPRequestHandler):
         repository, _, file = self.path[1:].partition("/resolve/main/")
         repository, _, file = (repository, "", file) if file else self.path[1:].partition(f"/resolve/{COMMIT}/")
         content = self.files.get(f"{repository}/{file}")
-        if content is None:
+        if self.path.startswith("/api/models/"):  # what older versions of the library ask before an upload
+            self.answer(json.dumps({"id": "me/vit", "sha": COMMIT, "siblings": []}).encode())
+        elif content is None:
             known = any(name.startswith(f"{repository}/") for name in self.files)
             self.answer(b"", 404, X_Error_Code="EntryNotFound" if known else "RepoNotFound", X_Repo_Commit=COMMIT)
         else:
@@ -82,13 +84,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, b
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    values = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }
     for module in (huggingface_hub.constants, huggingface_hub.file_download, huggingface_hub.hf_api):
-        for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
+        for name, value in values.items():  # versions of the library import them here or there
             monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
     monkeypatch.setenv("HF_TOKEN", "hf_made_up")
     yield Hub.files
     server.shutdown()

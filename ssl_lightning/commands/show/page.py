@@ -86,7 +86,7 @@ def _small_heat(values: Tensor) -> str:
 def _coded(maps: Sequence[Tensor]) -> list[np.ndarray[Any, np.dtype[np.int8]]]:
     """Features ``(rows * columns, K)`` of length 1 as whole numbers, in the directions that hold the most of them.
 
-    The product of two of them, divided by 127 ** 2, is their cosine similarity to about 0.01.
+    The product of two of them, divided by 127 ** 2, is their cosine similarity to about 0.02.
     """
     unit = F.normalize(torch.cat([features.flatten(1).T for features in maps]), dim=1)
     count = max(1, min(_DIRECTIONS, unit.shape[1], _BYTES // len(unit)))

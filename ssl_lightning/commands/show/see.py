@@ -161,9 +161,11 @@ def _prepared(pretrained: Pretrained, files: Sequence[Path], count: int) -> tupl
     if not look.example:
         raise _unreadable(images)
     channels = number_of_channels(look, wanted if wanted in (1, 3) else None, wanted, trains=False)
-    value_range = transform.get("value_range") or look.value_range
-    is_deep = look.value_range is not None
-    preparation = Preparation(channels, tuple(value_range) if is_deep else None, is_deep)
+    bounds = look.value_range
+    if bounds is not None:
+        low, high = transform.get("value_range", bounds)
+        bounds = float(low), float(high)
+    preparation = Preparation(channels, bounds, bounds is not None)
     mean, std = transform["mean"], transform["std"]
     if len(mean) != channels:
         mean, std = statistics(images, preparation)

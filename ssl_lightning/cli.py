@@ -51,7 +51,7 @@ from ssl_lightning.runs import (
     version_of,
 )
 
-STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report", "sweep")
+STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report", "show", "sweep")
 """Commands without a Trainer: each is a module of ``commands``, imported only when it runs."""
 
 CALLBACKS: dict[str, type[Callback]] = {

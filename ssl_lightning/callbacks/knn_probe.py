@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from ssl_lightning.callbacks.features import in_eval_mode, no_features, no_numbers, plain_features
+from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, no_features, no_numbers, plain_features
 from ssl_lightning.callbacks.progress import planned_epochs
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.errors import UserError
@@ -40,6 +40,8 @@ class KNNProbe(L.Callback):
         self._labels: list[Tensor] = []
         self._wanted = False
         self._references: dict[str, float] = {}
+        self.bank: tuple[int, PlainFeatures] | None = None
+        """The step at which the bank was computed last, and a part of it, to look at."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check whether the data has labels."""
@@ -128,4 +130,11 @@ class KNNProbe(L.Callback):
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule, reference: Any = None) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
         data: Any = getattr(trainer, "datamodule", None)
-        return plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)[:2]
+        bank = plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)
+        if reference is None:
+            self.bank = trainer.global_step, bank.some(_SHOWN)
+        return bank[:2]
+
+
+_SHOWN = 2048
+"""Number of images of the bank that are kept to look at."""

@@ -3,7 +3,8 @@
 The notebooks, with their output: [quickstart](notebooks/01_quickstart.html),
 [your own method](notebooks/02_your_own_method.html),
 [monitoring and evaluation](notebooks/03_monitoring_and_evaluation.html),
-[methods side by side](notebooks/04_methods_side_by_side.html).
+[methods side by side](notebooks/04_methods_side_by_side.html),
+[start from a foundation model](notebooks/05_start_from_a_foundation_model.html).
 """
 
 import os
@@ -14,6 +15,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter, read_embeddings
+from ssl_lightning.callbacks.forgetting_alarm import ForgettingAlarm
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -108,6 +110,7 @@ __all__ = [
     "FSDP2Strategy",
     "FakeData",
     "FineTune",
+    "ForgettingAlarm",
     "GramAnchoring",
     "HealthMonitor",
     "HuggingFaceData",

@@ -22,6 +22,7 @@ from ssl_lightning.batch_norm import SyncedBatchNorm
 from ssl_lightning.callbacks.awaited_metrics import AwaitedMetrics
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from ssl_lightning.callbacks.embedding_writer import EmbeddingWriter
+from ssl_lightning.callbacks.forgetting_alarm import ForgettingAlarm
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.linear_probe import LinearProbe
@@ -51,7 +52,7 @@ from ssl_lightning.runs import (
     version_of,
 )
 
-STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report")
+STANDALONE = ("benchmark", "compare", "curate", "evaluate", "export", "prepare", "report", "show", "sweep")
 """Commands without a Trainer: each is a module of ``commands``, imported only when it runs."""
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -69,6 +70,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "pictures": Pictures,
     "health_monitor": HealthMonitor,
     "loss_floor_alarm": LossFloorAlarm,
+    "forgetting_alarm": ForgettingAlarm,
     "embedding_writer": EmbeddingWriter,
 }
 """Callbacks of every run, each with its options on the command line; only ``predict`` has ``embedding_writer``.
@@ -87,6 +89,7 @@ _ONLY_IN_FIT = {
     "health_monitor",
     "segmentation_probe",
     "loss_floor_alarm",
+    "forgetting_alarm",
 }
 
 _DEFAULTS = {"log_every_n_steps": 10, "default_root_dir": "runs"}
@@ -330,6 +333,30 @@ def _of_the_trainer(error: BaseException) -> bool:
     )
 
 
+class _Parsed(SSLCLI):
+    """Parses the command line, and does no more."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Answer mistakes of a command line as the command itself does, without running it.
+
+    Args:
+        words: The command line.
+    """
+    before = [*sys.argv]
+    sys.argv[1:] = underscored(with_shipped_configs(words))
+    try:
+        _Parsed()
+    finally:
+        sys.argv[:] = before
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -342,7 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         words = underscored(with_shipped_configs(sys.argv[1:] if arguments is None else arguments))
         if words and words[0] in STANDALONE:
-            import_module(f"ssl_lightning.commands.{words[0]}").run(words[1:])
+            run = import_module(f"ssl_lightning.commands.{words[0]}").run
+            run(words[1:], *([check_words] if words[0] == "sweep" else []))  # commands do not import the command line
             return
         sys.argv[1:] = words
         with removed_if_refused():

@@ -1,6 +1,9 @@
 """Pictures of tensors, and where to show them."""
 
+import base64
+import io
 from collections.abc import Sequence
+from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -69,9 +72,31 @@ def heat(values: NDArray[np.float64], side: int = CELL) -> Image.Image:
 
     low, high = values.min(), values.max()
     colors = colormaps["viridis"]((values - low) / max(high - low, 1e-12), bytes=True)[..., :3]
-    scale = side / max(values.shape)
-    size = round(values.shape[1] * scale), round(values.shape[0] * scale)
+    return squares(colors, side)
+
+
+def squares(colors: NDArray[np.uint8], side: int = CELL) -> Image.Image:
+    """Colors ``(H, W, 3)`` as squares.
+
+    Args:
+        colors: Red, green and blue.
+        side: Length of the longer side of the picture in pixels.
+    """
+    scale = side / max(colors.shape[:2])
+    size = max(1, round(colors.shape[1] * scale)), max(1, round(colors.shape[0] * scale))
     return Image.fromarray(colors).resize(size, Image.Resampling.NEAREST)
+
+
+def data_uri(picture: Image.Image, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
+    """A picture as an address that holds it, for pages without other files.
+
+    Args:
+        picture: The picture.
+        kind: PNG keeps all its pixels; JPEG is smaller.
+    """
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:

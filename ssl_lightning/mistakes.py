@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -187,7 +187,7 @@ def _wrong_value(typed: list[Typed], message: str) -> str | None:
         name = kind.rpartition(".")[2].strip("<>'").removeprefix("class '")
         texts.append(_KINDS.get(name, name))
         if kind.startswith("typing"):
-            texts[-1] = ", ".join(re.findall(r"'(.*?)'", kind))
+            texts[-1] = kind.partition("[")[2].strip("]").replace("'", "")
     texts = [text for text in dict.fromkeys(texts) if text != "NoneType"]
     given = f"{option} {option.value}".rstrip()
     return f"{given}: expected {' or '.join(texts)}."
@@ -322,9 +322,12 @@ def _is_required(parser: Any, action: Any) -> bool:
 
 
 def _fields(hint: Any) -> Iterator[str]:
-    """Names of the fields of the dataclasses in a type."""
-    if dataclasses.is_dataclass(hint):
-        yield from (field.name for field in dataclasses.fields(hint))
+    """Names of the fields of the dataclasses in a type, such as lora and lora.rank."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        types = get_type_hints(hint)
+        for field in dataclasses.fields(hint):
+            yield field.name
+            yield from (f"{field.name}.{name}" for name in _fields(types[field.name]))
     for part in get_args(hint):
         yield from _fields(part)
 

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.tokens import layer_scale
+from ssl_lightning.continued import Stages
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.lars import LARC, LARS
-from ssl_lightning.schedules import cosine, ramp_after
+from ssl_lightning.schedules import cosine
 
 
 def clip_each(parameters: Iterable[Tensor], largest: float) -> None:
@@ -42,6 +44,27 @@ def clip_together(parameters: Iterable[Tensor], largest: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if largest > 0 and gradients:
         torch._foreach_mul_(shards(gradients), (largest / (norms(gradients).norm() + 1e-6)).clamp(max=1))
+
+
+def clip_parts(parts: Iterable[Iterable[Tensor]], largest: float) -> None:
+    """Clip the gradient of each part of a method by its own norm (DINOv2's released code).
+
+    Args:
+        parts: The parameters of each part; parameters without a gradient are skipped.
+        largest: Largest norm; 0 for no clipping.
+    """
+    for parameters in parts:
+        clip_together(parameters, largest)
+
+
+def by_layer(module: Any) -> Callable[[str], float]:
+    """Learning-rate multiplier of a parameter of a method, given its name: its ViT has one for each layer (DINOv2).
+
+    Args:
+        module: Its ``backbone`` is a ViT; ``layer_decay`` and ``patch_embed_lr`` say how the rate falls.
+    """
+    blocks = len(module.backbone.blocks)
+    return lambda name: layer_scale(name, blocks, module.layer_decay, module.patch_embed_lr)
 
 
 def steps_per_epoch(trainer: L.Trainer) -> float:
@@ -75,6 +98,8 @@ class Optim:
         end_lr_factor: Learning rate at the end, as a share of the peak; a cosine leads there.
         cosine_from_start: Whether the cosine counts from the first step, so that the warm-up takes the place of its
             beginning (timm), instead of from the end of the warm-up.
+        decay_start: When the cosine begins; until then the learning rate stays at the peak (warm-up, stable, decay): an
+            epoch, or below 1 a share of the training. None is the end of the warm-up.
         cosine_share: Share of that cosine that is run; with less than 1 the learning rate ends higher (CAPI).
         milestones: Shares of the training, from 0 to 1, after which the learning rate is multiplied by ``step_factor``;
             they replace the cosine.
@@ -99,6 +124,7 @@ class Optim:
     warmup_inclusive: bool = False
     end_lr_factor: float = 0.0
     cosine_from_start: bool = False
+    decay_start: float | None = None
     cosine_share: float = 1.0
     milestones: tuple[float, ...] = ()
     step_factor: float = 0.1
@@ -106,6 +132,20 @@ class Optim:
     norm_and_bias_lr_scale: float = 1.0
     constant_lr: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reject a start of the decay that is none.
+
+        Raises:
+            UserError: It is negative, or the schedule has no cosine that could begin then.
+        """
+        if self.decay_start is None:
+            return
+        if not self.decay_start >= 0:
+            raise UserError(f"--model.optim.decay_start {self.decay_start}: give an epoch, or a share below 1.")
+        if self.milestones or self.cosine_from_start:
+            other = "milestones to []" if self.milestones else "cosine_from_start to false"
+            raise UserError(f"--model.optim.decay_start says when the cosine begins; set --model.optim.{other}.")
 
     def peak_lr(self, global_batch: int) -> float:
         """Learning rate after warm-up.
@@ -134,6 +174,9 @@ class Optim:
         if self.milestones:
             return self.step_factor ** sum(step >= round(share * total_steps) for share in self.milestones)
         begin = 0 if self.cosine_from_start and not held else max(warmup_steps, held)
+        if self.decay_start is not None:
+            length = total_steps if self.decay_start < 1 else steps_per_epoch
+            begin = max(begin, round(self.decay_start * length))
         progress = self.cosine_share * (step - begin) / max(1, total_steps - begin)
         return cosine(1.0, self.end_lr_factor, progress)
 
@@ -187,15 +230,15 @@ class Optim:
             raise UserError(f"--model.optim.constant_lr: no part {', '.join(unknown)}; choose from {', '.join(parts)}.")
         undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
         continued: Any = getattr(module, "continued", None)
-        waiting: set[str] = set() if continued is None else continued.waiting(module)
+        joining: dict[str, int] = {} if continued is None else continued.joining(module)
         lr_scale = lr_scale if continued is None else continued.lr_scale(module, lr_scale)
-        groups: dict[tuple[bool, float, bool, bool], list[Tensor]] = {}
+        groups: dict[tuple[bool, float, bool, int], list[Tensor]] = {}
         for name, p in module.named_parameters():
             if p.requires_grad:
                 decayed = (p.ndim > 1 and name.rpartition(".")[2] not in undecayed) or self.decay_norm_and_bias
                 scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
                 scheduled = name.partition(".")[0] not in self.constant_lr
-                groups.setdefault((decayed, scale, scheduled, name in waiting), []).append(p)
+                groups.setdefault((decayed, scale, scheduled, joining.get(name, 0)), []).append(p)
         return self.build(
             [
                 {
@@ -240,12 +283,18 @@ class Optim:
         optimizer._step_supports_amp_scaling = False  # fused ones would unscale 16-mixed gradients after the clipping
         return optimizer
 
-    def configure(self, module: L.LightningModule, create: Callable[[int], torch.optim.Optimizer] | None = None) -> Any:
+    def configure(
+        self,
+        module: L.LightningModule,
+        create: Callable[[int], torch.optim.Optimizer] | None = None,
+        lr_scale: Callable[[str], float] | None = None,
+    ) -> Any:
         """Optimizer and schedule of a training, for the global batch over processes and accumulated batches.
 
         Args:
             module: The module that its trainer trains.
             create: Builds the optimizer for a global batch size; None uses this recipe's ``create``.
+            lr_scale: As for ``create``.
 
         Returns:
             What ``configure_optimizers`` returns.
@@ -261,40 +310,40 @@ class Optim:
         if batch_size is None and self.lr_scaling != "none":
             rank_zero_warn("the loader has no batch_size to scale the learning rate with; assuming 256 images.")
         global_batch = (batch_size or 256) * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = self.create(module, global_batch) if create is None else create(global_batch)
+        optimizer = self.create(module, global_batch, lr_scale) if create is None else create(global_batch)
         if total_steps < 0:
             raise UserError("the loader has no length to plan the schedules by; set --trainer.max_steps.")
         continued = getattr(module, "continued", None)
         endless = total_steps == float("inf")  # such a run has no end to anneal to
         if endless and continued is None:
             return {"optimizer": optimizer}
-        frozen, ramp = (0, 0) if continued is None else continued.stages(total_steps)
+        stages = Stages(0, 0, 0) if continued is None else continued.stages(total_steps)
         steps = steps_per_epoch(trainer)
         if steps == float("inf") and not endless:
-            if self.warmup_epochs > 0 or self.per_epoch:
+            if self.warmup_epochs > 0 or self.per_epoch or (self.decay_start or 0) >= 1:
                 raise UserError(
                     "the loader has no length to count epochs by; set --model.optim.warmup_epochs "
-                    "to 0 and --model.optim.per_epoch to false."
+                    "to 0, --model.optim.per_epoch to false, and --model.optim.decay_start to a share below 1 or null."
                 )
             steps = total_steps
 
-        def factor_of(scheduled: bool, waits: bool) -> Callable[[int], float]:
+        def factor_of(scheduled: bool, waits: int) -> Callable[[int], float]:
             def factor(step: int) -> float:
-                multiplier = 1.0
-                if waits:
-                    multiplier = ramp_after(step, frozen, ramp)
-                elif continued is not None and step < frozen:
+                multiplier = stages.multiplier(waits, step)
+                if continued is not None and not waits and step < stages.frozen:
                     multiplier = continued.heads_lr
+                if continued is not None and step >= stages.before_all:
+                    multiplier *= continued.all_lr
                 if not scheduled or endless:
                     return multiplier
-                if waits and frozen:  # the ramp is its warm-up
+                if waits and stages.end:  # the ramp is its warm-up
                     step = max(step, self.warmup_steps(total_steps, steps))
-                return multiplier * self.lr_factor(step, int(total_steps), steps, frozen + ramp)
+                return multiplier * self.lr_factor(step, int(total_steps), steps, stages.end)
 
             return factor
 
         groups = optimizer.param_groups
-        factors = [factor_of(group.get("scheduled", True), group.get("waits", False)) for group in groups]
+        factors = [factor_of(group.get("scheduled", True), group.get("waits", 0)) for group in groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -11,7 +11,8 @@
         slurm.json                                   in a SLURM job: which of its fits this is
         views.png                                    the views at the start of training
         pictures/<picture>/<epoch>.png               what the method has learned so far
-        checkpoints/last.ckpt, best.ckpt
+        map.json                                     the newest map of the features, with its images
+        checkpoints/last.ckpt, best.ckpt             and epoch_<n>.ckpt of --last_checkpoint.keep_epochs
         evaluations/<protocol>/results.json          one folder for each evaluation
 """
 
@@ -39,6 +40,7 @@ ENVIRONMENT_FILE = "environment.json"
 WARNINGS_FILE = "warnings.txt"
 SLURM_FILE = "slurm.json"
 VIEWS_FILE = "views.png"
+MAP_FILE = "map.json"
 RESULTS_FILE = "results.json"
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last", "best"
 CHECKPOINTS_FOLDER = "checkpoints"  # Lightning's name

@@ -99,6 +99,8 @@ class FrozenTeacher:
         Raises:
             UserError: It does not; the message says which option to change.
         """
+        if self.size is not None and self.size < 1:
+            raise UserError(f"--model.teacher_size {self.size}: give a number of pixels, or null.")
         if (patch := getattr(self.network, "patch_side", 1)) > 1 and self.size_of(side) % patch:
             below = self.size_of(side) // patch * patch
             raise UserError(
@@ -109,10 +111,11 @@ class FrozenTeacher:
         if not seen or min(seen) < 0 or max(seen) >= channels:
             raise UserError(f"--model.teacher_channels {seen}: the images have the channels 0 to {channels - 1}.")
         if len(seen) != self.in_chans and not (self.channels is not None and len(seen) == 1):
+            several = f"{self.in_chans} of the {channels} channels of the student's images, or "
             raise UserError(
                 f"the teacher {self.name} takes images of {self.in_chans} channels, but gets {len(seen)}; set "
-                f"--model.teacher_channels to {self.in_chans} of the {channels} channels of the student's images, or "
-                "to a single one, which is repeated."
+                f"--model.teacher_channels to {several if self.in_chans <= channels else ''}a single one, which is "
+                "repeated, e.g. [0]."
             )
         weight = next(self.network.parameters(), torch.empty(0))
         images = torch.zeros(1, channels, side, side, dtype=weight.dtype, device=weight.device)

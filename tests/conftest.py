@@ -4,9 +4,11 @@ torch and scikit-learn are imported where they are used: the process that hands 
 """
 
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +60,23 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
             members = [member for index, member in enumerate(opened) if index % 25 == 0 and member.isfile()]
             opened.extractall(root, members, filter="data")
     return root
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield window
+    window.quit()
 
 
 @pytest.fixture

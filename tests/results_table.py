@@ -1,13 +1,15 @@
 """Tables of the READMEs, rendered from ``configs/results.csv``: ``python -m tests.results_table`` writes them.
 
-In a README, such a table stands between ``<!-- results:begin ... -->`` or ``<!-- knn:begin ... -->`` and the matching
-``end``. The first is the whole table of results. The second is a table of methods, whose column ``kNN`` is filled in.
+In a README, such a table stands between ``<!-- NAME:begin ... -->`` and the matching ``end``. ``results`` is the whole
+table of results. ``knn`` is a table of methods, whose column ``kNN`` is filled in. ``start`` compares the ways to start
+from a foundation model, over seeds.
 """
 
 import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "configs" / "README.md"]
@@ -15,6 +17,18 @@ READMES = [ROOT / "README.md", ROOT / "configs" / "README.md"]
 
 _UNTRAINED = {"--model.optim.base_lr 0": "untrained", "--model.backbone pixels": "raw pixels"}
 """Names of the baselines, by the first option that makes them of a recipe."""
+
+
+_CONTINUE = "configs/simclr/continue_cifar10_cpu.yaml"
+_STARTS = {
+    "untrained": f"{_CONTINUE} --model.init_from null --model.continued null --model.optim.base_lr 0",
+    "the foundation model as it is": f"{_CONTINUE} --model.continued null --model.optim.base_lr 0",
+    "from scratch": f"{_CONTINUE} --model.init_from null --model.continued null",
+    "distilled, from scratch": "configs/distillation/continue_cifar10_cpu.yaml",
+    "continued with LoRA": f"{_CONTINUE} --model.trainable lora",
+    "continued": _CONTINUE,
+}
+"""Recipe and options of each way to start."""
 
 
 def results() -> dict[str, dict[str, str]]:
@@ -25,7 +39,7 @@ def results() -> dict[str, dict[str, str]]:
 
 def rendered(text: str) -> str:
     """A README with its tables as the results are now."""
-    renderers: dict[str, Callable[[str], str]] = {"results": lambda _: _all_results(), "knn": _with_knn}
+    renderers: dict[str, Callable[[str], str]] = {"results": lambda _: _all_results(), "knn": _with_knn, "start": lambda _: _starts()}
     for name, render in renderers.items():
         marked = re.compile(rf"(<!-- {name}:begin.*?-->\n)(.*?)(<!-- {name}:end -->)", re.DOTALL)
         text = marked.sub(lambda match, render=render: match[1] + render(match[2]) + match[3], text)
@@ -39,12 +53,33 @@ def _all_results() -> str:
         "|---" * 13 + "|",
     ]
     for recipe, row in results().items():
+        if recipe in _STARTS.values():
+            continue  # a table of their own
         losses = " → ".join(filter(None, (row["first_loss"], row["last_loss"])))
         cells = [_title(recipe), row["knn"], row["linear_online"], row["linear_offline"], losses, row["chance_loss"]]
         cells += [row[column] for column in ("epochs", "minutes", "images_per_second")]
         cells += [row[column] for column in ("hardware", "load", "date", "commit")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _starts() -> str:
+    """Mean and standard deviation over seeds, a column for each way."""
+    with open(ROOT / "configs" / "results.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    newest = [{row["seed"]: row for row in rows if row["recipe"] == recipe} for recipe in _STARTS.values()]
+    lines = ["| | " + " | ".join(_STARTS) + " |", "|---" * (1 + len(_STARTS)) + "|"]
+    for title, column in (("kNN, %", "knn"), ("linear, %", "linear_online")):
+        cells = [_spread([row[column] for row in seeds.values()]) for seeds in newest]
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(numbers: list[str]) -> str:
+    values = [float(number) for number in numbers if number]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
 def _title(recipe: str) -> str:

@@ -1,6 +1,7 @@
 """Going on from other weights: what stands still, for how long, and what then moves."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_lightning import BYOL, DINO, MAE, DINOv2, GramAnchoring, MoCoV3, Optim, SimCLR, SSLModule, UserError
+from ssl_lightning import (
+    BYOL,
+    DINO,
+    MAE,
+    DINOv2,
+    ForgettingAlarm,
+    GramAnchoring,
+    KNNProbe,
+    MoCoV3,
+    Optim,
+    SimCLR,
+    SSLModule,
+    UserError,
+)
 from ssl_lightning.backbones import inflate_channels
 from ssl_lightning.checkpoints import open_backbone
 from ssl_lightning.continued import Continued, what_trains
 from ssl_lightning.schedules import cosine
-from tests.small import BACKBONE, VIT, data, slow_unless, small, trainer
+from tests.small import BACKBONE, VIT, data, digits, slow_unless, small, trainer
 from tests.test_init_from import saved
 
 STAGES: dict[str, Any] = {"frozen_steps": 3, "ramp_steps": 2}
@@ -95,7 +109,7 @@ def test_rates_and_decay_ramp_up_and_the_cosine_begins_after(tmp_path: Path) -> 
     assert stages == "the heads for 3 steps, then the backbone, its rate rising for 4"
 
     def rates(waits: bool) -> list[float]:
-        return [max(group["lr"] for group in groups if group["waits"] is waits) / 1e-2 for groups in watch.groups]
+        return [max(group["lr"] for group in groups if bool(group["waits"]) is waits) / 1e-2 for groups in watch.groups]
 
     body, heads = rates(waits=True), rates(waits=False)
     assert body[:8] == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
@@ -108,19 +122,70 @@ def test_rates_and_decay_ramp_up_and_the_cosine_begins_after(tmp_path: Path) -> 
     assert scales == {1.0, 0.5, 0.25, 0.125, 0.0125}  # norm, blocks, tokens, patches
 
 
+def test_last_blocks_join_before_the_rest_and_all_then_has_a_lower_rate(tmp_path: Path) -> None:
+    watch = Watch()
+    continued = {"frozen_steps": 2, "ramp_steps": 2, "last_blocks": 1, "last_blocks_steps": 3, "all_lr": 0.5}
+    module = small(
+        DINOv2, VIT, init_from=saved(tmp_path, DINOv2, VIT), continued=continued, layer_decay=1.0, optim=DECAYING
+    )
+    trainer(tmp_path, max_epochs=2, callbacks=[watch]).fit(module, data(DINOv2))
+    assert what_trains(module, 16)["stages"] == (
+        "the heads for 2 steps, then the last 1 block for 3, then the backbone, its rate rising for 2"
+    )
+    moved = [{name.removeprefix("backbone.") for name in watch.moved(step)} for step in range(8)]
+    assert not moved[0] | moved[1]
+    last = {name for name in moved[2] | moved[4] if not name.startswith("teacher_")}
+    assert last <= {f"blocks.1.{name}" for name, _ in module.backbone.blocks[1].named_parameters()} | {
+        "norm.weight",
+        "norm.bias",
+    }
+    assert len(last) > 8
+    assert {"cls_token", "blocks.0.mlp.fc1.weight"} <= moved[5]
+    rates = [
+        [max(group["lr"] for group in groups if group["waits"] == stage) / 1e-2 for groups in watch.groups[:8]]
+        for stage in (0, 1, 2)
+    ]
+    after = 0.5 * cosine(1, 0, 0)
+    assert rates[0][:7] == pytest.approx([1] * 5 + [after] * 2)
+    assert rates[1][:7] == pytest.approx([0, 0, 0.5, 1, 1, after, after])
+    assert rates[2][:7] == pytest.approx([0] * 5 + [after / 2, after])
+
+
+def test_a_continued_run_that_forgets_is_reported_once(tmp_path: Path) -> None:
+    source = saved(tmp_path, SimCLR, VIT)
+    messages, alarms = [], []
+    for rate in (0.0, 1.0):
+        alarm = ForgettingAlarm()
+        optim = dataclasses.replace(DECAYING, base_lr=rate)
+        module = small(SimCLR, VIT, init_from=source, continued={"frozen_steps": 0}, optim=optim)
+        images = digits(num_workers=0)
+        running = trainer(tmp_path, max_epochs=2, limit_train_batches=4, callbacks=[KNNProbe(k=5), alarm])
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            running.fit(module, images)
+        messages.append([str(w.message) for w in warned if "ForgettingAlarm" in str(w.message)])
+        alarms.append(alarm)
+    assert messages[0] == []
+    assert len(messages[1]) == 1
+    assert "kNN fell from" in messages[1][0]
+    assert alarms[1].raised
+
+
 @pytest.mark.parametrize(
     ("given", "steps", "stages"),
     [
-        ({}, 25_000, (2500, 1000)),
-        ({}, 5000, (1000, 200)),
-        ({}, 1000, (400, 100)),
-        ({}, 50, (20, 30)),
-        ({"frozen_steps": 0}, 1000, (0, 0)),
-        ({"frozen_steps": 7, "ramp_steps": 2}, 1000, (7, 2)),
-        ({"frozen_steps": 7, "ramp_steps": 2}, float("inf"), (7, 2)),
+        ({}, 25_000, (2500, 0, 1000)),
+        ({}, 5000, (1000, 0, 200)),
+        ({}, 1000, (400, 0, 100)),
+        ({}, 50, (20, 0, 30)),
+        ({"frozen_steps": 0}, 1000, (0, 0, 0)),
+        ({"last_blocks": 1}, 25_000, (2500, 1250, 1000)),
+        ({"last_blocks": 1, "last_blocks_steps": 5, "frozen_steps": 0}, 1000, (0, 5, 100)),
+        ({"frozen_steps": 7, "ramp_steps": 2}, 1000, (7, 0, 2)),
+        ({"frozen_steps": 7, "ramp_steps": 2}, float("inf"), (7, 0, 2)),
     ],
 )
-def test_stages_have_lengths_of_their_own(given: Any, steps: float, stages: tuple[int, int]) -> None:
+def test_stages_have_lengths_of_their_own(given: Any, steps: float, stages: tuple[int, ...]) -> None:
     assert Continued(**given).stages(steps) == stages
 
 
@@ -186,12 +251,15 @@ def test_what_cannot_go_on_is_refused_before_training(tmp_path: Path) -> None:
     for method, continued, message, options in (
         (SimCLR, {"frozen_steps": 8}, "frozen_steps 8: the training has 8 steps, so its backbone would never", {}),
         (SimCLR, {}, "no end to take shares of; set --model.continued.frozen_steps", {"max_epochs": -1}),
+        (SimCLR, {"ramp_steps": -1}, "--model.continued.ramp_steps -1 must be at least 0", {}),
+        (SimCLR, {"last_blocks": 0}, "--model.continued.last_blocks 0 must be at least 1", {}),
+        (SimCLR, {"last_blocks": 1}, "--model.continued.last_blocks: the backbone has no blocks", {}),
         (Own, {}, r"configure_optimizers must return self.optim.configure", {}),
     ):
         running = trainer(tmp_path, **options)
         with pytest.raises(UserError, match=message):
             running.fit(small(method, init_from=source, continued=continued), data(SimCLR))
-        assert running.global_step == 0
+        assert running.global_step == 0, message
     for module, message in (
         (small(SimCLR, init_from=source), "init_from .*source.ckpt is not read where --ckpt_path resumes"),
         (small(SimCLR, init_from=source, continued={}), "init_from"),

@@ -159,6 +159,7 @@ def test_a_network_without_a_map_learns_whole_images(tmp_path: Path) -> None:
         ({"teacher": "resnet19"}, "--model.teacher resnet19: unknown backbone 'resnet19'.*did you mean"),
         ({"teacher": "resnet10t_cifar"}, "--model.teacher resnet10t_cifar: unknown backbone"),
         ({"teacher_size": 30, "teacher": "REGISTERS"}, "do not divide --model.teacher_size 30; set it to 28 or 42"),
+        ({"teacher_size": 0}, "--model.teacher_size 0: give a number of pixels"),
         ({"teacher_channels": [0, 1]}, "takes images of 3 channels, but gets 2; set --model.teacher_channels"),
         ({"teacher_channels": [0, 1, 3]}, r"--model.teacher_channels \[0, 1, 3\]: the images have the channels 0 to 2"),
         ({"teacher": [TEACHER, ""]}, "set --model.teacher to"),

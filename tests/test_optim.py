@@ -1,14 +1,17 @@
 """LARS against worked examples and a plain restatement; recipes against torch's optimizers."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from ssl_lightning import LARC, LARS, Optim, UserError
+from ssl_lightning import LARC, LARS, LastCheckpoint, Optim, SimCLR, UserError
 from ssl_lightning.schedules import cosine
+from tests.small import ADAMW, data, simclr, trainer
 
 
 def steps(
@@ -105,6 +108,43 @@ def test_a_cosine_may_count_from_the_first_step_as_timms() -> None:
     assert ours == pytest.approx(expected)
     later = [replace(optim, cosine_from_start=False).lr_factor(step, 500, 5) for step in range(500)]
     assert sum(later) / sum(ours) == pytest.approx(1.1, abs=0.01)
+
+
+def test_the_rate_may_stay_at_the_peak_before_it_decays() -> None:
+    expected = [0, 0.5, 1, 1, 1, 0.75, 0.25]
+    for start in (2.0, 4 / 7):  # epochs of two steps, or a share of the training
+        optim = Optim(warmup_epochs=1, decay_start=start)
+        factors = [optim.lr_factor(step, 7, 2) for step in range(7)]
+        assert factors == pytest.approx(expected, abs=1e-6)
+    assert Optim(warmup_epochs=0, decay_start=9).lr_factor(7, 8, 2) == 1
+    for wrong, message in (
+        ({"decay_start": -1}, "give an epoch, or a share below 1"),
+        ({"decay_start": 0.5, "milestones": (0.5,)}, r"set --model.optim.milestones to \[\]"),
+        ({"decay_start": 0.5, "cosine_from_start": True}, "set --model.optim.cosine_from_start to false"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Optim(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_short_decay_branched_off_a_stable_run_is_a_run_planned_that_way(tmp_path: Path) -> None:
+    def run(epochs: int, decay_start: float, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], float]:
+        L.seed_everything(1)
+        keep = LastCheckpoint(keep_epochs=[2], dirpath=str(tmp_path / f"{epochs}"))
+        optim = replace(ADAMW, warmup_epochs=1, decay_start=decay_start, end_lr_factor=0.01)
+        method = simclr(optim=optim)
+        running = trainer(tmp_path, max_epochs=epochs, callbacks=[keep], enable_checkpointing=True)
+        running.fit(method, data(SimCLR, num_workers=0), ckpt_path=ckpt_path)
+        return method.state_dict(), running.optimizers[0].param_groups[0]["lr"]
+
+    planned, last_rate = run(3, 2)
+    _, stable_rate = run(4, 4)
+    with pytest.warns(
+        UserWarning, match=r"other hyper-parameters than the checkpoint's: optim.decay_start 2 \(was 4\)"
+    ):
+        branched, _ = run(3, 2, tmp_path / "4" / "epoch_2.ckpt")
+    assert all(torch.equal(value, branched[name]) for name, value in planned.items())
+    assert last_rate == pytest.approx(0.01 * ADAMW.base_lr)
+    assert stable_rate == ADAMW.base_lr
 
 
 @pytest.mark.parametrize(

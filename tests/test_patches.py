@@ -9,6 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ssl_lightning import UserError
 from ssl_lightning.evaluation import hummingbird, knn_segmentation, mean_iou, patch_pca
+from ssl_lightning.evaluation.components import aligned, foreground, joint_components, patch_colors
 from ssl_lightning.evaluation.patches import pca_colors
 
 
@@ -69,3 +70,37 @@ def test_components_are_those_of_a_whitened_pca_with_positive_skewness() -> None
     assert (colors.min(), colors.max()) == (0, 1)
     assert 0.3 < colors.mean() < 0.6
     assert patch_pca(torch.ones(5, 2)).abs().max() == 0  # no variance, no colors
+
+
+def test_the_foreground_is_the_side_with_fewer_patches_at_the_borders() -> None:
+    torch.manual_seed(0)
+    maps = [0.1 * torch.randn(6, *shape) for shape in ((6, 8), (7, 5))]
+    for features in maps:
+        features[0, 2:-2, 2:-2] += 3  # an object in the middle
+    masks = foreground(joint_components(maps))
+    for mask, features in zip(masks, maps, strict=True):
+        assert torch.equal(mask, features[0] > 1.5)
+    colors = patch_colors(maps)
+    for inner, mask in zip(colors.foreground, masks, strict=True):
+        np.testing.assert_array_equal(inner.any(axis=2), mask.numpy())
+    blank = patch_colors([torch.ones(3, 4, 4)])  # all equal: no foreground
+    assert blank.foreground[0].max() == 0
+
+
+def test_nearly_symmetric_components_keep_their_sign() -> None:
+    values = torch.linspace(-1, 1, 12).view(3, 4, 1).expand(3, 4, 3).clone()
+    values[..., 1] = values[..., 1].exp() - 1.5  # of clear skewness
+    now, before = [torch.stack([-values[..., 0], -values[..., 1], values[..., 2]], dim=2)], [values]
+    assert torch.equal(aligned(now, before)[0], torch.stack([values[..., 0], -values[..., 1], values[..., 2]], dim=2))
+    assert torch.equal(aligned(now, [values[:2]])[0], now[0])  # of other images
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (60_000, 4)])
+def test_few_and_many_patches_have_the_components_of_a_whitened_pca(shape: tuple[int, int]) -> None:
+    features = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double() ** 2
+    features *= torch.arange(1, shape[1] + 1)
+    expected = PCA(2, whiten=True).fit_transform(features.numpy())
+    found = patch_pca(features, 2).numpy()
+    tolerance = 1e-9 if len(features) < 50_000 else 0.2  # some determine the components
+    deviation = np.sqrt(len(features) / (len(features) - 1))  # of scikit-learn
+    np.testing.assert_allclose(np.abs(found), np.abs(expected) * deviation, atol=tolerance)

@@ -1,5 +1,8 @@
 """Pictures of what is learnt: right pixels, right neighbours, in the loggers and in the run's folder."""
 
+import base64
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ssl_lightning import (
     ArrayData,
     HuggingFaceData,
     ImageTokenizer,
+    KNNProbe,
     Pictures,
     SimCLR,
     SimMIM,
@@ -24,6 +28,7 @@ from ssl_lightning import (
     UserError,
     ViewSpec,
 )
+from ssl_lightning.backbones.maps import map_and_attention
 from ssl_lightning.callbacks.features import PlainFeatures
 from ssl_lightning.callbacks.pictures import _neighbors, _projected
 from ssl_lightning.drawing import CELL, heat, pixels_of
@@ -47,9 +52,9 @@ def run(method: type[SSLModule], folder: Path, *more: dict[str, Any], **kwargs: 
     slow_unless(
         lambda method, *_: method is MAE,
         [
-            (SimCLR, {}, {"neighbours", "map", "schedules"}),
-            (DINO, VIT, {"neighbours", "map", "schedules", "attention"}),
-            (MAE, {}, {"neighbours", "map", "schedules", "attention", "reconstructions"}),
+            (SimCLR, {}, {"neighbours", "map", "schedules", "components"}),
+            (DINO, VIT, {"neighbours", "map", "schedules", "components", "attention"}),
+            (MAE, {}, {"neighbours", "map", "schedules", "components", "attention", "reconstructions"}),
         ],
     ),
 )
@@ -126,8 +131,10 @@ def test_a_tokenizer_shows_images_as_the_vectors_of_their_words() -> None:
 def test_attention_is_that_of_the_class_token() -> None:
     vit = small(DINO, VIT, drop_path=0.0).evaluated_backbone.eval()
     images = torch.rand(2, 3, 32, 24)
-    found = vit.class_attention(images)
+    with torch.no_grad():
+        found = map_and_attention(vit, images)[1]
     assert found.shape == (2, 3, 4, 3)
+    assert found is not None
     inputs: list[Tensor] = []
     vit.blocks[-1].attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     vit(images)
@@ -165,6 +172,24 @@ def test_neighbours_are_the_nearest_in_angle() -> None:
     assert frames == [(0x3C, 0xB4, 0x4B), *[(0xE6, 0x19, 0x4B)] * 3]
 
 
+def test_neighbors_and_map_are_of_the_whole_bank(tmp_path: Path) -> None:
+    settings = {"callbacks": [KNNProbe(), Pictures()], "logger": TensorBoardLogger(tmp_path, "", "")}
+    data = digits(train_samples=700, image_size=16)
+    trainer(tmp_path, limit_train_batches=2, **settings).fit(small(SimCLR), data)
+    found = json.loads((tmp_path / "map.json").read_text())
+    images = data.train_images
+    assert images is not None
+    assert images.labels is not None
+    assert found["labels"] == images.labels.tolist()
+    assert len(found["x"]) == len(found["neighbors"]) == len(found["clusters"]) == 700
+    assert all(image not in others for image, others in enumerate(found["neighbors"]))
+    sheet = Image.open(io.BytesIO(base64.b64decode(found["tiles"].partition(",")[2])))
+    row, column = divmod(333, found["columns"])
+    tile = np.asarray(sheet.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32)).convert("L")).astype(int)
+    image = torch.nn.functional.interpolate(images.read(333)[None].float(), (32, 32), mode="bilinear")[0, 0]
+    assert np.corrcoef(tile.ravel(), image.numpy().ravel())[0, 1] > 0.95
+
+
 def test_the_map_keeps_what_lies_apart_apart() -> None:
     torch.manual_seed(0)
     features = torch.cat([torch.randn(30, 8), torch.randn(30, 8) + 20]).double().numpy()
@@ -192,7 +217,7 @@ def test_data_without_labels_and_streams_are_drawn_as_far_as_they_go(photos: Pat
         folder = tmp_path / str(number)
         settings: dict[str, Any] = {"callbacks": [Pictures()], "logger": TensorBoardLogger(folder, "", "")}
         trainer(tmp_path, limit_train_batches=2, **settings).fit(small(SimCLR), data)
-        expected = {"neighbours", "map", "schedules"} if number == 0 else {"schedules"}
+        expected = {"neighbours", "map", "schedules", "components"} if number == 0 else {"schedules"}
         assert {path.name for path in (folder / "pictures").iterdir()} == expected
 
 
@@ -207,7 +232,8 @@ def test_two_processes_draw_once(tmp_path: Path) -> None:
     run_processes(_two, 2, 2, str(tmp_path))
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pictures").rglob("*.png"))
     assert drawn == [
-        f"pictures/{name}/0001.png" for name in ("attention", "map", "neighbours", "reconstructions", "schedules")
+        f"pictures/{name}/0001.png"
+        for name in ("attention", "components", "map", "neighbours", "reconstructions", "schedules")
     ]
     with Image.open(tmp_path / "pictures/reconstructions/0001.png") as sheet:
         assert sheet.height == 14 + 4 * (CELL + 4)

@@ -4,6 +4,7 @@ import csv
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,6 @@ from ssl_lightning.commands.report import report
 from ssl_lightning.loggers import AppendingCSVLogger
 from tests.small import digits, simclr, trainer
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FIT = ["fit", "--config", "configs/moco_v2/quickstart.yaml", "--config", "configs/overlays/debug.yaml"]
 EVIL = "</script><script>document.title = 'taken over'</script>"
 
@@ -53,22 +53,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run: Path) -> Path:
     return report(str(run), str(run.parent / "page.html"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    selenium = pytest.importorskip("selenium.webdriver")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
-    options = selenium.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = selenium.Chrome(options, selenium.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def opened(browser: Any, address: str, width: int = 1200) -> list[str]:
@@ -115,7 +99,7 @@ def test_every_plot_draws_its_curves_and_every_picture_is_there(browser: Any, pa
     assert drawn["Loss"]["traces"] == 2  # with the chance loss
     assert drawn["Where the time goes"]["traces"] == 6
     widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 10  # the views, three maps, and three pictures after each start's last epoch
+    assert len(widths) == 12  # the views, three maps, and four pictures after each start's last epoch
     assert all(width > 0 for width in widths)
 
 
@@ -135,6 +119,33 @@ def test_the_slider_shows_earlier_epochs(browser: Any, page: Path) -> None:
     browser.execute_script(f"{slide} input.dispatchEvent(new Event('input', {{bubbles: true}}))")
     assert browser.execute_script(f"{shown}.map(image => image.naturalWidth)") == [40]
     assert browser.execute_script("return document.querySelector('figure output').value") == "epoch 0"
+
+
+def test_points_and_numbers_lead_to_their_images(browser: Any, page: Path, run: Path) -> None:
+    opened(browser, page.as_uri())
+    found = json.loads((run / "map.json").read_text())
+    points, labels = len(found["x"]), found["labels"]
+    drawn = browser.execute_script("return document.getElementById('map').data.map(trace => trace.customdata)")
+    assert [{labels[image] for image in trace} for trace in drawn] == [{label} for label in range(10)]
+    assert sorted(image for trace in drawn for image in trace) == [*range(points)]
+    tiles = "[...document.querySelectorAll('#picked button')].map(tile => [tile.title, Number(tile.dataset.image)])"
+    click = "document.getElementById('map').emit('plotly_click', {points: [{customdata: 5}]});"
+    shown = browser.execute_script(f"{click} return {tiles}")
+    assert [image for _, image in shown] == [5, *found["neighbors"][5]]
+    assert shown[0][0] == f"{found['names'][5]}, {labels[5]}"
+    frames = browser.execute_script(
+        "return [...document.querySelectorAll('#picked button')].map(tile => tile.className)"
+    )
+    same = [labels[other] == labels[5] for other in found["neighbors"][5]]
+    assert [frame == "same" for frame in frames[1:]] == same
+    browser.find_element("css selector", "a.wrong").click()  # the kNN accuracy
+    wrong = [image for _, image in browser.execute_script(f"return {tiles}")]
+    assert 0 < len(wrong) <= 60
+    assert labels[wrong[0]] not in [labels[other] for other in found["neighbors"][wrong[0]]]
+    names = browser.execute_script("return [...document.getElementById('listed').options].map(option => option.text)")
+    assert re.fullmatch(r"\d, taken for \d: \d+", names[2])
+    browser.execute_script("document.getElementById('colors').value = 'clusters'; drawMap()")
+    assert browser.execute_script("return document.getElementById('map').data[0].name") == "cluster 1"
 
 
 def test_what_happened_is_text_and_no_code(browser: Any, page: Path, run: Path) -> None:

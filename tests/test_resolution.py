@@ -1,6 +1,7 @@
 """Smaller views in the first epochs: the same crops, exact after a resume, and full size in evaluation."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from ssl_lightning import DINO, BEiT, DINOv2, FakeData, ImageFolderData, LastCheckpoint, SimCLR, UserError, ViewSpec
 from ssl_lightning.data.crops import ViewMaker
-from ssl_lightning.data.resolution import Resolution, Stages, planned_epochs
+from ssl_lightning.data.noise import noisy_square
+from ssl_lightning.data.resolution import Resolution, Stages, length_in_epochs
 from tests.small import BACKBONE, METHODS, VIT, VIT_ONLY, data, slow_unless, small, trainer
 
 HALF = Resolution(scale=0.5, until=0.5)
@@ -66,6 +68,48 @@ def test_views_are_those_of_a_run_at_the_smaller_size(photos: Path, in_memory: b
     assert torch.equal(*made)
 
 
+@pytest.mark.parametrize("in_memory", [False, True], ids=["cropped by workers", "cropped in the batch"])
+def test_a_square_of_each_image_is_noisy_once_views_have_their_full_size(photos: Path, in_memory: bool) -> None:
+    whole = [ViewSpec(size=32, count=2, scale=(1, 1), ratio=(1, 1), flip=0, mean=(0,), std=(1,))]
+
+    def views(noise: float, epoch: int) -> torch.Tensor:
+        resolution = Resolution(scale=0.5, until=0.5, noise=noise)
+        kwargs: dict[str, Any] = {"batch_size": 8, "seed": 0, "num_workers": 0, "views": whole}
+        source: Any = FakeData(image_size=32, resolution=resolution, **kwargs)
+        if not in_memory:
+            source = ImageFolderData(str(photos), resolution=resolution, in_memory=False, **kwargs)
+        dataset = source.train_dataloader().dataset
+        dataset.maker.stages = replace(dataset.maker.stages, epochs=1.0)
+        batch = dataset[epoch, np.arange(8)]
+        return torch.stack(source.on_after_batch_transfer(batch, 0).views)
+
+    assert torch.equal(views(0.5, 0), views(0, 0))
+    plain, noisy = views(0, 1), views(0.5, 1)
+    assert torch.equal(noisy, views(0.5, 1))
+    changed = noisy != plain  # (2, 8, 3, S, S)
+    assert changed.flatten(2).any(2).all()
+    assert not changed.all()
+    assert not torch.equal(noisy - plain, views(0.5, 2) - views(0, 2))
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+    if in_memory:
+        assert torch.equal(noisy[0], noisy[1])
+
+
+def test_noise_is_the_same_for_the_upper_rows_and_leaves_the_image_as_it_is() -> None:
+    image = np.full((40, 60, 3), 128, np.uint8)
+    whole = [noisy_square(image, 40, 0.2, 0, 0, index, 0) for index in range(200)]
+    assert (image == 128).all()
+    for index in range(20):
+        assert (noisy_square(image[:25], 40, 0.2, 0, 0, index, 0) == whole[index][:25]).all()
+    sides = [int((noisy != 128).any(2).any(1).sum()) for noisy in whole]
+    assert 15 < np.mean(sides) < 25
+    assert max(sides) == 40
+    stds = [np.std(noisy[noisy != 128] / 255) for noisy, side in zip(whole, sides, strict=True) if side > 10]
+    assert 0.08 < np.mean(stds) < 0.12
+    assert not (whole[0] == noisy_square(image, 40, 0.2, 0, 0, 0, 1)).all()
+
+
 def test_a_run_that_is_resumed_in_a_stage_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     def run(stop: int | None, ckpt_path: str | None = None) -> tuple[dict[str, Any], Sizes]:
         L.seed_everything(1)
@@ -98,16 +142,16 @@ def test_every_method_trains_on_both_sizes(method: Any, tmp_path: Path) -> None:
 
 def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
     steps = trainer(tmp_path, max_epochs=-1, max_steps=30, accumulate_grad_batches=2)
-    assert planned_epochs(steps, batches=20) == 3
+    assert length_in_epochs(steps, batches=20) == 3
     steps = trainer(tmp_path, max_epochs=2, max_steps=30, limit_train_batches=0.5)
-    assert planned_epochs(steps, batches=20) == 2
+    assert length_in_epochs(steps, batches=20) == 2
     with pytest.raises(UserError, match=r"set --trainer.max_epochs"):
-        planned_epochs(trainer(tmp_path, max_epochs=-1), batches=20)
+        length_in_epochs(trainer(tmp_path, max_epochs=-1), batches=20)
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"scale": -1}])
+@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"scale": -1}, {"noise": 2.0}])
 def test_fractions_are_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"--data.resolution.(scale|until) .*between 0 and 1"):
+    with pytest.raises(UserError, match=r"--data.resolution.(scale|until|noise) .*(between|from) 0 (and|to) 1"):
         Resolution(**wrong)
 
 

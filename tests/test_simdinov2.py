@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_lightning import Optim, SimDINOv2, UserError, losses
+from ssl_lightning.optim import by_layer
 from tests.oracle import Weights, adamw, compare, linear, moved, parameters, random_views, run, unit
 from tests.small import VIT, small
 from tests.test_simdino import plain_rate
@@ -35,9 +36,9 @@ def test_defaults_are_the_released_codes() -> None:
     assert {block.drop_path1.drop_prob for block in vit.blocks} == {0.2}
     assert parameters(method.projector) == 1024 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 256 + 256
     assert (method.momentum, method.layer_decay, method.patch_embed_lr, method.views) == (0.9, 0.9, 0.2, "simdinov2")
-    assert method.lr_scale("backbone.reg_token") == pytest.approx(0.9**25)
-    assert method.lr_scale("backbone.patch_embed.proj.weight") == pytest.approx(0.2 * 0.9**25)
-    assert method.lr_scale("projector.0.weight") == 1
+    assert by_layer(method)("backbone.reg_token") == pytest.approx(0.9**25)
+    assert by_layer(method)("backbone.patch_embed.proj.weight") == pytest.approx(0.2 * 0.9**25)
+    assert by_layer(method)("projector.0.weight") == 1
     assert method.optim.peak_lr(1024) == pytest.approx(0.004)
     assert method.optim.peak_lr(1024) * method.optim.end_lr_factor == pytest.approx(1e-6)
     small_vit = small(SimDINOv2)

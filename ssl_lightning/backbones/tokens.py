@@ -175,23 +175,26 @@ def only_size(backbone: nn.Module) -> int | None:
     return embedding.img_size[0] if getattr(embedding, "strict_img_size", False) else None
 
 
-def layer_scale(name: str, blocks: int, decay: float) -> float:
+def layer_scale(name: str, blocks: int, decay: float, patch_embed_lr: float = 1.0) -> float:
     """Learning-rate multiplier of a parameter of a ViT: each block has ``decay`` times the rate of the next block.
 
     Embeddings and registers come before the first block; the norm and whatever is no part of the ViT have the full
     rate, as in DINOv2's released code (since October 2023; before, its registers had the full rate).
 
     Args:
-        name: Name of the parameter in the ViT.
+        name: Name of the parameter, in the ViT or in a method with a ``backbone``.
         blocks: Number of blocks.
         decay: Share of the rate of the layer above.
+        patch_embed_lr: Further multiplier of the patch projection.
     """
+    name = name.removeprefix("backbone.")
     layer = blocks + 1
     if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token", "reg_token")):
         layer = 0
     elif name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
-    return decay ** (blocks + 1 - layer)
+    further = patch_embed_lr if name.startswith("patch_embed") else 1.0
+    return further * decay ** (blocks + 1 - layer)
 
 
 def inflate_channels(weight: Tensor, channels: int) -> Tensor:

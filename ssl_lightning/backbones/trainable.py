@@ -85,33 +85,48 @@ def restrict(backbone: nn.Module, trainable: Trainable, patch_embed: bool = Fals
         UserError: The backbone has no such parts, or nothing would be trained.
     """
     blocks = blocks_in(backbone)
-    whole, lora = trainable.last_blocks or 0, trainable.lora
+    lora = trainable.lora
     option = "--model.trainable.last_blocks"
     if lora is not None:
         if trainable.last_blocks is not None:
             raise UserError(f"with LoRA, set --model.trainable.lora.whole_blocks instead of {option}.")
-        whole, option = lora.whole_blocks, "--model.trainable.lora.whole_blocks"
-    if (trainable.last_blocks is not None or lora is not None) and not blocks:
-        raise UserError(
-            f"--model.trainable.{'last_blocks' if lora is None else 'lora'}: the backbone has no blocks; set "
-            "--model.backbone to a ViT of timm, or --model.trainable to all or norms."
-        )
-    if not 0 <= whole <= len(blocks):
-        raise UserError(f"{option} {whole}: the backbone has {len(blocks)} blocks.")
-    parts = [*blocks[len(blocks) - whole :]]
-    if whole:
-        parts += [part for name, part in backbone.named_children() if name in ("norm", "fc_norm", "attn_pool")]
+        option = "--model.trainable.lora.whole_blocks" if blocks else "--model.trainable.lora"
+    whole = trainable.last_blocks if lora is None else lora.whole_blocks
+    parts = [] if whole is None else last_parts(backbone, whole, option)
     if trainable.norms:
-        parts += [part for part in backbone.modules() if "Norm" in type(part).__name__]
+        within = (part for part in backbone.modules() if part is not backbone)  # whose class may be called NormFreeNet
+        parts += [part for part in within if "Norm" in type(part).__name__]
     learning = {id(p) for part in parts for p in part.parameters()}
     first = of_first_layer(backbone) if patch_embed else set()
     for name, p in backbone.named_parameters():
         p.requires_grad_(p.requires_grad and (id(p) in learning or name in first))
     if lora is not None:
-        for block in blocks[: len(blocks) - whole]:
+        for block in blocks[: len(blocks) - lora.whole_blocks]:
             _add(block, lora)
     if not any(p.requires_grad for p in backbone.parameters()):
         raise UserError("--model.trainable leaves nothing of the backbone to train; set it to all, or choose more.")
+
+
+def last_parts(backbone: nn.Module, count: int, option: str) -> list[nn.Module]:
+    """The last blocks of a backbone, and the norm after them.
+
+    Args:
+        backbone: Any.
+        count: Number of blocks; with 0 there is no norm either.
+        option: The option that asks for them, for messages.
+
+    Raises:
+        UserError: The backbone has fewer blocks.
+    """
+    blocks = blocks_in(backbone)
+    if not blocks:
+        raise UserError(
+            f"{option}: the backbone has no blocks; set --model.backbone to a ViT of timm, or leave the option out."
+        )
+    if not 0 <= count <= len(blocks):
+        raise UserError(f"{option} {count}: the backbone has {len(blocks)} blocks.")
+    norms = [part for name, part in backbone.named_children() if name in ("norm", "fc_norm", "attn_pool")]
+    return [*blocks[len(blocks) - count :], *(norms if count else [])]
 
 
 def of_first_layer(backbone: nn.Module) -> set[str]:

@@ -64,24 +64,6 @@ class TimmViT(ViT):
         """Number that the sides of images must be divisible by."""
         return math.lcm(*self.patch_embed.patch_size)
 
-    def class_attention(self, images: Tensor) -> Tensor:
-        """Attention ``(B, heads, rows, columns)`` of the class token to the patches in the last block.
-
-        Args:
-            images: ``(B, 3, S, S)``.
-        """
-        attention: Any = self.blocks[-1].attn
-        seen: list[Tensor] = []
-        hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        fused, attention.fused_attn = attention.fused_attn, False  # which would not hold the weights
-        try:
-            self.forward_features(images)
-        finally:
-            attention.fused_attn = fused
-            hook.remove()
-        rows = images.shape[2] // self.patch_embed.patch_size[0]
-        return seen[0][:, :, 0, self.num_prefix_tokens :].unflatten(2, (rows, -1))
-
 
 class AnySizeViT(VisionTransformer, TimmViT):
     """timm's ViT, its positions interpolated to the size of the images as in DINO's released code.

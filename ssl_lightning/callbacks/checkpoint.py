@@ -1,5 +1,6 @@
 """Checkpoints: the last one to resume from, the best one to use."""
 
+import os
 from typing import Any, Literal
 
 import lightning as L
@@ -15,12 +16,18 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         every_n_epochs: Write every this many epochs. None means 1, or never if ``every_n_train_steps`` is set.
         every_n_train_steps: Write every this many optimizer steps, instead of after epochs.
+        keep_epochs: Epochs after which a further checkpoint, ``epoch_<n>.ckpt``, is written and kept.
         dirpath: Folder. None means ``checkpoints`` in the run folder.
     """
 
     def __init__(
-        self, every_n_epochs: int | None = None, every_n_train_steps: int | None = None, dirpath: str | None = None
+        self,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        keep_epochs: list[int] | None = None,
+        dirpath: str | None = None,
     ) -> None:
+        self.keep_epochs = keep_epochs or []
         super().__init__(
             dirpath=dirpath,
             filename=LAST_CHECKPOINT,
@@ -34,6 +41,12 @@ class LastCheckpoint(ModelCheckpoint):
         """Count the resumed step as saved. With gradient accumulation, the next batch may not complete a new step."""
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the checkpoint, and those to keep."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if (epoch := trainer.current_epoch + 1) in self.keep_epochs:
+            trainer.save_checkpoint(os.path.join(str(self.dirpath), f"epoch_{epoch}.ckpt"))
 
     def save(self, trainer: L.Trainer) -> str:
         """Write the checkpoint now.

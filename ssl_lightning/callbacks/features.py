@@ -21,6 +21,12 @@ class PlainFeatures(NamedTuple):
     indices: Tensor
     """``(N,)`` indices of the images in the data set."""
 
+    def some(self, count: int) -> "PlainFeatures":
+        """At most ``count`` of them, evenly spread, on the CPU."""
+        size = len(self.indices)
+        rows = torch.arange(min(count, size), device=self.indices.device) * size // max(1, min(count, size))
+        return PlainFeatures(*(part[rows].cpu() for part in self))
+
 
 def plain_features(
     trainer: L.Trainer,

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from ssl_lightning.callbacks.features import in_eval_mode, no_features, no_numbers, plain_features
+from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, no_features, no_numbers, plain_features
 from ssl_lightning.callbacks.interval import EveryEpochs, Interval
 from ssl_lightning.callbacks.progress import is_nth_or_last
 from ssl_lightning.distributed import gather_uneven
@@ -67,6 +67,8 @@ class KNNProbe(L.Callback):
         self._started = 0.0
         self._validated_every: int | None = None
         self._references: dict[str, float] = {}
+        self.bank: tuple[int, PlainFeatures] | None = None
+        """The step at which the bank was computed last, and a part of it, to look at."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check whether the data has labels."""
@@ -204,4 +206,11 @@ class KNNProbe(L.Callback):
     def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule, reference: Any = None) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set, the same on every process."""
         data: Any = getattr(trainer, "datamodule", None)
-        return plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)[:2]
+        bank = plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)
+        if reference is None:
+            self.bank = trainer.global_step, bank.some(_SHOWN)
+        return bank[:2]
+
+
+_SHOWN = 2048
+"""Number of images of the bank that are kept to look at."""

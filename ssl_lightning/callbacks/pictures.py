@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning as L
@@ -14,11 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, plain_features
+from ssl_lightning.backbones.maps import map_and_attention
+from ssl_lightning.callbacks.explored import bank_of, explored, tiles_of
+from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode
 from ssl_lightning.callbacks.progress import planned_epochs
-from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show
+from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show, squares
 from ssl_lightning.errors import UserError
-from ssl_lightning.runs import picture_file
+from ssl_lightning.evaluation.components import aligned, joint_components, patch_colors
+from ssl_lightning.runs import MAP_FILE, picture_file, run_folder
 
 _NEIGHBORS = 7
 _SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
@@ -27,8 +32,11 @@ _SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
 class Pictures(L.Callback):
     """Draws what the method has learned, for TensorBoard, Weights & Biases and ``pictures/<name>/<epoch>.png``.
 
+    The newest map is also kept as ``map.json``, for the page of the run: there its points show their images.
+
     ``neighbours``: some training images with their nearest neighbors by cosine similarity, in a green frame if the
-    class is the same, else in a red one. ``map``: features in two dimensions, colored by class. ``attention``: where
+    class is the same, else in a red one. ``map``: features in two dimensions, colored by class. ``components``: the
+    principal components of the features of patches, or of the places of a CNN's map, as colors. ``attention``: where
     each head of a ViT's class token looks in the last block. ``reconstructions``: the output of a method that predicts
     pixels. ``schedules``: learning rate, weight decay and teacher momentum over the whole run, with the current step.
     All pictures use the same images, prepared as for evaluation. A stream cannot return to its images, so it gets only
@@ -38,7 +46,8 @@ class Pictures(L.Callback):
         every_n_epochs: Draw every this many epochs, and after the last one.
         num_images: Number of images in each picture.
         num_compared: Number of training images to search for neighbors and to show in the map, evenly spread. None
-            means 1/32 of them, at least 64 and at most 2,048.
+            means 2,048 of those that the kNN probe searches; without the probe 1/32 of all, at least 512 and at most
+            2,048.
         projection: How the map projects features to two dimensions: ``pca``, ``tsne`` (scikit-learn's), or ``umap``
             (``pip install "ssl_lightning[umap]"``).
     """
@@ -59,6 +68,16 @@ class Pictures(L.Callback):
         self.projection = projection
         if projection == "umap":
             _umap()  # raises now if the library is missing
+        self._components: list[Tensor] = []
+        self._tiles: tuple[Tensor, Tensor] | None = None  # indices of images, and their small pictures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The components of the last picture, whose signs the next picture keeps."""
+        return {"components": self._components}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self._components = state_dict["components"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, if pictures are due. All processes compute features; the first process draws."""
@@ -69,8 +88,10 @@ class Pictures(L.Callback):
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with in_eval_mode(pl_module), torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # the same masks every time
+            trainer.strategy.on_validation_start()  # which gathers what is sharded
             pictures = self._image_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
             pictures |= self._feature_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+            trainer.strategy.on_validation_end()
         if trainer.is_global_zero:
             if (schedules := _schedules(trainer, pl_module)) is not None:
                 pictures["schedules"] = schedules
@@ -84,35 +105,55 @@ class Pictures(L.Callback):
             return {}
         images = trainer.strategy.batch_to_device(batch, dataloader_idx=0).images[: self.num_images]
         mean, std = data.image_transform["mean"], data.image_transform["std"]
-        vit: Any = getattr(pl_module, "evaluated_backbone", None)
-        attends = getattr(vit, "cls_token", None) is not None and hasattr(vit, "class_attention")
+        backbone = getattr(pl_module, "evaluated_backbone", None)
+        grid = attention = None
         with trainer.precision_plugin.val_step_context():
             made = pl_module.pictures(images) if hasattr(pl_module, "pictures") else {}
-            attention = (
-                vit.class_attention(images).cpu().double().numpy() if attends else []
-            )  # (B, heads, rows, columns)
+            with suppress(UserError):  # of a network without a map
+                grid, attention = (None, None) if backbone is None else map_and_attention(backbone, images)
+        if not trainer.is_global_zero:
+            return {}
         columns = {
             name: [_cell(image, mean, std) for image in column] for name, column in {"image": images, **made}.items()
         }
         pictures = {}
         if made:
             pictures["reconstructions"] = sheet(list(zip(*columns.values(), strict=True)), list(columns))
-        if attends:
-            rows = [[image, *map(heat, heads)] for image, heads in zip(columns["image"], attention, strict=True)]
+        if grid is not None:
+            pictures["components"] = self._drawn_components([*grid.float().cpu()], columns["image"])
+        if attention is not None:
+            heads_of_images = attention.cpu().double().numpy()  # (B, heads, rows, columns)
+            rows = [[image, *map(heat, heads)] for image, heads in zip(columns["image"], heads_of_images, strict=True)]
             pictures["attention"] = sheet(
                 rows, ["image", *(f"head {number + 1}" for number in range(len(rows[0]) - 1))]
             )
         return pictures
 
+    def _drawn_components(self, maps: list[Tensor], images: list[Image.Image]) -> Image.Image:
+        self._components = aligned(joint_components(maps), self._components)
+        colors = patch_colors(maps, self._components)
+        drawn = [map(squares, part) for part in (colors.all, colors.foreground)]
+        return sheet([*zip(images, *drawn, strict=True)], ["image", "components", "of the foreground"])
+
     def _feature_pictures(self, trainer: L.Trainer, pl_module: Any, data: Any) -> dict[str, Image.Image]:
         """Pictures that compare images."""
-        plain = plain_features(trainer, pl_module, data.plain_dataloader(self.num_compared))
-        if not trainer.is_global_zero or len(plain.features) < 3:
+        plain = bank_of(trainer, pl_module, data, self.num_compared)
+        if len(plain.features) < 3:
             return {}
         plain = PlainFeatures(*(part.cpu() for part in plain))  # a Mac's GPU has no float64
+        if self._tiles is None or not torch.equal(self._tiles[0], plain.indices):
+            self._tiles = plain.indices, tiles_of(trainer, pl_module, data, plain.indices)
+        if not trainer.is_global_zero:
+            return {}
+        points, axes = _projected(plain.features.double().numpy(), self.projection)
+        folder = run_folder(trainer)
+        if folder is not None and len(self._tiles[1]) == len(plain.indices):
+            content = explored(plain, self._tiles[1], points, axes, data, trainer.current_epoch + 1)
+            with replacing(folder / MAP_FILE) as file:
+                file.write(content.encode())
         return {
             "neighbours": _neighbors(plain, data.train_images.read, self.num_images),
-            "map": _map(plain, self.projection),
+            "map": _map(plain, points, axes),
         }
 
 
@@ -135,10 +176,9 @@ def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) 
     return sheet(rows, ["image", *(f"nearest {number + 1}" for number in range(nearest.shape[1]))])
 
 
-def _map(plain: PlainFeatures, projection: str) -> Image.Image:
+def _map(plain: PlainFeatures, points: NDArray[np.float64], axes: tuple[str, str]) -> Image.Image:
     """The features as points, colored by class."""
     labels = plain.labels.numpy()
-    points, axes = _projected(plain.features.double().numpy(), projection)
     figure = Figure(figsize=(6, 5), layout="constrained")
     panel = figure.subplots()
     classes = np.unique(labels[labels >= 0])

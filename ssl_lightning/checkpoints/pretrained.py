@@ -62,8 +62,9 @@ def image_transform_of(model: nn.Module, own: bool = False, described: dict[str,
         config = described.get("config.json", {}).get("pretrained_cfg") or {}
         prepared = described.get("preprocessor_config.json", {})
         config = {**config, **{key: prepared[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in prepared}}
+    stated = getattr(model, "img_size", None)  # a MaxViT has both sides
     return {
-        "size": getattr(model, "img_size", None)
+        "size": (stated[0] if isinstance(stated, tuple | list) else stated)
         or native_size(model)
         or int(config.get("input_size", (3, 224, 224))[1]),
         "crop_fraction": config.get("crop_pct", 0.875),

@@ -21,7 +21,7 @@ from ssl_lightning.data.pixels import Preparation
 from ssl_lightning.data.plain import PlainLoaders
 from ssl_lightning.data.prepared import PreparedImages
 from ssl_lightning.data.preview import Preview, preview
-from ssl_lightning.data.resolution import Resolution, Stages, planned_epochs
+from ssl_lightning.data.resolution import Resolution, Stages, length_in_epochs
 from ssl_lightning.data.sampler import OrderedBatches, RepeatedBatches, ShuffledBatches
 from ssl_lightning.data.splits import number_classes
 from ssl_lightning.data.stream import ImageStream
@@ -241,8 +241,8 @@ class SSLDataModule(PlainLoaders):
     def _stages(self, batches: int) -> Stages | None:
         if self.resolution is None:
             return None
-        epochs = math.inf if self.trainer is None else planned_epochs(self.trainer, batches)
-        return Stages(self.view_specs, self.small_view_specs, self.resolution.until * epochs)
+        epochs = math.inf if self.trainer is None else length_in_epochs(self.trainer, batches)
+        return Stages(self.view_specs, self.small_view_specs, self.resolution.until * epochs, self.resolution.noise)
 
     @property
     def _own_specs(self) -> tuple[ViewSpec, ...]:

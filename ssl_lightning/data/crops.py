@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_lightning.data.decoding import OpenedImage
+from ssl_lightning.data.noise import noisy_square
 from ssl_lightning.data.pairs import view_sources
 from ssl_lightning.data.randomness import NUMBERS_PER_VIEW, Augmentation, Draws, draw, uniforms
 from ssl_lightning.data.resolution import Stages
@@ -78,6 +79,23 @@ class ViewMaker:
             view += spec.count
         return boxes, augmentations
 
+    def noisy(
+        self, pixels: NDArray[Any], height: int, epoch: int, indices: NDArray[np.int64], number: int
+    ) -> NDArray[Any]:
+        """An image with its noise, in the epochs that have some.
+
+        Args:
+            pixels: ``(rows, W, C)``: the image, or its upper rows.
+            height: Height of the image in pixels.
+            epoch: Epoch.
+            indices: ``(B,)`` indices of the images in the data set, which determine the random numbers.
+            number: Its place among the B images, followed by the B partners.
+        """
+        if not (noise := self.stages.noise_at(epoch)):
+            return pixels
+        partner, place = divmod(number, len(indices))
+        return noisy_square(pixels, height, noise, self.seed, epoch, int(indices[place]), partner)
+
     def crop(
         self, epoch: int, indices: NDArray[np.int64], images: Sequence[OpenedImage]
     ) -> tuple[list[Tensor], list[Augmentation]]:
@@ -100,6 +118,7 @@ class ViewMaker:
         for number, image in enumerate(images):
             bottom = max((top + height for _, _, (top, _, height, _) in views[number]), default=0)
             pixels = image.decode(bottom).permute(1, 2, 0).numpy()  # (rows, W, C)
+            pixels = self.noisy(pixels, image.height, epoch, indices, number)
             if not crops:
                 channels, dtype = pixels.shape[2], torch.from_numpy(pixels).dtype
                 shapes = [

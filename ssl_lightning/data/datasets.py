@@ -54,6 +54,12 @@ class ViewDataset(Dataset[RawViews]):
             # the device crops
             partners = self.partners(epoch, indices, indices) if self.paired else []
             batch = self.images.batch(torch.tensor([*indices.tolist(), *partners]))
+            if self.maker.stages.noise_at(epoch):
+                arrays = batch.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+                noisy = [
+                    self.maker.noisy(image, len(image), epoch, indices, number) for number, image in enumerate(arrays)
+                ]
+                batch = torch.from_numpy(np.stack(noisy)).permute(0, 3, 1, 2)
             heights, widths = (np.full(len(batch), side) for side in batch.shape[-2:])
             boxes, augmentations = self.maker.draw(epoch, indices, heights, widths)
             rows = self.maker.image_rows(len(indices))

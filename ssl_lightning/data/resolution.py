@@ -12,16 +12,19 @@ from ssl_lightning.errors import UserError
 class Resolution:
     """Smaller views in the first epochs, for a fraction of their cost: the same crops, resized to fewer pixels.
 
-    Zhang et al. 2025, FastDINOv2, https://arxiv.org/abs/2507.03779. Its noise patches are left out, and a single run
-    has both parts, with one schedule of the learning rate.
+    Zhang et al. 2025, FastDINOv2, https://arxiv.org/abs/2507.03779. Here a single run has both parts, with one schedule
+    of the learning rate.
 
     Args:
         scale: Side of the views in the first epochs, as a fraction of their full side, rounded to the patches.
         until: Fraction of the epochs after which views have their full size.
+        noise: Largest standard deviation, where white is 1, of the Gaussian noise on a random square of each image once
+            views have their full size, e.g. 0.5 as in the released code. All views of the image show it. 0 for none.
     """
 
     scale: float = 0.5
     until: float = 0.75
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Reject impossible values.
@@ -35,6 +38,8 @@ class Resolution:
                     f"--data.resolution.{name} {getattr(self, name)}: give a number between 0 and 1, or set "
                     "--data.resolution to null."
                 )
+        if not 0 <= self.noise <= 1:
+            raise UserError(f"--data.resolution.noise {self.noise}: give a number from 0 to 1; white is 1.")
 
     def small(self, specs: Sequence[ViewSpec], patch: int) -> tuple[ViewSpec, ...]:
         """The views of the first epochs.
@@ -57,11 +62,13 @@ class Stages:
         full: The views at their full size.
         small: The views of the first epochs.
         epochs: How many epochs have the latter.
+        noise: As for ``Resolution``, in the epochs after them.
     """
 
     full: tuple[ViewSpec, ...]
     small: tuple[ViewSpec, ...] = ()
     epochs: float = 0.0
+    noise: float = 0.0
 
     def at(self, epoch: int) -> tuple[ViewSpec, ...]:
         """The views of an epoch; they differ only in size.
@@ -71,8 +78,16 @@ class Stages:
         """
         return self.small if epoch < self.epochs else self.full
 
+    def noise_at(self, epoch: int) -> float:
+        """Largest standard deviation of the noise in an epoch.
 
-def planned_epochs(trainer: Any, batches: int) -> float:
+        Args:
+            epoch: Epochs done.
+        """
+        return 0.0 if epoch < self.epochs else self.noise
+
+
+def length_in_epochs(trainer: Any, batches: int) -> float:
     """Epochs that a training will take; the last one may be a part of an epoch.
 
     Args:

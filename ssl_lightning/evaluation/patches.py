@@ -130,21 +130,31 @@ def patch_pca(features: Tensor, components: int = 3) -> Tensor:
     Source: Darcet et al. 2025, CAPI, the released pictures. ``pca_colors`` makes colors of three components.
 
     Args:
-        features: ``(N, D)``: the patches of a single image, or of several images to compare their colors.
+        features: ``(N, D)``: the patches of a single image, or of several images to compare their colors. Above 50,000
+            patches, evenly spread ones determine the components.
         components: Number of components. Components without variance are 0.
 
     Returns:
         ``(N, components)``.
     """
-    centered = wide(features)
-    centered = centered - centered.mean(0)
-    exact = centered.double()
-    eigenvalues, axes = torch.linalg.eigh(exact.T @ exact / len(exact))  # ascending
+    features = wide(features)
+    some = features[torch.linspace(0, len(features) - 1, _FITTED).long()] if len(features) > _FITTED else features
+    mean = some.mean(0)
+    exact = (some - mean).double()
+    basis = torch.linalg.qr(exact.T).Q if len(exact) < exact.shape[1] else None  # far fewer directions to search
+    reduced = exact if basis is None else exact @ basis  # (N, min(N, D))
+    eigenvalues, axes = torch.linalg.eigh(reduced.T @ reduced / len(exact))  # ascending
     eigenvalues, axes = eigenvalues.flip(0)[:components], axes.flip(1)[:, :components]
+    axes = axes if basis is None else basis @ axes  # (D, components)
     kept = eigenvalues > eigenvalues[:1] * 1e-12
-    values = exact @ axes * torch.where(kept, eigenvalues, torch.inf).rsqrt()  # (N, components)
-    values = torch.where(values.pow(3).mean(0) < 0, -values, values)
-    return F.pad(values, (0, components - values.shape[1])).to(centered.dtype)
+    axes = axes * torch.where(kept, eigenvalues, torch.inf).rsqrt()
+    axes = torch.where((exact @ axes).pow(3).mean(0) < 0, -axes, axes)
+    values = (features - mean).double() @ axes  # (N, components)
+    return F.pad(values, (0, components - values.shape[1])).to(features.dtype)
+
+
+_FITTED = 50_000
+"""Most patches that principal components are computed from."""
 
 
 def pca_colors(components: Tensor) -> Tensor:

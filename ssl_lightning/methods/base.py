@@ -1,6 +1,6 @@
 """SSLModule: the contract of a method, and its step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -184,6 +184,14 @@ class SSLModule(StepTools):
     def chance_loss(self) -> float | None:
         """The loss of a model that has learned nothing, or None where there is no such value."""
         return None
+
+    @property
+    def references(self) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
+        """What is measured next to the method, by name, each with the width of its features.
+
+        Each is measured once, before the first step: of a run that goes on with weights, the method itself.
+        """
+        return {} if self.continued is None else {"start": (self, self.embed_dim)}
 
     def teacher_momentum(self, progress: float) -> float | None:
         """Share of the teacher that stays at a step, given the progress in [0, 1]; None without a teacher."""

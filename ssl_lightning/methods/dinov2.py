@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, called_blocks, layer_scale, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import gather, reduced
 from ssl_lightning.heads import DINOHead
 from ssl_lightning.masks import global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
-from ssl_lightning.optim import Optim, clip_together, steps_per_epoch
+from ssl_lightning.optim import Optim, by_layer, clip_parts, steps_per_epoch
 from ssl_lightning.schedules import Warmup, cosine
 
 
@@ -140,8 +140,8 @@ class DINOv2(SSLModule):
         their gradients enter the moments of Adam.
         """
         heads = [part for part in self.children() if isinstance(part, DINOHead) and part.training]
-        for parameters in ([*self.backbone.parameters(), self.mask_token], *(head.parameters() for head in heads)):
-            clip_together(parameters, self.clip_gradient)
+        body = [*self.backbone.parameters(), self.mask_token]
+        clip_parts([body, *(head.parameters() for head in heads)], self.clip_gradient)
         for prototypes in self._prototypes() if self.current_epoch < self.freeze_last_layer else ():
             self.defer(frozen=prototypes.detach().clone())
 
@@ -188,17 +188,7 @@ class DINOv2(SSLModule):
 
     def configure_optimizers(self) -> Any:
         """The schedule of ``self.optim``, with a learning rate for each layer."""
-        return self.optim.configure(self, lambda batch: self.optim.create(self, batch, self.lr_scale))
-
-    def lr_scale(self, name: str) -> float:
-        """Learning-rate multiplier of a parameter.
-
-        Args:
-            name: Name of the parameter.
-        """
-        name = name.removeprefix("backbone.")
-        further = self.patch_embed_lr if name.startswith("patch_embed") else 1.0
-        return further * layer_scale(name, len(self.backbone.blocks), self.layer_decay)
+        return self.optim.configure(self, lr_scale=by_layer(self))
 
     @property
     def evaluated_backbone(self) -> nn.Module:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, called_blocks, layer_scale, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import world_size
 from ssl_lightning.heads import gelu_mlp
 from ssl_lightning.masks import global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
-from ssl_lightning.optim import Optim, clip_together
+from ssl_lightning.optim import Optim, by_layer, clip_parts
 from ssl_lightning.schedules import cosine
 
 
@@ -124,8 +124,8 @@ class SimDINOv2(SSLModule):
 
     def edit_gradients(self) -> None:
         """Clip the gradient of the backbone and the gradient of the head, each by its own norm."""
-        for parameters in ([*self.backbone.parameters(), self.mask_token], self.projector.parameters()):
-            clip_together(parameters, self.clip_gradient)
+        body = [*self.backbone.parameters(), self.mask_token]
+        clip_parts([body, self.projector.parameters()], self.clip_gradient)
 
     def draw_masks(self, crops: Tensor) -> Tensor:
         """Masks ``(2B, N)`` on the CPU, true where masked; the share of masked crops is exact over all processes.
@@ -143,17 +143,7 @@ class SimDINOv2(SSLModule):
 
     def configure_optimizers(self) -> Any:
         """The schedule of ``self.optim``, with a learning rate for each layer."""
-        return self.optim.configure(self, lambda batch: self.optim.create(self, batch, self.lr_scale))
-
-    def lr_scale(self, name: str) -> float:
-        """Learning-rate multiplier of a parameter.
-
-        Args:
-            name: Name of the parameter.
-        """
-        name = name.removeprefix("backbone.")
-        further = self.patch_embed_lr if name.startswith("patch_embed") else 1.0
-        return further * layer_scale(name, len(self.backbone.blocks), self.layer_decay)
+        return self.optim.configure(self, lr_scale=by_layer(self))
 
     @property
     def evaluated_backbone(self) -> nn.Module:

@@ -1,11 +1,11 @@
 """The page of ``curate``: pictures of what was decided, in one file without network."""
 
-import base64
 from collections.abc import Callable
-from io import BytesIO
 from typing import NamedTuple
 
 from PIL import Image
+
+from ssl_lightning.drawing import data_uri
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -52,9 +52,7 @@ def page_of(
     import jinja2
 
     def image(place: int) -> dict[str, str]:
-        file = BytesIO()
-        thumbnail(place).convert("RGB").save(file, "JPEG", quality=85)
-        source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        source = data_uri(thumbnail(place), "JPEG")
         return {"source": source, "path": path(place).encode(errors="replace").decode()}
 
     shown = [

@@ -1,6 +1,7 @@
 """The page of a run as HTML: facts, events, charts, pictures, environment and config."""
 
 import base64
+import json
 import secrets
 import time
 from contextlib import suppress
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ssl_lightning.commands.report.charts import PROBES, sections
 from ssl_lightning.commands.report.history import History
-from ssl_lightning.runs import CONFIG_FILE, VIEWS_FILE, picture_files
+from ssl_lightning.runs import CONFIG_FILE, MAP_FILE, VIEWS_FILE, picture_files
 
 _PICTURES = 24
 """Most pictures of one kind in the page, the newest among them."""
@@ -47,6 +48,7 @@ def page_of(history: History, stamp: str = "", whole: bool = True) -> str:
         sections={title: [(names[id(chart)], chart) for chart in charts] for title, charts in by_section.items()},
         figures={name: chart.figure(graph_objects) for name, chart in numbered.items()},
         pictures=_pictures(history.folder),
+        explored=_explored(history.folder),
         environment={name: start[name] for name in ("hardware", "processes", "versions") if name in start},
         config=config.read_text() if config.is_file() else "",
         stamp=stamp,
@@ -123,6 +125,13 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
         if shots:
             pictures.append({"name": name, "shots": shots, "all": len(labelled)})
     return pictures
+
+
+def _explored(folder: Path) -> dict[str, Any] | None:
+    """The newest map of the features with its images; None if there is none."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))
+    return None
 
 
 def _data_uri(file: Path) -> str | None:

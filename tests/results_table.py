@@ -20,12 +20,13 @@ _UNTRAINED = {"--model.optim.base_lr 0": "untrained", "--model.backbone pixels":
 
 
 _CONTINUE = "configs/simclr/continue_cifar10_cpu.yaml"
+_SCRATCH = f"{_CONTINUE} --model.init_from null --model.continued null"
 _STARTS = {
-    "untrained": f"{_CONTINUE} --model.init_from null --model.continued null --model.optim.base_lr 0",
-    "the foundation model as it is": f"{_CONTINUE} --model.continued null --model.optim.base_lr 0",
-    "from scratch": f"{_CONTINUE} --model.init_from null --model.continued null",
-    "distilled, from scratch": "configs/distillation/continue_cifar10_cpu.yaml",
-    "continued with LoRA": f"{_CONTINUE} --model.trainable lora",
+    "untrained": f"{_SCRATCH} --model.optim.base_lr 0",
+    "as it is": f"{_CONTINUE} --model.continued null --model.optim.base_lr 0",
+    "from scratch": _SCRATCH,
+    "distilled": "configs/distillation/continue_cifar10_cpu.yaml",
+    "continued, LoRA": f"{_CONTINUE} --model.trainable lora",
     "continued": _CONTINUE,
 }
 """Recipe and options of each way to start."""
@@ -39,7 +40,11 @@ def results() -> dict[str, dict[str, str]]:
 
 def rendered(text: str) -> str:
     """A README with its tables as the results are now."""
-    renderers: dict[str, Callable[[str], str]] = {"results": lambda _: _all_results(), "knn": _with_knn, "start": lambda _: _starts()}
+    renderers: dict[str, Callable[[str], str]] = {
+        "results": lambda _: _all_results(),
+        "knn": _with_knn,
+        "start": lambda _: _starts(),
+    }
     for name, render in renderers.items():
         marked = re.compile(rf"(<!-- {name}:begin.*?-->\n)(.*?)(<!-- {name}:end -->)", re.DOTALL)
         text = marked.sub(lambda match, render=render: match[1] + render(match[2]) + match[3], text)

@@ -87,7 +87,8 @@ def _quickstart(folder: Path) -> None:
 def test_the_quickstart_trains_probes_and_draws(on_device: Any, tmp_path: Path) -> None:
     on_device(_quickstart, tmp_path)
     run = tmp_path / "quickstart" / "version_0"
-    assert {file.parent.name for file in run.glob("pictures/*/*.png")} == {"neighbours", "map", "schedules"}
+    pictures = {file.parent.name for file in run.glob("pictures/*/*.png")}
+    assert pictures == {"components", "map", "neighbours", "schedules"}
     assert "val/knn_top1" in (run / "metrics.csv").read_text()
     assert (run / "checkpoints" / "best.ckpt").is_file()
 

@@ -223,7 +223,7 @@ def test_a_watched_page_follows_the_run_and_ends_with_ctrl_c(browser: Any, run: 
         assert status == 200
         assert "There are no metrics yet" in text
         before = answer(port, "/stamp")[1]
-        (folder / "metrics.csv").write_text("".join(lines[:14]))
+        (folder / "metrics.csv").write_text("".join(lines[:20]))  # all metrics: a new one reloads the page
         assert answer(port, "/stamp")[1] != before
         assert "Loss" in answer(port, "/")[1]
         assert answer(port, "/../config.yaml")[0] == 404

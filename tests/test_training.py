@@ -234,7 +234,7 @@ def test_validation_from_a_checkpoint_gives_the_numbers_of_training(tmp_path: Pa
     fresh = trainer(tmp_path, callbacks=[LinearProbe(), KNNProbe()])
     (result,) = fresh.validate(simclr(), digits(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
     assert result == pytest.approx(expected)
-    assert len(expected) == 3
+    assert len(expected) == 6
 
 
 def test_knn_probe_runs_every_n_epochs_and_at_the_end(tmp_path: Path) -> None:

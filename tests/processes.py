@@ -1,6 +1,7 @@
 """Run a function in real processes that train together (gloo); the processes are started once per session."""
 
 import os
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
@@ -50,4 +51,5 @@ def _run(
     try:
         return function(rank, *arguments)
     finally:
+        time.sleep(0.05)  # torch 2.6 would wait forever for a thread that still needs the interpreter
         dist.destroy_process_group()

@@ -41,8 +41,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Shard the method before its optimizer is built.
 
         Raises:
-            UserError: The method or the precision cannot be sharded.
+            UserError: The method or the precision cannot be sharded, or torch is too old.
         """
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise UserError(f"fsdp2 needs torch 2.8, and this is {torch.__version__}; set --trainer.strategy to ddp.")
         module = self.lightning_module
         assert module is not None
         if not getattr(module, "shardable", True):

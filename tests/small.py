@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import ssl_lightning
 from ssl_lightning import (
@@ -140,6 +141,11 @@ CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [
     if (net or method not in VIT_ONLY) and (net is not DINOV3 or method in {*VIT_ONLY, DINO, MoCoV3, SimDINO})
 ]
 """Each method with arguments for each kind of backbone that it trains; DINOv3's ViT where it differs from a ViT."""
+
+
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reshard_after_forward"), reason="the strategy fsdp2 needs torch 2.8"
+)
 
 
 def slow_unless(plain: Callable[..., bool], cases: Iterable[Any]) -> list[Any]:

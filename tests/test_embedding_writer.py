@@ -32,7 +32,7 @@ from ssl_lightning.callbacks.embedding_writer import Embeddings
 from ssl_lightning.checkpoints import open_backbone
 from ssl_lightning.cli import main
 from tests.processes import run_processes
-from tests.small import BACKBONE, VIT, small, trainer
+from tests.small import BACKBONE, VIT, needs_fsdp2, small, trainer
 
 
 def same(found: Embeddings, expected: Embeddings) -> None:
@@ -238,6 +238,7 @@ def _computed(rank: int, photos: Path, folders: list[Path]) -> list[int]:
     return seen
 
 
+@needs_fsdp2
 def test_two_processes_share_the_work_and_go_on_where_one_began(photos: Path, tmp_path: Path) -> None:
     one, two, begun = tmp_path / "one", tmp_path / "two", tmp_path / "begun"
     for folder in (one, begun):

@@ -237,7 +237,7 @@ def test_a_sweep_is_chosen_on_held_out_images_and_reported_on_the_test_set(evalu
     assert found.rows[1]["held out, %"] > found.rows[0]["held out, %"]
     assert found.rows[1]["top-1, %"] == pytest.approx(100 * found.accuracy["top1"])
     assert "top-1, %" not in found.rows[0]
-    assert found.accuracy["top1"] > 0.25
+    assert found.accuracy["top1"] > 0.2  # chance is 0.1
 
 
 def test_the_frozen_backbone_stays_bit_for_bit(run: tuple[Path, Any], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from ssl_lightning import (
 from ssl_lightning.backbones.low_rank import merged
 from ssl_lightning.checkpoints import open_backbone
 from tests.processes import run_processes
-from tests.small import BACKBONE, CNN_AND_VIT, LORA, VIT, data, slow_unless, small, trainer
+from tests.small import BACKBONE, CNN_AND_VIT, LORA, VIT, data, needs_fsdp2, slow_unless, small, trainer
 
 STILL = Optim("sgd", base_lr=0, lr_scaling="none", warmup_epochs=0)
 
@@ -247,6 +247,7 @@ def _begin(rank: int, source: str, folder: Path) -> list[dict[str, Tensor]]:
     return states
 
 
+@needs_fsdp2
 def test_all_processes_begin_with_the_source(tmp_path: Path) -> None:
     source = saved(tmp_path, DINO, VIT)
     expected = open_backbone(source).backbone.state_dict()

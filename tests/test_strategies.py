@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ssl_lightning import DINO, MAE, FakeData, Jigsaw, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
 from tests.processes import run_processes
-from tests.small import BACKBONE, METHODS, VIT, data, slow_unless, small, trainer
+from tests.small import BACKBONE, METHODS, VIT, data, needs_fsdp2, slow_unless, small, trainer
 
+pytestmark = needs_fsdp2
 LARS = Optim("lars", base_lr=0.5, lr_scaling="none", warmup_epochs=0)
 SGD = Optim("sgd", base_lr=0.05, lr_scaling="none", warmup_epochs=0)
 SHARDED: dict[type[SSLModule], dict[str, Any]] = {

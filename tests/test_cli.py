@@ -192,7 +192,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, capsys: pytest.
         [word for line in table.splitlines() if "val/" in line for word in line.split() if word[:2] == "0."]
         for table in tables
     ]
-    assert len(numbers[0]) == len(numbers[1]) == 3
+    assert len(numbers[0]) == len(numbers[1]) == 6
     assert [float(word) for word in numbers[0]] == pytest.approx([float(word) for word in numbers[1]], abs=1e-6)
     assert float(numbers[0][0]) * 360 == pytest.approx(round(float(numbers[0][0]) * 360), abs=1e-3)  # each image once
 

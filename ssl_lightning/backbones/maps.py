@@ -51,12 +51,12 @@ def _map_in(network: nn.Module, output: Any, images: Tensor) -> Tensor | None:
 def map_and_attention(backbone: nn.Module, images: Tensor, attention: bool = True) -> tuple[Tensor, Tensor | None]:
     """What there is to look at in a network: its last map, and the attention of the last block of a ViT.
 
-    The map ``(B, D, rows, columns)`` is that of ``features_and_map``, after the last norm of a ViT. Where a CNN has
+    The map ``(B, D, rows, columns)`` is as ``features_and_map`` gives it, after the last norm of a ViT. Where a CNN has
     fewer than 4 x 4 places there, or a network does not show its map, e.g. of torchvision, it is the last larger map,
     or the last tokens, that any of its parts gives.
 
-    The attention ``(B, heads, rows, columns)`` is that of the class token to the patches; without a class token, the
-    mean attention of all patches. It is None for other networks.
+    The attention ``(B, heads, rows, columns)`` is from the class token to the patches; without a class token, the mean
+    from all patches. It is None for other networks.
 
     Args:
         backbone: Given by ``create_backbone``, in eval mode.
@@ -111,7 +111,7 @@ def _kept_maps(backbone: nn.Module, images: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _as_seen(output: Tensor, images: Tensor) -> list[Tensor]:
-    """The output with channels before rows and columns, if its sides are to each other as those of the images."""
+    """The output with channels before rows and columns, if it has the proportions of the images."""
     height, width = images.shape[2:]
     return [
         grid

@@ -92,11 +92,11 @@ class HealthMonitor(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The interval that ``auto`` has chosen."""
-        return {} if self.interval.chosen is None else {"every_n_epochs": self.interval.chosen}
+        return self.interval.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-        self.interval.load(state_dict.get("every_n_epochs"))
+        self.interval.load(state_dict)
 
     def _features(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """Features ``(N, D)`` of the training images, gathered from all processes."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -76,18 +77,23 @@ class Interval:
             times = max(2, int(self.share * planned / max(share, 1e-9)))
             interval = planned / (times - 1)
         interval = max(1, math.ceil(interval / multiple_of)) * multiple_of
-        self.load(trainer.strategy.broadcast(interval))
+        self.load({"every_n_epochs": trainer.strategy.broadcast(interval)})
         often = "after every epoch" if self.epochs == 1 else f"after every {self.epochs} epochs, and after the last"
         rank_zero_info(
             f"{self.option} auto: it took {seconds:.2g} s, {share:.1%} of the time of an epoch. From now on it runs "
             f"{often}."
         )
 
-    def load(self, chosen: int | None) -> None:
+    @property
+    def state(self) -> dict[str, int]:
+        """What ``auto`` has chosen, for a checkpoint; empty if nothing."""
+        return {} if self.chosen is None else {"every_n_epochs": self.chosen}
+
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on with an interval that was chosen before.
 
         Args:
-            chosen: As a checkpoint keeps it; None if ``auto`` had not chosen.
+            state: As a checkpoint keeps it, also with entries of others.
         """
-        if self.is_auto and chosen is not None:
+        if self.is_auto and (chosen := state.get("every_n_epochs")) is not None:
             self.chosen = self.epochs = int(chosen)

@@ -129,13 +129,12 @@ class KNNProbe(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured before the first step, and the interval that ``auto`` has chosen."""
-        chosen = {} if self.interval.chosen is None else {"every_n_epochs": self.interval.chosen}
-        return {**({"references": self._references} if self._references else {}), **chosen}
+        return {**({"references": self._references} if self._references else {}), **self.interval.state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self._references = state_dict.get("references", {})
-        self.interval.load(state_dict.get("every_n_epochs"))
+        self.interval.load(state_dict)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether to run after this epoch."""

@@ -17,8 +17,8 @@ _WATCHING = 0.005
 class SegmentationProbe(L.Callback):
     """Segments images with masks by the nearest training patches, as ``evaluate segmentation_knn`` does.
 
-    Logs ``val/segmentation_miou`` and ``val/segmentation_accuracy``. The patches are those of the backbone that the
-    paper evaluates; the images with masks are not trained on.
+    Logs ``val/segmentation_miou`` and ``val/segmentation_accuracy``. The patches come from the backbone that
+    the paper evaluates; the images with masks are not trained on.
 
     Args:
         data: Images with masks, e.g. VOCSegmentationData. On the command line, None turns the callback off.
@@ -86,8 +86,8 @@ class SegmentationProbe(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The interval that ``auto`` has chosen."""
-        return {} if self.interval.chosen is None else {"every_n_epochs": self.interval.chosen}
+        return self.interval.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-        self.interval.load(state_dict.get("every_n_epochs"))
+        self.interval.load(state_dict)

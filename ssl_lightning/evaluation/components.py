@@ -106,7 +106,7 @@ def aligned(components: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tens
 
 
 _SYMMETRIC = 0.2
-"""Skewness below which a component counts as symmetric: about twice the error of that of 500 patches."""
+"""Skewness below which a component counts as symmetric: about twice its error with 500 patches."""
 
 
 def _as_maps(values: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:

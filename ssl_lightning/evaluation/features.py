@@ -150,7 +150,7 @@ class FeatureExtractor(L.LightningModule):
 
 
 class ViewFeatureExtractor(FeatureExtractor):
-    """Collects the features of full-size training views, those of an image one after another; see ``extract_views``.
+    """Collects the features of full-size training views, image by image; see ``extract_views``.
 
     Args:
         pretrained: The backbone.
@@ -184,6 +184,12 @@ _AT_ONCE = 65_536
 """Number of rows that each process sends at once."""
 
 
+def _computed(extractor: FeatureExtractor, sets: PlainSets, trainer: L.Trainer) -> dict[int, Any] | None:
+    """Features and indices of the sets that were not in the cache, by number; None on all processes but the first."""
+    trainer.predict(extractor, sets, return_predictions=False)
+    return dict(zip(sets.wanted, extractor.found, strict=True)) if trainer.is_global_zero else None
+
+
 def extract(
     pretrained: Pretrained,
     data: L.LightningDataModule,
@@ -215,10 +221,8 @@ def extract(
     extractor = FeatureExtractor(pretrained, last_blocks, patch_mean, corruption)
     key = _key(pretrained, trainer, last_blocks, patch_mean) if corruption is None else None
     labeled = LabeledImages(data, key, max_samples, test_only=corruption is not None)
-    trainer.predict(extractor, labeled, return_predictions=False)
-    if not trainer.is_global_zero:
+    if (computed := _computed(extractor, labeled, trainer)) is None:
         return None
-    computed = dict(zip(labeled.wanted, extractor.found, strict=True))
     sets = []
     for number, (images, _) in enumerate(labeled.sets):
         features, indices = labeled.features_of(number, computed)
@@ -242,10 +246,8 @@ def extract_all(pretrained: Pretrained, data: L.LightningDataModule, trainer: L.
         The features on the first process, None on the other processes.
     """
     extractor, sets = FeatureExtractor(pretrained), PlainSets(data, _key(pretrained, trainer, 1, False))
-    trainer.predict(extractor, sets, return_predictions=False)
-    if not trainer.is_global_zero:
+    if (computed := _computed(extractor, sets, trainer)) is None:
         return None
-    computed = dict(zip(sets.wanted, extractor.found, strict=True))
     numbered = [(images, *sets.features_of(number, computed)) for number, (images, _) in enumerate(sets.sets)]
     return [ImageFeatures(images, features.flatten(1), indices) for images, features, indices in numbered]
 
@@ -267,10 +269,9 @@ def extract_some(
     """
     extractor = FeatureExtractor(pretrained)
     some = SomeImages(data, _key(pretrained, trainer, 1, False), max_samples, held_out)
-    trainer.predict(extractor, some, return_predictions=False)
-    if not trainer.is_global_zero:
+    if (computed := _computed(extractor, some, trainer)) is None:
         return None
-    features, indices = some.features_of(0, dict(zip(some.wanted, extractor.found, strict=True)))
+    features, indices = some.features_of(0, computed)
     return ImageFeatures(some.sets[0][0], features.flatten(1), indices), some.is_validation
 
 
@@ -292,10 +293,9 @@ def extract_views(
     """
     extractor = ViewFeatureExtractor(pretrained, views)
     some = SomeViews(data, _key(pretrained, trainer, 1, False), count, num_views)
-    trainer.predict(extractor, some, return_predictions=False)
-    if not trainer.is_global_zero:
+    if (computed := _computed(extractor, some, trainer)) is None:
         return None
-    features, indices = some.features_of(0, dict(zip(some.wanted, extractor.found, strict=True)))
+    features, indices = some.features_of(0, computed)
     _, inverse, counts = indices.unique(return_inverse=True, return_counts=True)
     per_image = some.per_epoch * some.epochs
     complete = (counts == per_image)[inverse]  # another image takes the place of an unreadable one

@@ -155,7 +155,7 @@ class SomeImages(PlainSets):
 
 
 class SomeViews(PlainSets):
-    """Views of some training images, as in training, of which those of full size are wanted.
+    """Full-size views of some training images, augmented as in training.
 
     Args:
         data: The data module. Its views must not come from a stream.

@@ -104,11 +104,10 @@ class SegmentationEvaluation(Evaluator):
             "classes": self.data.num_classes,
             "image_size": module.image_size,
         }
-        rows = [{**parameters, **segmenter.chosen, "image size": module.image_size, "patches": segmenter.memory_size}]
-        rows = [
-            {**row, "mIoU, %": 100 * measures["miou"], "pixels, %": 100 * measures["pixel_accuracy"]} for row in rows
-        ]
-        return self._written(name, {**parameters, **segmenter.chosen, **size}, facts, rows, measures=measures)
+        parameters = {**parameters, **segmenter.chosen}
+        row = {**parameters, "image size": module.image_size, "patches": segmenter.memory_size}
+        row |= {"mIoU, %": 100 * measures["miou"], "pixels, %": 100 * measures["pixel_accuracy"]}
+        return self._written(name, {**parameters, **size}, facts, [row], measures=measures)
 
 
 class _Segmenting(L.LightningModule):

@@ -27,8 +27,8 @@ class WithoutLabels(Evaluator):
     def clusters(self, clusters: int | list[int] | None = None) -> Results | None:
         """K-means on the validation images: accuracy of the clusters and mutual information with classes, silhouette.
 
-        The best of ten starts, on unit features. The accuracy is that of the best assignment of clusters to classes, on
-        the same images. Without labels, only the silhouette is measured. Without validation images, the training
+        The best of ten starts, on unit features. The accuracy is for the best assignment of clusters to classes, on the
+        same images. Without labels, only the silhouette is measured. Without validation images, the training
         images are clustered. Reports the number of classes if it is tried, else the number with the largest silhouette.
 
         Args:
@@ -60,9 +60,9 @@ class WithoutLabels(Evaluator):
     def quality(self, num_images: int = 1000, num_views: int = 10) -> Results | None:
         """Measures of the features of training images that need no labels: RankMe, alpha-ReQ, LiDAR and others.
 
-        RankMe, alpha-ReQ, the standard deviation and the uniformity are those of the online HealthMonitor, on up to
-        25,600 plain images. LiDAR compares images with their own views, augmented as in the training of the backbone:
-        as ``data.views`` says, else as the method's preset, which is SimCLR's for weights from elsewhere.
+        RankMe, alpha-ReQ, the standard deviation and the uniformity are measured as by the online HealthMonitor, on up
+        to 25,600 plain images. LiDAR compares images with their own views, augmented as in the backbone's training: as
+        ``data.views`` says, else as the method's preset, which is SimCLR's for weights from elsewhere.
 
         Args:
             num_images: Number of images for LiDAR, evenly spread, at least 2.

@@ -77,7 +77,7 @@ def see(pretrained: Pretrained, files: Sequence[Path], image_size: int | None, n
     Args:
         pretrained: The backbone.
         files: The images.
-        image_size: Shorter side in pixels. None means that of the backbone.
+        image_size: Shorter side in pixels. None means the size that the backbone was trained with.
         num_images: Largest number of images.
 
     Raises:

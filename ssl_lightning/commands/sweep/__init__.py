@@ -26,7 +26,7 @@ def run(words: Sequence[str], check_words: Callable[[Sequence[str]], None]) -> N
     """
     parser = SSLArgumentParser(
         prog="ssl-lightning sweep",
-        description="Train a grid or random draws of options, and rank the runs. All other options are those of fit.",
+        description="Train a grid or random draws of options, and rank the runs. Other options go to fit.",
     )
     parser.add_argument(
         "--grid",
@@ -81,7 +81,7 @@ def run(words: Sequence[str], check_words: Callable[[Sequence[str]], None]) -> N
 
 
 def _split(words: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """The words of the sweep's own options, and those of ``fit``."""
+    """The words for the sweep itself, and the words for ``fit``."""
     ours: list[str] = []
     theirs: list[str] = []
     side = theirs

@@ -217,12 +217,11 @@ class Sweep:
         """The metric to rank by."""
         if self.rank is not None:
             return self.rank
-        labelled = any(job.value("val/knn_top1") is not None for job in self.jobs)
-        return (
-            "val/knn_top1"
-            if labelled or not any(job.value("health/rankme") for job in self.jobs)
-            else ("health/rankme")
-        )
+
+        def logged(metric: str) -> bool:
+            return any(job.value(metric) is not None for job in self.jobs)
+
+        return "health/rankme" if logged("health/rankme") and not logged("val/knn_top1") else "val/knn_top1"
 
     @property
     def ranked(self) -> list[Job]:
@@ -264,7 +263,7 @@ class Sweep:
 
 
 def _environment(device: int, parallel: int) -> dict[str, str]:
-    """Shows a run only the GPU that it shall use, if several train at the same time."""
+    """Gives each of several runs that train at the same time a GPU of its own."""
     count = torch.cuda.device_count()
     if parallel == 1 or count == 0:
         return {}

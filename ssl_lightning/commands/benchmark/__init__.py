@@ -1,17 +1,29 @@
-"""The command ``benchmark``: the speed of this package and of lightly, both measured here in the same run."""
+"""The command ``benchmark``: this package and lightly, both measured here in the same run."""
 
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 import yaml
 
 from ssl_lightning.arguments import SSLArgumentParser, title_of
 from ssl_lightning.commands.benchmark.counter import OperationCounter
+from ssl_lightning.commands.benchmark.learning import add_recipe_arguments, learning, with_recipe
+from ssl_lightning.commands.benchmark.learning_result import LearningResult
 from ssl_lightning.commands.benchmark.pipeline import PipelineResult, pipeline
 from ssl_lightning.commands.benchmark.step import StepResult, step
 
-__all__ = ["OperationCounter", "PipelineResult", "StepResult", "pipeline", "run", "step"]
+__all__ = [
+    "LearningResult",
+    "OperationCounter",
+    "PipelineResult",
+    "StepResult",
+    "learning",
+    "pipeline",
+    "run",
+    "step",
+]
 
 
 def run(words: Sequence[str]) -> None:
@@ -22,16 +34,26 @@ def run(words: Sequence[str]) -> None:
     """
     parser = SSLArgumentParser(prog="ssl-lightning benchmark", description="Measure this package and lightly.")
     benchmarks = parser.add_subcommands()
-    functions: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "step": step}
+    functions: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "step": step, "learning": learning}
     for name, function in functions.items():
         benchmark = SSLArgumentParser(description=title_of(function))
+        if function is learning:
+            add_recipe_arguments(benchmark)
         benchmark.add_function_arguments(function)
         benchmark.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
         benchmarks.add_subcommand(name, benchmark, help=benchmark.description)
-    options = parser.parse_args(_with_model_kwargs(words))
-    chosen = options[options.subcommand]
+    if words[:1] == ["learning"]:
+        words = with_recipe(words)
+    elif words[:1] == ["step"]:
+        words = _with_model_kwargs(words)
+    options = parser.parse_args([*words])
+    name = options.subcommand
+    L.seed_everything(options[name].get("seed", 0), verbose=False)
+    chosen = vars(parser.instantiate(options)[name])
     as_json = chosen.pop("json")
-    result = functions[options.subcommand](**chosen)
+    for option in ("method", "config") if name == "learning" else ():
+        chosen.pop(option)
+    result = functions[name](**chosen)
     print(result.json if as_json else result)
 
 

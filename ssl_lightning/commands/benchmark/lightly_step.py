@@ -39,11 +39,21 @@ def lightly_step(method: SSLModule, views: Sequence[Tensor]) -> tuple[Callable[[
     return step, [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _backbone(method: SSLModule) -> nn.Module:
+def backbone_of(method: SSLModule) -> nn.Module:
+    """A copy of the method's backbone, in the memory layout of lightly's examples.
+
+    Args:
+        method: Our method.
+    """
     return copy.deepcopy(method.backbone).to(memory_format=torch.contiguous_format)
 
 
-def _teacher(student: nn.Module) -> nn.Module:
+def teacher_of(student: nn.Module) -> nn.Module:
+    """A copy that gets no gradients.
+
+    Args:
+        student: Backbone or head.
+    """
     return copy.deepcopy(student).requires_grad_(False)
 
 
@@ -60,7 +70,7 @@ def _simclr(method: Any, views: Sequence[Tensor]) -> _Parts:
     from lightly.utils.lars import LARS
 
     options = method.hparams
-    width, backbone = method.embed_dim, _backbone(method)
+    width, backbone = method.embed_dim, backbone_of(method)
     head = SimCLRProjectionHead(width, width, options["projector_dim"], options["projector_layers"]).to(views[0].device)
     criterion = NTXentLoss(temperature=method.temperature)
 
@@ -76,9 +86,9 @@ def _moco_v2(method: Any, views: Sequence[Tensor]) -> _Parts:
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
 
     options = method.hparams
-    width, backbone = method.embed_dim, _backbone(method)
+    width, backbone = method.embed_dim, backbone_of(method)
     head = MoCoProjectionHead(width, width, options["projector_dim"]).to(views[0].device)
-    key_backbone, key_head = _teacher(backbone), _teacher(head)
+    key_backbone, key_head = teacher_of(backbone), teacher_of(head)
     bank = (options["queue_length"], options["projector_dim"])
     criterion = NTXentLoss(temperature=method.temperature, memory_bank_size=bank).to(views[0].device)
 
@@ -100,11 +110,11 @@ def _byol(method: Any, views: Sequence[Tensor]) -> _Parts:
     from lightly.models.utils import update_momentum
     from lightly.utils.lars import LARS
 
-    device, backbone = views[0].device, _backbone(method)
+    device, backbone = views[0].device, backbone_of(method)
     hidden, projected = method.hparams["hidden_dim"], method.hparams["projector_dim"]
     projector = BYOLProjectionHead(method.embed_dim, hidden, projected).to(device)
     predictor = BYOLPredictionHead(projected, hidden, projected).to(device)
-    teacher_backbone, teacher_projector = _teacher(backbone), _teacher(projector)
+    teacher_backbone, teacher_projector = teacher_of(backbone), teacher_of(projector)
     criterion = NegativeCosineSimilarity()
 
     def loss() -> Tensor:
@@ -123,7 +133,7 @@ def _swav(method: Any, views: Sequence[Tensor]) -> _Parts:
     from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
     from lightly.utils.lars import LARS
 
-    options, device, backbone = method.hparams, views[0].device, _backbone(method)
+    options, device, backbone = method.hparams, views[0].device, backbone_of(method)
     projector = SwaVProjectionHead(method.embed_dim, options["hidden_dim"], options["projector_dim"]).to(device)
     prototypes = SwaVPrototypes(options["projector_dim"], options["num_prototypes"]).to(device)
     criterion = SwaVLoss(method.temperature, method.sinkhorn_iterations, method.epsilon)
@@ -141,11 +151,11 @@ def _dino(method: Any, views: Sequence[Tensor]) -> _Parts:
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import update_momentum
 
-    options, device, backbone = method.hparams, views[0].device, _backbone(method)
+    options, device, backbone = method.hparams, views[0].device, backbone_of(method)
     widths = (method.embed_dim, options["hidden_dim"], options["bottleneck_dim"], options["num_prototypes"])
     head, teacher_head = DINOProjectionHead(*widths).to(device), DINOProjectionHead(*widths).to(device)
     teacher_head.load_state_dict(head.state_dict())
-    teacher_backbone = _teacher(backbone)
+    teacher_backbone = teacher_of(backbone)
     teacher_head.requires_grad_(False)
     criterion = DINOLoss(options["num_prototypes"]).to(device)
     sizes = [list(views[:2]), list(views[2:])] if len(views) > 2 else [list(views)]

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from ssl_lightning.commands.benchmark.transformed_images import TransformedImages
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.datasets import ViewDataset
 from ssl_lightning.data.folder import ImageFolderData
-from ssl_lightning.data.images import ImageArray, Images
+from ssl_lightning.data.images import ImageArray
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.machine import single_thread
 
@@ -127,7 +128,7 @@ def _measured(data: SSLDataModule, views: str, passes: int) -> PipelineResult:
     data.setup()
     images, specs = data.train_images, data.view_specs
     assert images is not None
-    lightly = _Transformed(images, _lightly_transform(views, specs))
+    lightly = TransformedImages(images, _lightly_transform(views, specs))
     own = ViewDataset(images, specs, seed=0)
     batches = torch.arange(len(images)).split(data.batch_size)
     lightly_clock, worker_clock, augmentation_clock = _Clock(len(images)), _Clock(len(images)), _Clock(len(images))
@@ -196,7 +197,7 @@ class _Clock:
         return 1000 * statistics.median(self.cpu_seconds) / self.images
 
 
-def _loader_rates(data: SSLDataModule, lightly: "_Transformed", passes: int) -> tuple[float, float]:
+def _loader_rates(data: SSLDataModule, lightly: "TransformedImages", passes: int) -> tuple[float, float]:
     """Images per second of whole loaders: lightly's and ours."""
     options: dict[str, Any] = {"num_workers": data.num_workers, "persistent_workers": True, "drop_last": True}
     loaders: list[Iterable[Any]] = [
@@ -220,25 +221,6 @@ def _size(batch: Any) -> int:
     if isinstance(batch, Tensor):
         return batch.nbytes
     return sum(map(_size, batch)) if isinstance(batch, list | tuple) else 0
-
-
-class _Transformed(Dataset[Any]):
-    """A dataset of transformed PIL images, as users of lightly write it."""
-
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Any]) -> None:
-        self.transform = transform
-        self.sources: list[Any] = (
-            [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.images]
-            if isinstance(images, ImageArray)
-            else [images.name(index) for index in range(len(images))]
-        )
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> Any:
-        source = self.sources[index]
-        return self.transform(Image.open(source).convert("RGB") if isinstance(source, str) else source)
 
 
 def _lightly_transform(views: str, specs: Sequence[ViewSpec]) -> Callable[[Image.Image], Any]:

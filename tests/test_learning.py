@@ -24,7 +24,7 @@ FEW: dict[str, Any] = {"batch_size": 32, "train_samples": 64, "val_samples": 32}
 
 
 class Watched:
-    """Notes learning rates, and checks that the benchmark leaves the generator and the modes of our parts as they are."""
+    """Notes learning rates, and checks that the benchmark leaves the generator and the modes of its parts alike."""
 
     left: Any = None
     rates: tuple[float, ...] = ()

@@ -1,5 +1,6 @@
 """The command ``benchmark``: this package and lightly, both measured here in the same run."""
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,23 +37,25 @@ def run(words: Sequence[str]) -> None:
     benchmarks = parser.add_subcommands()
     functions: dict[str, Callable[..., Any]] = {"pipeline": pipeline, "step": step, "learning": learning}
     for name, function in functions.items():
-        benchmark = SSLArgumentParser(description=title_of(function))
+        benchmark = SSLArgumentParser(description=(inspect.getdoc(function) or "").partition("\nArgs:")[0])
         if function is learning:
             add_recipe_arguments(benchmark)
         benchmark.add_function_arguments(function)
         benchmark.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-        benchmarks.add_subcommand(name, benchmark, help=benchmark.description)
+        benchmarks.add_subcommand(name, benchmark, help=title_of(function))
     if words[:1] == ["learning"]:
         words = with_recipe(words)
     elif words[:1] == ["step"]:
         words = _with_model_kwargs(words)
     options = parser.parse_args([*words])
     name = options.subcommand
-    L.seed_everything(options[name].get("seed", 0), verbose=False)
-    chosen = vars(parser.instantiate(options)[name])
+    chosen = options[name]
     as_json = chosen.pop("json")
-    for option in ("method", "config") if name == "learning" else ():
-        chosen.pop(option)
+    if name == "learning":
+        L.seed_everything(chosen.seed, verbose=False)  # before weights are drawn
+        chosen = parser.instantiate(options)[name]
+        for option in ("method", "config"):  # they are in the model and the data by now
+            chosen.pop(option)
     result = functions[name](**chosen)
     print(result.json if as_json else result)
 

@@ -132,7 +132,7 @@ class LearningResult:
             panel.axhline(100 * self.curve("lightly")[-1][1], color="C1", linestyle=":", linewidth=1)
             panel.set(xlabel="minutes of training", ylabel="kNN top-1, %", title=f"{self.model}, {self.device}")
             panel.grid(alpha=0.3)
-            panel.legend(loc="lower right")
+            panel.legend(loc="best")
             figure.savefig(folder / PICTURE_FILE, dpi=120)
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error

@@ -45,7 +45,7 @@ class LightlyMethod:
     settings: str
     small_views: str
     transform: Callable[[int], Callable[[Any], Any]]
-    optimizer: Callable[[list[Tensor], int], torch.optim.Optimizer]
+    optimizer: Callable[[Sequence[Tensor], int], torch.optim.Optimizer]
     optimizer_text: str
     warmup: float = 0.0
 
@@ -277,21 +277,21 @@ def _local(size: int) -> int:
 # Optimizers
 
 
-def _sgd(parameters: list[Tensor], batch: int) -> torch.optim.Optimizer:
+def _sgd(parameters: Sequence[Tensor], batch: int) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.06 * batch / 128, momentum=0.9, weight_decay=5e-4)
 
 
-def _adam(parameters: list[Tensor], batch: int) -> torch.optim.Optimizer:
+def _adam(parameters: Sequence[Tensor], batch: int) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3 * batch / 128, weight_decay=1e-6)
 
 
-def _lars(parameters: list[Tensor], batch: int) -> torch.optim.Optimizer:
+def _lars(parameters: Sequence[Tensor], batch: int) -> torch.optim.Optimizer:
     from lightly.utils.lars import LARS
 
     return LARS(parameters, lr=0.3 * batch / 256, momentum=0.9, weight_decay=1e-4)
 
 
-def _adamw(parameters: list[Tensor], batch: int) -> torch.optim.Optimizer:
+def _adamw(parameters: Sequence[Tensor], batch: int) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1.5e-4 * batch / 256, betas=(0.9, 0.95), weight_decay=0.05)
 
 

@@ -1,4 +1,4 @@
-"""A small CNN on whitened patches, for minutes of training on small images; timm knows its name once this is imported."""
+"""A small CNN on whitened patches, for minutes of training; timm knows its name once this is imported."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -100,6 +100,6 @@ def whitened_cnn(pretrained: bool = False, **kwargs: Any) -> WhitenedCNN:
     """Three blocks of 48, 96 and 192 channels: 0.65 million parameters."""
     if pretrained:
         raise UserError("whitened_cnn has no pretrained weights; leave out pretrained.")
-    known = {name: value for name, value in kwargs.items() if not name.startswith("pretrained_") and name != "cache_dir"}
-    return WhitenedCNN(**known)
+    of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return WhitenedCNN(**{name: value for name, value in kwargs.items() if name not in of_timm})
 

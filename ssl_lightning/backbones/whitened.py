@@ -102,4 +102,3 @@ def whitened_cnn(pretrained: bool = False, **kwargs: Any) -> WhitenedCNN:
         raise UserError("whitened_cnn has no pretrained weights; leave out pretrained.")
     of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     return WhitenedCNN(**{name: value for name, value in kwargs.items() if name not in of_timm})
-

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ssl_lightning.backbones.whitened import Whitening
 from ssl_lightning.callbacks.features import in_eval_mode, plain_features
 from ssl_lightning.commands.benchmark.learning_result import LearningPoint, Side
 from ssl_lightning.commands.benchmark.lightly_learning import LightlyMethod
@@ -215,6 +216,7 @@ class LightlySide:
             persistent_workers=workers > 0,
         )
         self.clock, self.steps, self._batches = clock, 0, self._all_batches()
+        self._whiten()
         prepared = (data.image_transform[key] for key in ("mean", "std"))
         own = (IMAGENET_NORMALIZE[key] for key in ("mean", "std"))
         self._normalizations = [torch.tensor(values, device=self.device)[:, None, None] for values in (*prepared, *own)]
@@ -222,6 +224,16 @@ class LightlySide:
     def _all_batches(self) -> Iterator[Any]:
         while True:
             yield from self.loader
+
+    def _whiten(self) -> None:
+        """Compute frozen whitening layers for lightly's views: those of the copy are for ours."""
+        layers = [part for part in self.parts.modules() if isinstance(part, Whitening)]
+        if layers:
+            with self.randomness.in_use():
+                images = next(self._batches)[0].to(self.device)
+            for layer in layers:
+                layer.whitened.fill_(False)
+                layer.begin_with_images(images)
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images that were normalized for our side."""

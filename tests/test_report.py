@@ -33,17 +33,8 @@ EVIL = "</script><script>document.title = 'taken over'</script>"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MoCo v2 that was resumed with another temperature, with a warning of its own and pictures of three epochs."""
     root = tmp_path_factory.mktemp("report")
-    small_crops = "--data.views=[{size: 16, count: 2, scale: [0.01, 0.3]}]"  # some of which show nothing
-    words = [
-        *FIT,
-        small_crops,
-        "--trainer.default_root_dir",
-        str(root),
-        "--trainer.accelerator",
-        "cpu",
-        "--name",
-        "moco",
-    ]
+    views = "--data.views=[{size: 16, count: 2, scale: [0.01, 0.3]}]"  # some of which show nothing
+    words = [*FIT, views, "--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu", "--name", "moco"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ssl-lightning"])
         main(words)

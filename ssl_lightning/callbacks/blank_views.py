@@ -45,7 +45,8 @@ def count_blank_views(trainer: L.Trainer, views: Sequence[Tensor], indices: Tens
     if trainer.is_global_zero and (folder := run_folder(trainer)) is not None:
         shown, tiles = shown[order].cpu(), tiles[order].cpu()
         images = getattr(data, "train_images", None)
-        names = [f"image {index}" for index in shown[:, 0]] if images is None else names_of(images, shown[:, 0])
+        numbered = shown[:, 0]
+        names = [f"image {index}" for index in numbered.tolist()] if images is None else names_of(images, numbered)
         content = {
             "epoch": trainer.current_epoch + 1,
             "count": count,

@@ -133,8 +133,7 @@ def test_a_pretrained_vit_beats_an_untrained_one(
     said = capsys.readouterr().out
     assert "40 training and 12 test images" in said
     trained = float(said.partition("rmse ")[2].partition(",")[0])
-    print(said, found)
-    assert trained < 0.9 * found.measures["rmse"]
+    assert trained < 0.6 * found.measures["rmse"]
 
 
 def _measures(rank: int, drawn: Path, count: int) -> dict[str, float]:

@@ -190,7 +190,8 @@ def _wrong_value(typed: list[Typed], message: str) -> str | None:
             texts[-1] = kind.partition("[")[2].strip("]").replace("'", "")
     texts = [text for text in dict.fromkeys(texts) if text != "NoneType"]
     given = f"{option} {option.value}".rstrip()
-    return f"{given}: expected {' or '.join(texts)}."
+    expected = " or ".join(texts) or "null, or its own options, which --help lists"
+    return f"{given}: expected {expected}."
 
 
 def typed_options(words: list[str]) -> Iterator[Typed]:

@@ -362,6 +362,7 @@ def _optimizer_class(name: str) -> Any:
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
+    torch_optimizers.pop("muon", None)  # it refuses convolutions, norms and biases; timm's does not
     if name.lower() in torch_optimizers:
         return torch_optimizers[name.lower()]
     if name.lower() in list_optimizers():

@@ -24,7 +24,7 @@ from ssl_lightning.backbones.token_dropout import TokenDropout
 from ssl_lightning.backbones.tokens import only_size
 from ssl_lightning.batch_norm import SyncBatchNorm
 from ssl_lightning.checkpoints import describe, settle_progress, weights_for
-from ssl_lightning.distributed import reduced, world_size
+from ssl_lightning.distributed import gather, reduced, world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.schedules import token_dropout
 
@@ -100,8 +100,9 @@ class InitFrom(L.Callback):
     """Gives a method the weights of ``init_from``, unless a checkpoint was loaded."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Read the weights, and let the method prepare its first step."""
+        """Read the weights, show the first images to a backbone that asks for them, and let the method prepare."""
         self._begin(pl_module)
+        begin_with_images(trainer, pl_module)
         pl_module.before_first_step()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -295,6 +296,22 @@ def begin_with(method: Any, source: str) -> None:
         if part is not None:
             set_model_state_dict(part, weights, options=options)  # sharded ones, too
     rank_zero_info(f"{type(method).__name__} begins with the backbone of {source}")
+
+
+def begin_with_images(trainer: Any, method: nn.Module) -> None:
+    """Show the first view of the first batch of all processes to each part of a method that asks for it.
+
+    Args:
+        trainer: The trainer of the training.
+        method: Its backbones, or parts of them, may define ``begin_with_images(images)``, which is called with
+            ``(B, C, S, S)`` before the first step and after a checkpoint was loaded, e.g. ``backbones.whitened``.
+    """
+    parts: list[Any] = [part for part in method.modules() if hasattr(part, "begin_with_images")]
+    if parts:
+        batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
+        images = gather(batch[0][0].contiguous())
+        for part in parts:
+            part.begin_with_images(images)
 
 
 def prepare(method: Any, compile: bool) -> None:  # noqa: A002 # the word that people look for

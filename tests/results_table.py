@@ -89,8 +89,8 @@ def _spread(numbers: list[str]) -> str:
 
 def _title(recipe: str) -> str:
     file, _, options = recipe.partition(" ")
-    names = [name for start, name in _UNTRAINED.items() if options.startswith(start)]
-    return ", ".join([f"`{file.removeprefix('configs/').removesuffix('.yaml')}`", *names])
+    names = [name for start, name in _UNTRAINED.items() if options.startswith(start)] or [f"`{options}`"]
+    return ", ".join([f"`{file.removeprefix('configs/').removesuffix('.yaml')}`", *names[: bool(options)]])
 
 
 def _with_knn(table: str) -> str:

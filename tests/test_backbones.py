@@ -1,13 +1,19 @@
 """Backbones by name: the width they promise is the width they give."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ssl_lightning import UserError
+from ssl_lightning import BYOL, SimCLR, UserError
 from ssl_lightning.backbones.initialization import residual_branches
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
+from ssl_lightning.backbones.whitened import Whitening
+from tests.processes import run_processes
+from tests.small import data, small, trainer
 
 
 @pytest.mark.parametrize(
@@ -16,6 +22,7 @@ from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
         ("resnet50", 23_508_032),
         ("resnet18", 11_176_512),
         ("resnet18_cifar", 11_168_832),
+        ("whitened_cnn", 654_840),
         ("vit_tiny_patch16_224", 5_524_416),
         ("vit_small_patch16_224", 21_665_664),
         ("vit_base_patch16_224", 85_798_656),
@@ -33,6 +40,7 @@ def test_backbones_have_the_published_size(name: str, parameters: int) -> None:
     "name",
     [
         "resnet10_cifar",
+        "whitened_cnn",
         "mobilenetv3_small_050",
         "ghostnet_050",
         "efficientvit_b0",
@@ -73,6 +81,8 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
         ("resnt50", {}, "did you mean .*resnet50"),
         ("resnet18", {"colour": 1}, "does not accept backbone_kwargs"),
         ("resnet18_cifar", {"pretrained": True}, "no pretrained weights"),
+        ("whitened_cnn", {"pretrained": True}, "no pretrained weights"),
+        ("whitened_cnn", {"num_classes": 10}, "has no classifier"),
         ("torchvision/squeezenet1_0", {}, "does not give one feature vector"),
     ],
 )
@@ -152,3 +162,38 @@ def test_residual_branches_start_at_zero_or_one(name: str) -> None:
         assert last
         assert all((p == scale).all() for p in last)
     assert (backbone.bn1.weight == 1).all()  # type: ignore[union-attr]
+
+
+def test_whitening_gives_uncorrelated_components_of_unit_variance() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 1, 1) + 0.2 * torch.rand(8, 3, 16, 16)  # channels and neighbors are correlated
+    whitening = Whitening(3, epsilon=0.0).double()
+    whitening.begin_with_images(images.double())
+    components = whitening(images.double()).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(components[:12]), torch.eye(12, dtype=torch.float64), atol=1e-2, rtol=0)
+    assert torch.equal(components[12:], -components[:12])
+
+
+def _whitened(_rank: int, processes: int, folder: Path) -> list[Tensor]:
+    net = {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}}
+    byol = small(BYOL, net)
+    together = trainer(folder, strategy="ddp" if processes > 1 else "auto", devices=processes, max_steps=2)
+    together.fit(byol, data(BYOL, batch_size=16 // processes))
+    return [byol.backbone.whitening.weight.data, byol.teacher_backbone.whitening.weight.data]
+
+
+def test_a_whitening_backbone_meets_the_first_images_once_on_any_number_of_processes(tmp_path: Path) -> None:
+    (student, teacher), other = run_processes(_whitened, 2, 2, tmp_path)
+    ((one, _),) = run_processes(_whitened, 1, 1, tmp_path)
+    assert torch.equal(student, teacher)
+    assert torch.equal(student, other[0])
+    torch.testing.assert_close(student, one)
+    assert not torch.equal(one, create_backbone("whitened_cnn").whitening.weight)  # type: ignore[union-attr]
+
+
+def test_a_whitening_backbone_keeps_its_whitening_in_a_second_training(tmp_path: Path) -> None:
+    model = small(SimCLR, {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}})
+    trainer(tmp_path, max_steps=1).fit(model, data(SimCLR))
+    before = model.backbone.whitening.weight.clone()
+    trainer(tmp_path, max_steps=1).fit(model, data(SimCLR, seed=1))
+    assert torch.equal(before, model.backbone.whitening.weight)

@@ -509,6 +509,7 @@ def test_what_is_missing_is_named_as_it_is_typed(words: str, message: str, capsy
         ),
         (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
         (["--model", "SimCLR", "--model.temperature", "warm"], "--model.temperature warm: expected a number"),
+        (["--data", "DigitsData", "--data.resolution", "half"], "--data.resolution half: expected null, or its own"),
         (["--model", "SimCLR", "--model.backbone_kwargs", "{a:1}"], "backbone_kwargs: expected names with values"),
         (["--model", "nowhere.Mine", "--data", "DigitsData"], "--model nowhere.Mine: No module named 'nowhere'"),
         (

@@ -37,7 +37,7 @@ def create_backbone(name: Backbone, **kwargs: Any) -> nn.Module:
     """
     import timm
 
-    from ssl_lightning.backbones import resnet  # noqa: F401 # makes its names known to timm
+    from ssl_lightning.backbones import resnet, whitened  # noqa: F401 # make their names known to timm
     from ssl_lightning.backbones.vit import adapted
 
     if is_own(name):

@@ -154,8 +154,8 @@ def _timm(pretrained: Pretrained, output: Path) -> tuple[Write, str]:
     import timm
 
     name, kwargs, weights = _named_as_in("timm", pretrained)
-    own = timm.models.model_entrypoint(name).__module__ == "ssl_lightning.backbones"
-    first = "import ssl_lightning.backbones.resnet  # registers the name\n" if own else ""
+    module = timm.models.model_entrypoint(name).__module__
+    first = f"import {module}  # registers the name\n" if module.startswith("ssl_lightning.") else ""
     given = f", **{kwargs}" if kwargs else ""
     return _weights(weights, output), (
         f"{first}import timm\n\n"

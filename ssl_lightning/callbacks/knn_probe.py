@@ -66,7 +66,7 @@ class KNNProbe(L.Callback):
         self._labels: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._wanted = self._clusters = False
-        self._counted = False
+        self._counted = False  # whether a batch did not say which images of the data module it holds
         self._started = 0.0
         self._validated_every: int | None = None
         self._references: dict[str, float] = {}

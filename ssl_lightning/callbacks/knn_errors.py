@@ -58,8 +58,8 @@ class KNNErrors(NamedTuple):
             epoch: Epochs done.
         """
         known = images.labels >= 0
-        thousandths = (votes.share * 1000).round().long()  # so that no rounding error decides which is worse
-        columns = torch.stack([images.indices, images.labels, votes.predicted, thousandths], dim=1)
+        sure = (votes.share * 1000).round().long()  # so that no rounding error decides which is worse
+        columns = torch.stack([images.indices, images.labels, votes.predicted, sure], dim=1)
         rows = gather_uneven(columns[known]).cpu()  # (M, 4)
         if len(rows) == 0:
             return None
@@ -73,7 +73,9 @@ class KNNErrors(NamedTuple):
         owners, order = gather_uneven(images.indices[mine]).cpu().sort()
         nearest = gather_uneven(bank.indices[votes.nearest[mine]]).cpu()[order]
         nearest = nearest[torch.searchsorted(owners, shown[:, 0].contiguous())]
-        return cls(epoch, len(rows), len(wrong), classes, _counts(rows[:, 1:3], classes), *shown.unbind(1), nearest)
+        indices, labels, predicted, thousandths = shown.unbind(1)
+        counts = _counts(rows[:, 1:3], classes)
+        return cls(epoch, len(rows), len(wrong), classes, counts, indices, labels, predicted, thousandths, nearest)
 
     def page(self, trainer: L.Trainer, pl_module: L.LightningModule, data: Any) -> str | None:
         """The errors as JSON with small pictures; None if an image can no longer be read. Every process must call it.

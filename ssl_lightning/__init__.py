@@ -25,10 +25,11 @@ from ssl_lightning.callbacks.progress import ProgressBar, Throughput
 from ssl_lightning.callbacks.run_record import RunRecord
 from ssl_lightning.callbacks.segmentation_probe import SegmentationProbe
 from ssl_lightning.callbacks.view_grid import ViewGrid
-from ssl_lightning.commands.evaluate import Evaluation, SegmentationEvaluation
+from ssl_lightning.commands.evaluate import DepthEvaluation, Evaluation, SegmentationEvaluation
 from ssl_lightning.data.arrays import ArrayData
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.dense import COCODetectionData, VOCDetectionData, VOCSegmentationData
+from ssl_lightning.data.depth import DepthData
 from ssl_lightning.data.digits import DigitsData
 from ssl_lightning.data.fake import FakeData
 from ssl_lightning.data.folder import ImageFolderData
@@ -103,6 +104,8 @@ __all__ = [
     "DINOv2",
     "DatasetImages",
     "DeepClusterV2",
+    "DepthData",
+    "DepthEvaluation",
     "DigitsData",
     "Distillation",
     "EmbeddingWriter",

@@ -40,6 +40,20 @@ def pixels_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     return ((image.float() * scale + offset) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def are_blank(views: Tensor, std: Sequence[float]) -> Tensor:
+    """Which views show nothing, ``(B,)``: the pixels of each channel, from 0 to 1, deviate by less than 0.02.
+
+    Args:
+        views: Normalized, ``(B, C, S, S)``.
+        std: Standard deviation of each channel that they were divided by.
+    """
+    deviations = views.flatten(2).float().std(dim=2) * torch.tensor(tuple(std), device=views.device)
+    return (deviations < _BLANK).all(dim=1)
+
+
+_BLANK = 0.02
+
+
 def fitted(picture: Image.Image, side: int = CELL) -> Image.Image:
     """The picture, resized so that its longer side has a given length.
 

@@ -12,6 +12,8 @@
         views.png                                    the views at the start of training
         pictures/<picture>/<epoch>.png               what the method has learned so far
         map.json                                     the newest map of the features, with its images
+        errors.json                                  the newest errors of kNN, with their images
+        blank.json                                   views of the last batch that show nothing
         checkpoints/last.ckpt, best.ckpt             and epoch_<n>.ckpt of --last_checkpoint.keep_epochs
         evaluations/<protocol>/results.json          one folder for each evaluation
 """
@@ -41,6 +43,8 @@ WARNINGS_FILE = "warnings.txt"
 SLURM_FILE = "slurm.json"
 VIEWS_FILE = "views.png"
 MAP_FILE = "map.json"
+ERRORS_FILE = "errors.json"
+BLANK_FILE = "blank.json"
 RESULTS_FILE = "results.json"
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last", "best"
 CHECKPOINTS_FOLDER = "checkpoints"  # Lightning's name

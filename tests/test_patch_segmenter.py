@@ -55,10 +55,10 @@ def test_patches_that_show_their_class_are_labeled_right(method: Any) -> None:
         holed = masks.clone()
         holed[8 if method == "capi" else 0 :, : height // 16] = 255  # CAPI's votes may be for an ignored label
         segmenter.remember(maps[:8], [*holed[:8]], 8)
-        assert segmenter._parts[0][1].shape == (16, 64)
+        assert segmenter.memory.parts[0][1].shape == (16, 64)
         segmenter.score(maps[8:], [*holed[8:]], 8)
         assert segmenter.measures()["miou"] > (0.99 if method == "capi" else 0.75)  # interpolation blurs the edges
-        assert segmenter.memory_size == 8 * 16
+        assert segmenter.memory.size == 8 * 16
 
 
 def test_a_small_memory_keeps_the_patches_of_rare_classes() -> None:
@@ -66,7 +66,7 @@ def test_a_small_memory_keeps_the_patches_of_rare_classes() -> None:
     mask[8:16, 16:24] = 2  # a single patch
     segmenter = PatchSegmenter(PatchProtocol(memory_size=40), 3, 10)
     segmenter.remember(torch.rand(10, 5, 4, 4), [mask] * 10, 8)
-    for features, labels, _ in segmenter._parts:
+    for features, labels, _ in segmenter.memory.parts:
         assert len(features) == 4
         assert sorted(labels[:, 0].tolist()) == [0, 0, 0, 2]
 

@@ -4,7 +4,6 @@ import csv
 import http.client
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,8 @@ EVIL = "</script><script>document.title = 'taken over'</script>"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MoCo v2 that was resumed with another temperature, with a warning of its own and pictures of three epochs."""
     root = tmp_path_factory.mktemp("report")
-    words = [*FIT, "--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu", "--name", "moco"]
+    views = "--data.views=[{size: 16, count: 2, scale: [0.01, 0.3]}]"  # some of which show nothing
+    words = [*FIT, views, "--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu", "--name", "moco"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ssl-lightning"])
         main(words)
@@ -99,7 +99,7 @@ def test_every_plot_draws_its_curves_and_every_picture_is_there(browser: Any, pa
     assert drawn["Loss"]["traces"] == 2  # with the chance loss
     assert drawn["Where the time goes"]["traces"] == 6
     widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 12  # the views, three maps, and four pictures after each start's last epoch
+    assert len(widths) > 12  # the views, three maps, four pictures after each start's last epoch, and blank views
     assert all(width > 0 for width in widths)
 
 
@@ -121,7 +121,7 @@ def test_the_slider_shows_earlier_epochs(browser: Any, page: Path) -> None:
     assert browser.execute_script("return document.querySelector('figure output').value") == "epoch 0"
 
 
-def test_points_and_numbers_lead_to_their_images(browser: Any, page: Path, run: Path) -> None:
+def test_points_lead_to_their_images(browser: Any, page: Path, run: Path) -> None:
     opened(browser, page.as_uri())
     found = json.loads((run / "map.json").read_text())
     points, labels = len(found["x"]), found["labels"]
@@ -138,14 +138,50 @@ def test_points_and_numbers_lead_to_their_images(browser: Any, page: Path, run: 
     )
     same = [labels[other] == labels[5] for other in found["neighbors"][5]]
     assert [frame == "same" for frame in frames[1:]] == same
-    browser.find_element("css selector", "a.wrong").click()  # the kNN accuracy
-    wrong = [image for _, image in browser.execute_script(f"return {tiles}")]
-    assert 0 < len(wrong) <= 60
-    assert labels[wrong[0]] not in [labels[other] for other in found["neighbors"][wrong[0]]]
-    names = browser.execute_script("return [...document.getElementById('listed').options].map(option => option.text)")
-    assert re.fullmatch(r"\d, taken for \d: \d+", names[2])
     browser.execute_script("document.getElementById('colors').value = 'clusters'; drawMap()")
     assert browser.execute_script("return document.getElementById('map').data[0].name") == "cluster 1"
+
+
+def test_the_accuracy_leads_to_the_errors(browser: Any, page: Path, run: Path) -> None:
+    opened(browser, page.as_uri())
+    kept = json.loads((run / "errors.json").read_text())
+    errors = kept["errors"]
+    tiles = "return [...document.querySelectorAll('#error-images button')]"
+
+    def shown() -> list[int]:
+        return browser.execute_script(f"{tiles}.map(tile => Number(tile.dataset.image))")
+
+    browser.find_element("css selector", "dd a[href='#errors']").click()
+    top = "return document.getElementById('errors').getBoundingClientRect().top"
+    until(lambda: browser.execute_script(top) < 20)
+    assert shown() == [*range(min(60, len(errors)))]
+    assert [error["share"] for error in errors] == sorted((error["share"] for error in errors), reverse=True)
+    cells = browser.find_elements("css selector", ".confusion button")
+    counts = kept["counts"]
+    assert len(cells) == sum(counts[a][b] > 0 for a in range(len(counts)) for b in range(len(counts)) if a != b)
+    cells[0].click()
+    pair = [cells[0].get_attribute(f"data-{name}") for name in ("label", "predicted")]
+    assert shown() == [n for n, error in enumerate(errors) if [error["label"], error["predicted"]] == pair] != []
+    first = shown()[0]
+    browser.find_element("css selector", "#error-images button").click()
+    assert shown() == [first, *errors[first]["nearest"]]
+    frames = browser.execute_script(f"{tiles}.slice(1).map(tile => tile.className)")
+    assert frames == ["same" if kept["labels"][other] == pair[0] else "other" for other in errors[first]["nearest"]]
+    said = browser.find_element("id", "error-name").text
+    assert said.startswith(f"{kept['names'][first]}: {pair[0]}, taken for {pair[1]} by ")
+    browser.find_element("id", "worst").click()
+    assert shown()[0] == 0
+
+
+def test_the_share_of_blank_views_leads_to_them(browser: Any, page: Path, run: Path) -> None:
+    opened(browser, page.as_uri())
+    kept = json.loads((run / "blank.json").read_text())
+    link = browser.find_element("css selector", "dd a[href='#blank']")
+    assert link.text == f"{100 * kept['count'] / kept['total']:.1f} %"
+    link.click()
+    pictures = browser.find_elements("css selector", "#blank img")
+    assert len(pictures) == min(24, kept["count"]) > 0
+    assert pictures[0].get_attribute("title") == f"view {kept['views'][0]['view']} of {kept['views'][0]['name']}"
 
 
 def test_what_happened_is_text_and_no_code(browser: Any, page: Path, run: Path) -> None:

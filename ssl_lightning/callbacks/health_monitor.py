@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from ssl_lightning.callbacks.blank_views import count_blank_views
 from ssl_lightning.callbacks.features import in_eval_mode, plain_features
 from ssl_lightning.callbacks.interval import EveryEpochs, Interval
 from ssl_lightning.distributed import gather
@@ -30,7 +31,9 @@ class HealthMonitor(L.Callback):
     training images, prepared as for evaluation; if the data has no labels, also ``health/silhouette`` of 10 clusters.
     ``health/alignment``, ``health/lidar`` (of the first two views of at most 1,024 images) and
     ``health/teacher_agreement`` (mean cosine similarity of the teacher's and the student's features) are computed on
-    the last training batch. So few views bound LiDAR: compare it only between runs of the same batch size;
+    the last training batch, as is ``health/blank_views``: the share of the views that show nothing, since the pixels of
+    each channel, from 0 to 1, deviate by less than 0.02. Some of these views are kept for the page of the run. So few
+    views bound LiDAR: compare it only between runs of the same batch size;
     ``evaluate quality`` takes more. The method's ``health`` adds its own. See ``ssl_lightning.evaluation`` for the
     formulas. This takes one pass over a small part of the data; its duration is printed once.
 
@@ -49,6 +52,7 @@ class HealthMonitor(L.Callback):
         self.looked_in: int | None = None
         """The last epoch in which the monitor ran."""
         self._views: Sequence[Tensor] = []
+        self._indices: Tensor | None = None
         self._epoch_start, self._reported = 0.0, False
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,7 +66,7 @@ class HealthMonitor(L.Callback):
         """Keep the last batch of views."""
         self.interval.batch_ends()
         if trainer.is_last_batch:
-            self._views = batch[0]
+            self._views, self._indices = batch[0], getattr(batch, "indices", None)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Run before checkpoints are chosen."""
@@ -82,6 +86,8 @@ class HealthMonitor(L.Callback):
         with torch.no_grad(), torch.random.fork_rng(devices), trainer.precision_plugin.val_step_context():
             metrics = self._feature_metrics(trainer, self._features(trainer, pl_module))
             metrics |= self._view_metrics(pl_module, views)
+        blank = None if self._indices is None else count_blank_views(trainer, views, self._indices)
+        metrics |= {} if blank is None else {"blank_views": blank}
         for name, value in metrics.items():
             pl_module.log(f"health/{name}", value)
         seconds, epoch = time.perf_counter() - start, start - self._epoch_start

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, no_features, no_numbers, plain_features
 from ssl_lightning.callbacks.interval import EveryEpochs, Interval
+from ssl_lightning.callbacks.knn_errors import NEAREST, KNNErrors
 from ssl_lightning.callbacks.progress import is_nth_or_last
-from ssl_lightning.distributed import gather_uneven
+from ssl_lightning.distributed import gather_uneven, reduced
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation import knn_predict
 from ssl_lightning.evaluation.clusters import cluster_measures
+from ssl_lightning.evaluation.knn import knn_votes
 
 _WATCHING = 0.015
 """Share of the training time that validation and kNN may take with ``auto``."""
@@ -64,11 +66,14 @@ class KNNProbe(L.Callback):
         self._labels: list[Tensor] = []
         self._indices: list[Tensor] = []
         self._wanted = self._clusters = False
+        self._counted = False  # whether a batch did not say which images of the data module it holds
         self._started = 0.0
         self._validated_every: int | None = None
         self._references: dict[str, float] = {}
         self.bank: tuple[int, PlainFeatures] | None = None
         """The step at which the bank was computed last, and a part of it, to look at."""
+        self.errors: KNNErrors | None = None
+        """What it got wrong last in a training, for the page of the run."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check whether the data has labels."""
@@ -116,7 +121,7 @@ class KNNProbe(L.Callback):
 
     def _accuracy(self, trainer: L.Trainer, pl_module: Any, reference: Any) -> float | None:
         """The accuracy of another network; None if there is nothing to search."""
-        bank, bank_labels = self._bank(trainer, pl_module, reference)
+        bank, bank_labels, _ = self._bank(trainer, pl_module, reference)
         data: Any = getattr(trainer, "datamodule", None)
         images = plain_features(trainer, pl_module, data.val_dataloader(), reference)
         known = images.labels >= 0
@@ -144,7 +149,7 @@ class KNNProbe(L.Callback):
         every = self.clusters_every_n_epochs
         self._clusters = every is not None and (not fits or is_nth_or_last(trainer, every))
         self._features, self._labels = [no_features(pl_module)], [no_numbers(pl_module)]
-        self._indices = [no_numbers(pl_module)]
+        self._indices, self._counted = [no_numbers(pl_module)], False
 
     def on_validation_batch_end(
         self,
@@ -161,6 +166,7 @@ class KNNProbe(L.Callback):
             self._labels.append(batch[1])
             seen = sum(map(len, self._indices))
             counted = torch.arange(seen, seen + len(outputs), device=outputs.device)
+            self._counted = self._counted or not hasattr(batch, "indices")
             self._indices.append(getattr(batch, "indices", counted))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,28 +177,36 @@ class KNNProbe(L.Callback):
             self.interval.took(trainer, time.perf_counter() - self._started, self._validated_every or 1)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        bank, bank_labels = self._bank(trainer, pl_module)
-        if len(bank) == 0:  # a stream has no bank
+        bank = self._bank(trainer, pl_module)
+        if len(bank.features) == 0:  # a stream has no bank
             return
-        features, labels = torch.cat(self._features), torch.cat(self._labels)
+        images = PlainFeatures(*map(torch.cat, (self._features, self._labels, self._indices)))
         assert self.num_classes is not None
-        predicted = knn_predict(bank, bank_labels, features, self.num_classes, self.k, self.temperature)
-        counts = torch.stack([((predicted == labels) & (labels >= 0)).sum(), (labels >= 0).sum()])
+        votes = knn_votes(*bank[:2], images.features, self.num_classes, self.k, self.temperature, NEAREST)
+        known, right = images.labels >= 0, votes.predicted == images.labels
+        counts = torch.stack([(right & known).sum(), known.sum()])
         correct, total = gather_uneven(counts[None]).sum(0)
         if total > 0:
             pl_module.log("val/knn_top1", correct / total, prog_bar=True)
             for name, accuracy in self._references.items():
                 pl_module.log(f"val/{name}_knn_top1", accuracy)
             if self._clusters:
-                self._cluster(trainer, pl_module, features, labels)
+                self._cluster(trainer, pl_module, images)
+            if trainer.state.fn == TrainerFn.FITTING and self._are_of_the_data(trainer, pl_module):
+                self.errors = KNNErrors.of(votes, images, bank, trainer.current_epoch + 1)
         self._features, self._labels, self._indices = [], [], []
 
-    def _cluster(self, trainer: L.Trainer, pl_module: L.LightningModule, features: Tensor, labels: Tensor) -> None:
+    def _are_of_the_data(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Whether the validation images are the images of the data module, and known by their indices."""
+        is_counted = reduced(torch.tensor(self._counted, dtype=torch.long, device=pl_module.device), "max")
+        return not is_counted and getattr(getattr(trainer, "datamodule", None), "val_images", None) is not None
+
+    def _cluster(self, trainer: L.Trainer, pl_module: L.LightningModule, images: PlainFeatures) -> None:
         """Cluster on the first process, and log."""
-        order = gather_uneven(torch.cat(self._indices)).argsort()
+        order = gather_uneven(images.indices).argsort()
         if len(order) > _CLUSTERED:
             order = order[torch.arange(_CLUSTERED, device=order.device) * len(order) // _CLUSTERED]
-        features, labels = gather_uneven(features)[order], gather_uneven(labels)[order]
+        features, labels = gather_uneven(images.features)[order], gather_uneven(images.labels)[order]
         assert self.num_classes is not None
         measures = cluster_measures(features, labels, self.num_classes) if trainer.is_global_zero else {}
         for name, value in trainer.strategy.broadcast(measures).items():
@@ -202,13 +216,13 @@ class KNNProbe(L.Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule, reference: Any = None) -> tuple[Tensor, Tensor]:
-        """Features and labels of the training set, the same on every process."""
+    def _bank(self, trainer: L.Trainer, pl_module: L.LightningModule, reference: Any = None) -> PlainFeatures:
+        """Features of the labeled training images."""
         data: Any = getattr(trainer, "datamodule", None)
         bank = plain_features(trainer, pl_module, data.train_labelled_dataloader(self.max_samples), reference)
         if reference is None:
             self.bank = trainer.global_step, bank.some(_SHOWN)
-        return bank[:2]
+        return bank
 
 
 _SHOWN = 2048

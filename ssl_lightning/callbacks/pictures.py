@@ -16,14 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_lightning.backbones.maps import map_and_attention
-from ssl_lightning.callbacks.explored import bank_of, explored, tiles_of
+from ssl_lightning.callbacks.explored import bank_of, explored
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode
+from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.progress import planned_epochs
+from ssl_lightning.callbacks.tiles import tiles_of
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show, squares
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.components import aligned, joint_components, patch_colors
-from ssl_lightning.runs import MAP_FILE, picture_file, run_folder
+from ssl_lightning.runs import ERRORS_FILE, MAP_FILE, picture_file, run_folder
 
 _NEIGHBORS = 7
 _SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
@@ -32,7 +34,8 @@ _SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
 class Pictures(L.Callback):
     """Draws what the method has learned, for TensorBoard, Weights & Biases and ``pictures/<name>/<epoch>.png``.
 
-    The newest map is also kept as ``map.json``, for the page of the run: there its points show their images.
+    For the page of the run, the newest map is also kept as ``map.json``, where its points show their images, and what
+    the kNN probe gets wrong as ``errors.json``.
 
     ``neighbours``: some training images with their nearest neighbors by cosine similarity, in a green frame if the
     class is the same, else in a red one. ``map``: features in two dimensions, colored by class. ``components``: the
@@ -91,6 +94,7 @@ class Pictures(L.Callback):
             trainer.strategy.on_validation_start()  # which gathers what is sharded
             pictures = self._image_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
             pictures |= self._feature_pictures(trainer, pl_module, data) if hasattr(data, "plain_dataloader") else {}
+            self._keep_errors(trainer, pl_module, data)
             trainer.strategy.on_validation_end()
         if trainer.is_global_zero:
             if (schedules := _schedules(trainer, pl_module)) is not None:
@@ -142,19 +146,32 @@ class Pictures(L.Callback):
             return {}
         plain = PlainFeatures(*(part.cpu() for part in plain))  # a Mac's GPU has no float64
         if self._tiles is None or not torch.equal(self._tiles[0], plain.indices):
-            self._tiles = plain.indices, tiles_of(trainer, pl_module, data, plain.indices)
+            self._tiles = plain.indices, tiles_of(trainer, pl_module, data, data.train_images, plain.indices)
         if not trainer.is_global_zero:
             return {}
         points, axes = _projected(plain.features.double().numpy(), self.projection)
-        folder = run_folder(trainer)
-        if folder is not None and len(self._tiles[1]) == len(plain.indices):
+        if len(self._tiles[1]) == len(plain.indices):
             content = explored(plain, self._tiles[1], points, axes, data, trainer.current_epoch + 1)
-            with replacing(folder / MAP_FILE) as file:
-                file.write(content.encode())
+            _keep(trainer, MAP_FILE, content)
         return {
             "neighbours": _neighbors(plain, data.train_images.read, self.num_images),
             "map": _map(plain, points, axes),
         }
+
+    def _keep_errors(self, trainer: L.Trainer, pl_module: Any, data: Any) -> None:
+        """Keep what the newest kNN got wrong, with its images."""
+        for probe in getattr(trainer, "callbacks", []):
+            if isinstance(probe, KNNProbe) and probe.errors is not None:
+                page, probe.errors = probe.errors.page(trainer, pl_module, data), None
+                if page is not None and trainer.is_global_zero:
+                    _keep(trainer, ERRORS_FILE, page)
+
+
+def _keep(trainer: L.Trainer, name: str, content: str) -> None:
+    """Write a file of the run folder."""
+    if (folder := run_folder(trainer)) is not None:
+        with replacing(folder / name) as file:
+            file.write(content.encode())
 
 
 def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:

@@ -8,7 +8,8 @@ import torch
 
 from ssl_lightning.callbacks.features import in_eval_mode
 from ssl_lightning.callbacks.interval import EveryEpochs, Interval
-from ssl_lightning.evaluation.patch_segmenter import PatchFeatures, PatchProtocol, segmenter_of
+from ssl_lightning.evaluation.patch_features import PatchFeatures
+from ssl_lightning.evaluation.patch_segmenter import PatchProtocol, segmenter_of
 
 _WATCHING = 0.005
 """Share of the training time that ``auto`` allows."""

@@ -280,34 +280,63 @@ class DenseImages(Dataset[Any]):
         return self.pair(image, index)
 
 
-class _MaskedImages(DenseImages):
-    def __init__(
-        self, paths: list[Path], masks: list[Path], num_classes: int, size: int, min_crop: float, seed: int | None
-    ) -> None:
+class SquareImages(DenseImages):
+    """Images as squares, each with a map that has a value for each pixel: a subclass writes ``target``.
+
+    Args:
+        paths: The files.
+        num_classes: Number of classes; 0 if the maps hold no classes.
+        size: Side in pixels of the squares.
+        min_crop: Smallest area of a random crop, as a fraction of the image.
+        seed: See DenseImages.
+    """
+
+    def __init__(self, paths: list[Path], num_classes: int, size: int, min_crop: float, seed: int | None) -> None:
         super().__init__(paths, num_classes, seed)
-        self.masks = masks
         crop, to_tensor = v2.RandomResizedCrop(size, scale=(min_crop, 1.0)), v2.ToPureTensor()
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), to_tensor])
         self.resize = v2.Compose([v2.Resize((size, size)), to_tensor])
 
+    def target(self, index: int, shape: tuple[int, int]) -> Tensor:
+        """The map of an image, ``(H, W)``.
+
+        Args:
+            index: Index of the image.
+            shape: Height and width of the image.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define target(index, shape)")
+
     def pair(self, image: tv_tensors.Image, index: int) -> tuple[Tensor, Tensor]:
-        """The image as a square. In training its mask gets the same crop; in evaluation the mask keeps its size."""
+        """The image as a square. In training its map gets the same crop; in evaluation the map keeps its size."""
+        height, width = image.shape[1:]
+        target = self.target(index, (height, width))
+        return (self.resize(image), target) if self.seed is None else self.augment(image, tv_tensors.Mask(target))
+
+    def __getitem__(self, key: BatchKey) -> tuple[Tensor, Any]:
+        """Images ``(B, 3, S, S)``, and maps: ``(B, S, S)`` in training, in evaluation a list of maps of any size."""
+        images, targets = super().__getitem__(key)
+        return torch.stack(images), targets if self.seed is None else torch.stack(targets)
+
+
+class _MaskedImages(SquareImages):
+    def __init__(
+        self, paths: list[Path], masks: list[Path], num_classes: int, size: int, min_crop: float, seed: int | None
+    ) -> None:
+        super().__init__(paths, num_classes, size, min_crop, seed)
+        self.masks = masks
+
+    def target(self, index: int, shape: tuple[int, int]) -> Tensor:
+        """The classes of the pixels."""
         with Image.open(self.masks[index]) as mask_file:
             classes = np.array(mask_file)
-        if classes.shape != image.shape[1:]:
+        if classes.shape != shape:
             raise UserError(
-                f"{self.masks[index]} is of shape {classes.shape}, its image {tuple(image.shape[1:])}; a mask must be "
+                f"{self.masks[index]} is of shape {classes.shape}, its image {shape}; a mask must be "
                 "a palette or gray image of the size of its image."
             )
         if wrong := {*np.unique(classes).tolist()} - {*range(self.num_classes), _IGNORED}:
             raise UserError(f"{self.masks[index]} has class {max(wrong)}; --data.num_classes is {self.num_classes}.")
-        mask = torch.from_numpy(classes.astype(np.uint8))
-        return (self.resize(image), mask) if self.seed is None else self.augment(image, tv_tensors.Mask(mask))
-
-    def __getitem__(self, key: BatchKey) -> tuple[Tensor, Any]:
-        """Images ``(B, 3, S, S)``, and masks: ``(B, S, S)`` in training, in evaluation a list of masks of any size."""
-        images, masks = super().__getitem__(key)
-        return torch.stack(images), masks if self.seed is None else torch.stack(masks)
+        return torch.from_numpy(classes.astype(np.uint8))
 
 
 class _BoxedImages(DenseImages):

@@ -16,7 +16,7 @@ from ssl_lightning.data.datasets import StreamedViews, ViewDataset
 from ssl_lightning.data.loader import Loader
 from ssl_lightning.data.transforms import OwnViewMaker
 from ssl_lightning.data.views import ViewSpec
-from ssl_lightning.drawing import CELL, fitted, framed, picture_of, pixels_of, sheet
+from ssl_lightning.drawing import CELL, are_blank, fitted, framed, picture_of, pixels_of, sheet
 
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990")
 
@@ -27,7 +27,7 @@ class Preview(NamedTuple):
     sheet: Image.Image
     """A row for each image: the original with its crops outlined, its partner if it has one, then its views."""
     blank: float
-    """Fraction of views that show nothing: the standard deviation of their pixels, from 0 to 1, is below 0.02."""
+    """Fraction of views that show nothing: the pixels of each channel, from 0 to 1, deviate by less than 0.02."""
     overlap: float | None
     """Mean intersection over union of the crops of positive pairs: a full-size view and another view of its image."""
     disjoint: float | None
@@ -74,10 +74,11 @@ def preview(loader: Loader, specs: Sequence[ViewSpec], num_rows: int = 8, num_im
         images = [read_original(int(index)) for index in raw.indices]
         partners = _partners(dataset, indices, raw, images)
         all_crops = _crops(dataset.maker, indices, [*images, *partners])
+        for batch_of_views, spec in zip(augmented.views, view_specs, strict=True):
+            blank += are_blank(batch_of_views, spec.std).tolist()
         for number, views in enumerate(zip(*augmented.views, strict=True)):
             shown, crops = [images[number], *partners[number : number + 1]], all_crops[:, number]  # (V, 4)
             pixels = [pixels_of(view, spec.mean, spec.std) for view, spec in zip(views, view_specs, strict=True)]
-            blank += [bool(view.double().std() < 0.02 * 255) for view in pixels]
             for source in range(len(shown)):
                 own = [
                     view

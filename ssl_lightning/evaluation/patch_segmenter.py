@@ -7,19 +7,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_lightning.backbones.maps import features_and_map
-from ssl_lightning.backbones.tokens import ViT, input_channels
-from ssl_lightning.distributed import gather_uneven, rank, reduced, world_size
+from ssl_lightning.distributed import reduced
 from ssl_lightning.errors import UserError
-from ssl_lightning.evaluation.dense import stages
+from ssl_lightning.evaluation.patch_features import PatchMemory, check_splits, linear_layer, patches_of, standard
 from ssl_lightning.evaluation.patches import hummingbird, iou_of_counts, knn_segmentation
 
 _IGNORED = 255
 _CLASSES = 256  # of masks of 8 bits
-_STEPS, _DECAY = 100, 1e-4
-"""Of the linear classifier."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +64,10 @@ class PatchSegmenter:
     """
 
     def __init__(self, protocol: PatchProtocol, num_classes: int, num_images: int) -> None:
-        self.protocol, self.num_classes, self.num_images = protocol, num_classes, num_images
+        self.protocol, self.num_classes = protocol, num_classes
         self.chosen: dict[str, Any] = {}
         """The k and the distance that ``capi`` has chosen."""
-        self.memory_size = 0
-        """Number of patches in the memory, once it is complete."""
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._seen = 0
+        self.memory = PatchMemory(protocol.memory_size, num_images)
         self._predict: Callable[[Tensor], Tensor] | None = None
         self._counts: Tensor | None = None
 
@@ -87,23 +80,17 @@ class PatchSegmenter:
             side: Side of a patch in pixels.
         """
         rows, columns = maps.shape[2:]
-        kept, limit = rows * columns, self.protocol.memory_size
-        if limit is not None and kept * self.num_images > limit:
-            kept = max(1, limit // self.num_images)
-        for features, mask in zip(_patches(maps), masks, strict=True):
-            index, self._seen = rank() + self._seen * world_size(), self._seen + 1
+        kept = self.memory.room(rows * columns)
+        for features, mask in zip(patches_of(maps), masks, strict=True):
             labels = _pixels(mask, rows, columns, side)  # (rows * columns, P)
             if kept < len(labels):
-                rare = _rare(labels, kept, self.protocol.seed, index)
+                rare = _rare(labels, kept, self.protocol.seed, self.memory.index)
                 features, labels = features[rare], labels[rare]
-            self._parts.append((features, labels, torch.full((len(labels),), index, device=features.device)))
+            self.memory.add(features, labels)
 
     def _fit(self) -> Callable[[Tensor], Tensor]:
         """Complete the memory with the patches of all processes, and learn from it."""
-        features, labels, images = (gather_uneven(torch.cat(part)) for part in zip(*self._parts, strict=True))
-        order = images.argsort(stable=True)  # of the images, whichever process had them
-        features, labels, images, self._parts = features[order], labels[order], images[order], []
-        self.memory_size = len(features)
+        features, labels, images = self.memory.complete()
         protocol = self.protocol
         if protocol.method == "hummingbird":
             background = [label for label in protocol.ignored if label >= self.num_classes]  # as in the release
@@ -111,8 +98,10 @@ class PatchSegmenter:
             shares = self._shares(labels)
             return lambda queries: hummingbird(features, shares, queries, protocol.k or 30, protocol.temperature)
         if protocol.method == "linear":
-            return _linear(features, self._shares(labels), protocol.ignored)
-        mean, scale = _standard(features)
+            shares = self._shares(labels)
+            shares[:, [label for label in protocol.ignored if label < self.num_classes]] = 0
+            return linear_layer(features, shares)
+        mean, scale = standard(features)
         bank = (features - mean) / scale
         k, distance = self._best_setting(bank, labels, images)
         self.chosen = {"k": k, "distance": distance}
@@ -131,7 +120,7 @@ class PatchSegmenter:
         if self._predict is None:
             self._predict = self._fit()
         rows, columns = maps.shape[2:]
-        answers = self._predict(_patches(maps).flatten(0, 1)).unflatten(0, (len(maps), -1))  # (B, N, C or P)
+        answers = self._predict(patches_of(maps).flatten(0, 1)).unflatten(0, (len(maps), -1))  # (B, N, C or P)
         for answer, mask in zip(answers, masks, strict=True):
             if self.protocol.method == "capi":
                 self._count(_pixels(mask, rows, columns, side), answer)
@@ -169,10 +158,10 @@ class PatchSegmenter:
         ks = [self.protocol.k] if self.protocol.k else [1, 3, 10, 30]
         distances = [self.protocol.distance] if self.protocol.distance else ["cosine", "l2"]
         settings = [(k, distance) for distance in distances for k in ks]
-        if len(settings) == 1 or self.num_images < 2:
+        if len(settings) == 1 or self.memory.num_images < 2:
             return settings[0]
         random = np.random.Generator(np.random.Philox(key=self.protocol.seed))
-        left_out = random.permutation(self.num_images)[: max(1, self.num_images // 10)]
+        left_out = random.permutation(self.memory.num_images)[: max(1, self.memory.num_images // 10)]
         held_out = torch.isin(images, torch.from_numpy(left_out).to(images))
         train, test, ignored = ~held_out, held_out, [*self.protocol.ignored]
 
@@ -182,54 +171,6 @@ class PatchSegmenter:
             return iou_of_counts(counts) if counts.any() else 0.0
 
         return max(settings, key=miou)
-
-
-class PatchFeatures:
-    """Feature maps of images with masks: the last map of any backbone that gives maps, after its last norm.
-
-    Args:
-        backbone: The backbone.
-        name: Its name in messages.
-        transform: How images are prepared: their ``mean`` and ``std``.
-
-    Raises:
-        UserError: The backbone takes images of other channels.
-    """
-
-    def __init__(self, backbone: nn.Module, name: str, transform: dict[str, Any]) -> None:
-        import torchvision.models.resnet  # only here: help texts should not wait for it
-
-        self.backbone, self.name, self.transform = backbone, name, transform
-        self.channels = input_channels(backbone) or 3
-        if self.channels not in (1, 3):
-            raise UserError(f"the backbone takes images of {self.channels} channels, and images with masks have 3.")
-        has_stages = isinstance(backbone, ViT | torchvision.models.resnet.ResNet)
-        self.stages = stages(backbone, name, first=4) if has_stages else None
-
-    def __call__(self, batch: Any) -> tuple[Tensor, Sequence[Tensor], int]:
-        """Feature maps ``(B, D, rows, columns)``, masks, and the side of a patch in pixels.
-
-        Args:
-            batch: Images ``(B, 3, S, S)``, uint8, and a mask ``(H, W)`` for each.
-
-        Raises:
-            UserError: There are no masks, or no feature maps.
-        """
-        images, masks = batch
-        if not isinstance(images, Tensor) or not isinstance(masks[0], Tensor):
-            raise UserError("segmentation needs masks; give --data VOCSegmentationData.")
-        if self.channels == 1:
-            gray = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]  # as Pillow
-            images = (images * gray).sum(1, keepdim=True)
-        mean, std = (
-            torch.tensor(self.transform[key], device=images.device)[: self.channels, None, None]
-            for key in ("mean", "std")
-        )
-        prepared = (images / 255 - mean) / std
-        maps = features_and_map(self.backbone, prepared)[1] if self.stages is None else self.stages(prepared)["0"]
-        if maps is None:
-            raise UserError(f"backbone {self.name!r} gives no feature maps here; choose a ResNet or a ViT.")
-        return maps, masks, max(1, images.shape[-1] // maps.shape[-1])
 
 
 def segmenter_of(protocol: PatchProtocol, data: Any) -> PatchSegmenter:
@@ -242,18 +183,8 @@ def segmenter_of(protocol: PatchProtocol, data: Any) -> PatchSegmenter:
     Raises:
         UserError: Validation images are training images, too.
     """
-    train, val = ({images.files.name(index) for index in range(len(images))} for images in data.splits)
-    if train & val:
-        raise UserError(
-            f"{len(train & val)} of {len(val)} validation images are training images, too, e.g. {min(train & val)}; "
-            "set --data.train_split and --data.val_split to splits without common images."
-        )
+    check_splits(data)
     return PatchSegmenter(protocol, data.num_classes, len(data.splits[0]))
-
-
-def _patches(maps: Tensor) -> Tensor:
-    """``(B, rows * columns, D)``."""
-    return maps.float().flatten(2).mT
 
 
 def _pixels(mask: Tensor, rows: int, columns: int, side: int) -> Tensor:
@@ -274,31 +205,3 @@ def _counted(truth: Tensor, predicted: Tensor) -> Tensor:
     """Numbers of pixels by their label and by their prediction ``(256, 256)``."""
     pairs = truth.long() * _CLASSES + predicted.long()
     return torch.bincount(pairs.flatten(), minlength=_CLASSES**2).view(_CLASSES, _CLASSES)
-
-
-def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each dimension; a deviation of 0 is 1."""
-    deviation = features.std(0, unbiased=False)
-    return features.mean(0), torch.where(deviation > 0, deviation, 1)
-
-
-def _linear(features: Tensor, shares: Tensor, ignored: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Logits by a logistic regression on standardized features, weighted by the share of pixels that count."""
-    with torch.inference_mode(False), torch.enable_grad():
-        mean, scale = _standard(features)
-        inputs, shares = (features - mean) / scale, shares.clone()
-        shares[:, [label for label in ignored if label < shares.shape[1]]] = 0
-        layer = nn.utils.skip_init(nn.Linear, inputs.shape[1], shares.shape[1], device=inputs.device)
-        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # not random: a training's random numbers stay
-        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = -(shares * layer(inputs).log_softmax(1)).sum() / shares.sum().clamp(min=1)
-            loss = loss + _DECAY * layer.weight.square().sum()
-            loss.backward()
-            return loss
-
-        with torch.autocast(inputs.device.type, enabled=False):
-            optimizer.step(closure)
-    return lambda queries: layer((queries - mean) / scale).detach().float()

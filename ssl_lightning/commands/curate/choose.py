@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 from ssl_lightning.checkpoints import open_backbone
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.commands.curate.page import Group, page_of
+from ssl_lightning.commands.evaluate.evaluator import quiet_trainer
 from ssl_lightning.curation import balanced_choice, k_center, mean_similarity, near_duplicates, whitening
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.decoding import OpenedImage, opened_already
@@ -68,7 +68,7 @@ class Curation:
                 raise UserError(f"{option} {path}: name a file in a folder that exists.")
         self.checkpoint, self.data, self.seed = checkpoint, data, seed
         self.output, self.page = Path(output), None if page is None else Path(page)
-        self.trainer = trainer or {}
+        self.trainer = trainer
         self.pretrained = open_backbone(checkpoint, backbone, backbone_kwargs, branch)
 
     def duplicates(self, threshold: float | None = None) -> str | None:
@@ -160,8 +160,7 @@ class Curation:
         return self._summary(kept, f"images that {method} did not choose")
 
     def _images(self) -> "_AllImages | None":
-        trainer = L.Trainer(**{"devices": 1, "logger": False, "enable_checkpointing": False, **self.trainer})
-        sets = extract_all(self.pretrained, self.data, trainer)
+        sets = extract_all(self.pretrained, self.data, quiet_trainer(self.trainer))
         return None if sets is None else _AllImages(sets)
 
     def _between_copies_and_others(self, images: "_AllImages", mean: Tensor, matrix: Tensor) -> float:

@@ -5,15 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_lightning.commands.evaluate.images import Evaluation
-from ssl_lightning.commands.evaluate.masks import SegmentationEvaluation
+from ssl_lightning.commands.evaluate.masks import DepthEvaluation, SegmentationEvaluation
 from ssl_lightning.errors import UserError
 from ssl_lightning.runs import data_of_run
 
-__all__ = ["PROTOCOLS", "Evaluation", "SegmentationEvaluation", "run"]
+__all__ = ["PROTOCOLS", "DepthEvaluation", "Evaluation", "SegmentationEvaluation", "run"]
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "robustness", "clusters", "quality")
 """The protocols on images."""
 _ON_MASKS = ("segmentation_knn", "segmentation_linear")
+_MISSING = {
+    **dict.fromkeys(
+        _ON_MASKS, "images with masks. For example: --data VOCSegmentationData --data.root VOCdevkit/VOC2012"
+    ),
+    "depth": "images with depth maps. For example: --data DepthData --data.root nyu --data.depth_scale 0.001",
+}
 
 
 def run(words: Sequence[str]) -> None:
@@ -27,6 +33,7 @@ def run(words: Sequence[str]) -> None:
 
     words = _with_data_of_the_run([*words])
     kinds = {**dict.fromkeys(PROTOCOLS, Evaluation), **dict.fromkeys(_ON_MASKS, SegmentationEvaluation)}
+    kinds["depth"] = DepthEvaluation
     results = run_method(kinds, "ssl-lightning evaluate", "Evaluate a backbone.", words)
     if results is not None:  # on the first process
         print(results)
@@ -37,10 +44,8 @@ def _with_data_of_the_run(words: list[str]) -> list[str]:
     options = [word.partition("=")[0] for word in words]
     if "--data" in options or "--config" in options or "--checkpoint" not in options:
         return words
-    if words[0] in _ON_MASKS:  # which the run has none of
-        raise UserError(
-            "missing: --data, images with masks. For example: --data VOCSegmentationData --data.root VOCdevkit/VOC2012"
-        )
+    if (missing := _MISSING.get(words[0])) is not None:  # which the run has none of
+        raise UserError(f"missing: --data, {missing}")
     place = options.index("--checkpoint")
     checkpoint = Path(words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]))
     data = data_of_run(checkpoint, views=words[0] == "quality")

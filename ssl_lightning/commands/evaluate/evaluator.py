@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,7 @@ class Evaluator:
         self._start = time.perf_counter()
 
     def _trainer(self, **arguments: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        options = {"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **self.trainer, **arguments}
-        try:
-            return L.Trainer(**options)
-        except TypeError as error:
-            raise UserError(f"--trainer: {str(error).rpartition('() ')[2]}.") from error
+        return quiet_trainer({**self.trainer, **arguments})
 
     @cached_property
     def _device(self) -> torch.device:
@@ -80,3 +76,19 @@ class Evaluator:
         results.write(folder or new_evaluation(self.checkpoint, protocol, self.output))
         self._start = time.perf_counter()
         return results
+
+
+def quiet_trainer(options: Mapping[str, Any] | None) -> L.Trainer:
+    """A trainer of one device that writes nothing, unless ``--trainer`` says otherwise.
+
+    Args:
+        options: Arguments of Lightning's Trainer.
+
+    Raises:
+        UserError: The Trainer has no such argument.
+    """
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        return L.Trainer(**{"devices": 1, "enable_progress_bar": sys.stderr.isatty(), **quiet, **(options or {})})
+    except TypeError as error:
+        raise UserError(f"--trainer: {str(error).rpartition('() ')[2]}.") from error

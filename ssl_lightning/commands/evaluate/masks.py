@@ -1,5 +1,6 @@
-"""Evaluation of the features of patches, on images with masks."""
+"""Evaluation of the features of patches, on images with masks or depth maps."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -9,24 +10,16 @@ from torch import Tensor
 from ssl_lightning.checkpoints import Pretrained
 from ssl_lightning.commands.evaluate.evaluator import Evaluator
 from ssl_lightning.data.dense import DenseData
-from ssl_lightning.evaluation.patch_segmenter import PatchFeatures, PatchProtocol, PatchSegmenter, segmenter_of
+from ssl_lightning.evaluation.patch_depth import DepthProtocol, PatchDepth
+from ssl_lightning.evaluation.patch_features import PatchFeatures, check_splits
+from ssl_lightning.evaluation.patch_segmenter import PatchProtocol, PatchSegmenter, segmenter_of
 from ssl_lightning.evaluation.results import Results
 
+_Judge = PatchSegmenter | PatchDepth
 
-class SegmentationEvaluation(Evaluator):
-    """What to evaluate: the patches of a backbone, on images with masks. The backbone is not trained.
 
-    Args:
-        checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
-            model, to use its pretrained weights; or the baseline ``untrained`` (random weights).
-        data: Training and validation images with masks, e.g. VOCSegmentationData.
-        backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
-        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
-        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
-        seed: Seed for initial weights and the choice of patches.
-        output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
-        trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
-    """
+class PatchEvaluation(Evaluator):
+    """Base of the evaluations of patches; see ``SegmentationEvaluation`` for the arguments."""
 
     def __init__(
         self,
@@ -41,6 +34,39 @@ class SegmentationEvaluation(Evaluator):
     ) -> None:
         super().__init__(checkpoint, backbone, backbone_kwargs, branch, seed, output, trainer)
         self.data = data
+
+    def _judged(self, judge: Callable[[], _Judge], targets: Literal["masks", "depths"]) -> tuple[Any, Any, Any] | None:
+        """What a judge measures, the judge, and facts about the data; None on processes other than the first."""
+        trainer, module = self._trainer(), _Judging(self.pretrained, judge, targets)
+        trainer.predict(module, self.data, return_predictions=False)
+        if not trainer.is_global_zero:
+            return None
+        train, test = self.data.splits
+        facts = {
+            "data": type(self.data).__name__,
+            "root": str(self.data.root),
+            "train_images": len(train),
+            "test_images": len(test),
+            "classes": self.data.num_classes,
+            "image_size": module.image_size,
+        }
+        return module.measures, module.judge, facts
+
+
+class SegmentationEvaluation(PatchEvaluation):
+    """What to evaluate: the patches of a backbone, on images with masks. The backbone is not trained.
+
+    Args:
+        checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
+            model, to use its pretrained weights; or the baseline ``untrained`` (random weights).
+        data: Training and validation images with masks, e.g. VOCSegmentationData.
+        backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
+        seed: Seed for initial weights and the choice of patches.
+        output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
+        trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
+    """
 
     def segmentation_knn(
         self,
@@ -89,51 +115,89 @@ class SegmentationEvaluation(Evaluator):
         return self._segmented("segmentation_linear", chosen, {})
 
     def _segmented(self, name: str, protocol: PatchProtocol, parameters: dict[str, Any]) -> Results | None:
-        trainer, module = self._trainer(), _Segmenting(self.pretrained, protocol)
-        trainer.predict(module, self.data, return_predictions=False)
-        if not trainer.is_global_zero:
+        judged = self._judged(lambda: segmenter_of(protocol, self.data), "masks")
+        if judged is None:
             return None
-        measures, segmenter = module.measures, module.segmenter
-        size = {"memory_size": segmenter.memory_size, "ignored": [*protocol.ignored]}
-        train, test = self.data.splits
-        facts = {
-            "data": type(self.data).__name__,
-            "root": str(self.data.root),
-            "train_images": len(train),
-            "test_images": len(test),
-            "classes": self.data.num_classes,
-            "image_size": module.image_size,
-        }
+        measures, segmenter, facts = judged
+        size = {"memory_size": segmenter.memory.size, "ignored": [*protocol.ignored]}
         parameters = {**parameters, **segmenter.chosen}
-        row = {**parameters, "image size": module.image_size, "patches": segmenter.memory_size}
+        row = {**parameters, "image size": facts["image_size"], "patches": segmenter.memory.size}
         row |= {"mIoU, %": 100 * measures["miou"], "pixels, %": 100 * measures["pixel_accuracy"]}
         return self._written(name, {**parameters, **size}, facts, [row], measures=measures)
 
 
-class _Segmenting(L.LightningModule):
-    """Runs a ``PatchSegmenter`` under ``Trainer.predict``."""
+class DepthEvaluation(PatchEvaluation):
+    """What to evaluate: the patches of a backbone, on images with depth maps. The backbone is not trained.
 
-    segmenter: PatchSegmenter
+    Args:
+        checkpoint: A checkpoint file, a folder of weights or ``hf-hub:NAME``; or the name of a timm or torchvision
+            model, to use its pretrained weights; or the baseline ``untrained`` (random weights).
+        data: Training and validation images with depth maps, e.g. DepthData.
+        backbone: Name of the timm or torchvision model; only for ``untrained`` and for checkpoints that do not name it.
+        backbone_kwargs: Arguments that build the backbone, e.g. ``{img_size: 96}``.
+        branch: Which network of the checkpoint to read, by a part of its name, e.g. student; None follows the paper.
+        seed: Seed for initial weights and the choice of patches.
+        output: Folder in which ``PROTOCOL/results.json`` is written; None is ``evaluations`` in the checkpoint's run.
+        trainer: Arguments of Lightning's Trainer, e.g. ``{devices: 2, precision: bf16-mixed}``; one device by default.
+    """
 
-    def __init__(self, pretrained: Pretrained, protocol: PatchProtocol) -> None:
+    def depth(
+        self, bins: int = 64, max_depth: float | None = None, memory_size: int | None = 200_000
+    ) -> Results | None:
+        """Depth by a linear layer on patches: root mean squared error, mean relative error, and delta < 1.25.
+
+        As in DINOv2 the layer weighs depths. Here they are evenly spread in their logarithm, and the layer is trained
+        by cross-entropy, without augmentation, on patches that are extracted once. The depth of a patch is interpolated
+        to the depth map. Delta < 1.25 is the share of the pixels within a factor of 1.25. All are means over images.
+
+        Args:
+            bins: Number of depths that the layer weighs.
+            max_depth: Pixels that are deeper, in meters, do not count, e.g. 10 for NYU and 80 for KITTI; None counts
+                all.
+            memory_size: Largest number of training patches, the same of each image, at random; None takes all.
+
+        Raises:
+            UserError: No pixel counts.
+        """
+        protocol = DepthProtocol(bins, max_depth, memory_size, self.seed)
+        judged = self._judged(lambda: _depth_of(protocol, self.data), "depths")
+        if judged is None:
+            return None
+        measures, judge, facts = judged
+        parameters = {"bins": bins, "max_depth": max_depth, "memory_size": judge.memory.size}
+        row = {"bins": bins, "image size": facts["image_size"], "patches": judge.memory.size}
+        row |= {"RMSE, m": measures["rmse"], "AbsRel": measures["abs_rel"], "delta < 1.25, %": 100 * measures["delta1"]}
+        return self._written("depth", parameters, facts, [row], measures=measures)
+
+
+def _depth_of(protocol: DepthProtocol, data: DenseData) -> PatchDepth:
+    check_splits(data)
+    return PatchDepth(protocol, len(data.splits[0]))
+
+
+class _Judging(L.LightningModule):
+    """Shows images to a judge of patches under ``Trainer.predict``."""
+
+    judge: _Judge
+
+    def __init__(self, pretrained: Pretrained, make: Callable[[], _Judge], targets: Literal["masks", "depths"]) -> None:
         super().__init__()
-        self.backbone, self.protocol = pretrained.backbone.eval(), protocol
-        self.features = PatchFeatures(self.backbone, pretrained.name, pretrained.image_transform)
+        self.backbone, self.make = pretrained.backbone.eval(), make
+        self.features = PatchFeatures(self.backbone, pretrained.name, pretrained.image_transform, targets)
         self.measures: dict[str, float] = {}
         self.image_size = 0
 
     def on_predict_start(self) -> None:
         """Start with an empty memory."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.segmenter = segmenter_of(self.protocol, data)
+        self.judge = self.make()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Remember training images, then score validation images."""
-        maps, masks, side = self.features(batch)
+        maps, targets, side = self.features(batch)
         self.image_size = batch[0].shape[-1]
-        (self.segmenter.score if dataloader_idx else self.segmenter.remember)(maps, masks, side)
+        (self.judge.score if dataloader_idx else self.judge.remember)(maps, targets, side)
         return torch.empty(0)
 
     def on_predict_end(self) -> None:
         """Count over all processes."""
-        self.measures = self.segmenter.measures()
+        self.measures = self.judge.measures()

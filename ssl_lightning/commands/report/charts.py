@@ -33,6 +33,7 @@ _NOTES = {
     "health/alpha_req": "how fast their spectrum decays",
     "health/feature_std": "their spread: 0 is collapse",
     "health/uniformity": "lower is more even on the sphere",
+    "health/blank_views": "share of the views that show nothing",
     "health/alignment": "distance of two views of an image",
     "health/teacher_agreement": "cosine of teacher and student",
     "health/teacher_entropy": "of the teacher's assignments",

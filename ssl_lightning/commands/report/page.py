@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssl_lightning.commands.report.charts import PROBES, sections
 from ssl_lightning.commands.report.history import History
-from ssl_lightning.runs import CONFIG_FILE, MAP_FILE, VIEWS_FILE, picture_files
+from ssl_lightning.runs import BLANK_FILE, CONFIG_FILE, ERRORS_FILE, MAP_FILE, VIEWS_FILE, picture_files
 
 _PICTURES = 24
 """Most pictures of one kind in the page, the newest among them."""
@@ -38,6 +38,11 @@ def page_of(history: History, stamp: str = "", whole: bool = True) -> str:
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
     start = history.starts[-1] if history.starts else {}
     state, detail = history.state
+    explored, errors, blank = (_kept(history.folder / name) for name in (MAP_FILE, ERRORS_FILE, BLANK_FILE))
+    links = {
+        "kNN top-1": errors is not None and "errors",
+        "blank views": blank is not None and blank["count"] and "blank",
+    }
     return template.render(
         run=history.run.name,
         state=state,
@@ -48,7 +53,10 @@ def page_of(history: History, stamp: str = "", whole: bool = True) -> str:
         sections={title: [(names[id(chart)], chart) for chart in charts] for title, charts in by_section.items()},
         figures={name: chart.figure(graph_objects) for name, chart in numbered.items()},
         pictures=_pictures(history.folder),
-        explored=_explored(history.folder),
+        explored=explored,
+        errors=errors,
+        blank=blank,
+        links=links,
         environment={name: start[name] for name in ("hardware", "processes", "versions") if name in start},
         config=config.read_text() if config.is_file() else "",
         stamp=stamp,
@@ -92,6 +100,8 @@ def _summary(history: History) -> list[tuple[str, str, str]]:
             after = "" if best.epoch is None else f", epoch {best.epoch + 1}"
             remark = "" if best.value == points[-1].value else f"best {100 * best.value:.1f} %{after}"
             facts.append((name, f"{100 * points[-1].value:.1f} %", remark))
+    if (blank := history.last("health/blank_views")) is not None:
+        facts.append(("blank views", f"{100 * blank:.1f} %", "of the last batch"))
     if history.seconds is not None:
         starts = f"in {len(history.starts)} starts" * (len(history.starts) > 1)
         facts.append(("time", _duration(history.seconds), starts))
@@ -127,10 +137,10 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
     return pictures
 
 
-def _explored(folder: Path) -> dict[str, Any] | None:
-    """The newest map of the features with its images; None if there is none."""
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What a callback has kept for the page; None if there is nothing."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     return None
 
 

@@ -24,7 +24,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         wide = x.float() if x.dtype.itemsize < 4 else x
         axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-        count = summed(wide.new_tensor(x.numel() / x.shape[1]))
+        count = summed(wide.new_full((), x.numel() / x.shape[1]))
         mean = summed(wide.sum(axes)) / count  # (C,)
         centered = wide - mean.view(shape)
         variance = summed(centered.square().sum(axes)) / count  # (C,)

@@ -18,6 +18,8 @@ from tests.processes import FORKSERVER
 from tests.small import CNN_AND_VIT, METHODS, VIT, data, slow_unless, small, trainer
 
 pytest.importorskip("torch._C._acc", reason="needs a device written in Python, which torch has since 2.9")
+if torch.cuda.is_available():
+    pytest.skip("torch knows a single kind of accelerator at a time, and there is a GPU", allow_module_level=True)
 
 STANDIN: dict[str, Any] = {"accelerator": "standin", "strategy": "standin", "inference_mode": False}
 QUICK = ["--trainer.max_epochs=1", "--data.train_samples=128", "--data.val_samples=64", "--pictures.every_n_epochs=1"]

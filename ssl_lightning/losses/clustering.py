@@ -33,11 +33,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, uneven: bool = Fal
         >>> sinkhorn(scores, epsilon=0.5, iterations=3).sum(0)
         tensor([1.4998, 1.5002])
     """
-    largest = scores.max() if len(scores) else scores.new_tensor(float("-inf"))
+    largest = scores.max() if len(scores) else scores.new_full((), float("-inf"))
     assignments = torch.exp((scores - reduced(largest, "max")) / epsilon)
     rows: int | Tensor = len(scores) * world_size()
     if uneven:
-        rows = reduced(torch.tensor(len(scores), device=scores.device))
+        rows = reduced(torch.full((), len(scores), device=scores.device))
     prototypes = scores.shape[1]
     assignments /= reduced(assignments.sum())
     for _ in range(iterations):

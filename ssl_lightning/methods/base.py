@@ -235,7 +235,8 @@ class SSLModule(StepTools):
         self.host_losses.add(loss)
         self.log("train/loss", loss.detach(), batch_size=images)  # prog_bar=True would wait for every step
         if (momentum := self.teacher_momentum(self.progress)) is not None:
-            self.log("train/teacher_momentum", momentum, batch_size=images)
+            on_device = torch.full((), momentum, device=self.device)  # a number would make the host wait for a GPU
+            self.log("train/teacher_momentum", on_device, batch_size=images)
         if self.probe_every is not None:
             features = [whole_features(self, views[0])] if batch_idx % self.probe_every == 0 else []
         return {"loss": loss, "features": torch.cat(features) if features else None}

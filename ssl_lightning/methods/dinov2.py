@@ -106,7 +106,7 @@ class DINOv2(SSLModule):
             targets = self._targets(teacher, self.center).unflatten(0, (2, -1))  # (2, B, K)
             patch_targets = self._targets(teacher_patches, self.patch_center, uneven=True)  # (M, K)
         if self.centering == "moving":
-            patch_sums = torch.cat([teacher_patches.sum(0), teacher_patches.new_tensor([len(masked)])])
+            patch_sums = torch.cat([teacher_patches.sum(0), teacher_patches.new_full((1,), len(masked))])
             self.defer(means=teacher.mean(0).to(self.center.dtype), patch_sums=patch_sums.to(self.center.dtype))
 
         tokens = masked_tokens(self.backbone, crops, self.random_to_device(mask), self.mask_token)

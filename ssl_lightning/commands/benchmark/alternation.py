@@ -91,8 +91,8 @@ class Alternation(L.Callback):
         data = trainer.datamodule
         workers = trainer.train_dataloader.num_workers
         _check(data)
-        if self.processor and (workers > 0 or pl_module.device.type != "cpu"):
-            raise UserError("--clock processor sees neither workers nor a GPU; set --data.num_workers 0 on a CPU.")
+        if self.processor and workers > 0:
+            raise UserError("--clock processor does not see workers; set --data.num_workers 0.")
         self.optim = pl_module.optim
         self.lightly = LightlySide(self.way, pl_module, data, workers, self.seconds, Clock(self.processor), self.seed)
         self._evaluate(trainer, pl_module)

@@ -64,7 +64,7 @@ def learning(
         minutes: Training time of each side.
         epochs: Length of the recipe, which determines the share of the warm-up. None keeps the warm-up's epochs.
         clock: What the clocks count: wall-clock time, or processor time of this process, all threads together, for a
-            machine that other programs use, too.
+            CPU that other programs use, too.
         seed: Seed of weights, data and steps.
         output: Folder for the curves, ``curves.csv`` and ``curves.png``. None writes none.
 
@@ -84,7 +84,7 @@ def learning(
     L.seed_everything(seed, verbose=False)
     alternation = Alternation(way, 60 * minutes, epochs, clock == "processor", seed)
     trainer = L.Trainer(
-        accelerator="auto",
+        accelerator="cpu" if clock == "processor" else "auto",
         devices=1,
         max_epochs=-1,
         max_steps=UNPLANNED,

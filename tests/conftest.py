@@ -63,20 +63,29 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     """Chromium without a window."""
     selenium = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
         pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
     options = selenium.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     window = selenium.Chrome(options, selenium.ChromeService(driver))
     yield window
     window.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Any:
+    """Chromium on an empty page, without what the page of another test, which may ask for news, left in its log."""
+    chromium.get("about:blank")
+    for log in ("browser", "performance"):
+        chromium.get_log(log)
+    return chromium
 
 
 @pytest.fixture

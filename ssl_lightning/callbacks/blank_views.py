@@ -32,7 +32,8 @@ def count_blank_views(trainer: L.Trainer, views: Sequence[Tensor], indices: Tens
     if not specs or len(specs) != len(views):
         return None
     blank = torch.stack([are_blank(view, spec.std) for view, spec in zip(views, specs, strict=True)])  # (V, B)
-    count, total = reduced(torch.tensor([blank.sum(), blank.numel()], device=indices.device)).tolist()
+    found = blank.sum()
+    count, total = reduced(torch.stack([found, torch.full_like(found, blank.numel())])).tolist()
     numbers, rows = blank.nonzero().unbind(1)
     keys = torch.stack([indices[rows], numbers, rows], dim=1)
     mine = keys[(keys[:, 0] * len(views) + keys[:, 1]).argsort()][:_SHOWN]

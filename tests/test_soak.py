@@ -30,11 +30,12 @@ class Measure(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step % 500 == 0 and trainer.global_step >= SETTLED:
-            workers = [worker.pid for worker in active_children() if worker.pid is not None]
+            children = sorted(active_children(), key=lambda worker: worker._identity)  # in the order of their start
+            workers = [worker.pid for worker in children if worker.pid is not None]
             self.measured.append(
                 {
                     "process": _memory(os.getpid()),
-                    "workers": max(map(_memory, sorted(workers)[:2])),  # the workers of training live on
+                    "workers": max(map(_memory, workers[:2])),  # the workers of training live on
                     "number of workers": len(workers),
                     "files": len(os.listdir("/proc/self/fd")),
                 }

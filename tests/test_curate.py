@@ -128,7 +128,7 @@ def test_paths_may_be_absolute_and_other_columns_missing(photos: Path, tmp_path:
         (["select", "--count", "5000"], "--count 5000 must lie between 1 and 40"),
         (["outliers", "--share", "2"], "--share 2.0 must be at least 0"),
         (["duplicates", "--output", "nowhere/list.csv"], "--output nowhere/list.csv"),
-        (["duplicates", "--trainer", "{divices: 2}"], "--trainer: got an unexpected keyword argument 'divices'"),
+        (["duplicates", "--trainer", "{devicez: 2}"], "--trainer: got an unexpected keyword argument 'devicez'"),
     ],
 )
 def test_wrong_numbers_are_refused(words: list[str], message: str, photos: Path) -> None:

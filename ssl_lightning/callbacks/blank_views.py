@@ -8,8 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_lightning.callbacks.tiles import TILE, names_of, reduced_to_tiles
-from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.callbacks.tiles import TILE, keep_for_page, names_of, reduced_to_tiles
 from ssl_lightning.distributed import gather_uneven, reduced
 from ssl_lightning.drawing import are_blank, data_uri, picture_of
 from ssl_lightning.runs import BLANK_FILE, run_folder
@@ -37,13 +36,13 @@ def count_blank_views(trainer: L.Trainer, views: Sequence[Tensor], indices: Tens
     numbers, rows = blank.nonzero().unbind(1)
     keys = torch.stack([indices[rows], numbers, rows], dim=1)
     mine = keys[(keys[:, 0] * len(views) + keys[:, 1]).argsort()][:_SHOWN]
-    tiles = torch.empty(0, views[0].shape[1], TILE, TILE, dtype=torch.uint8, device=indices.device)
+    parts = [torch.empty(0, views[0].shape[1], TILE, TILE, dtype=torch.uint8, device=indices.device)]
     for _, number, row in mine.tolist():
         spec, view = specs[number], views[number][row : row + 1]
-        tiles = torch.cat([tiles, reduced_to_tiles(view, spec.mean, spec.std)])
-    shown, tiles = gather_uneven(mine[:, :2]), gather_uneven(tiles)
+        parts.append(reduced_to_tiles(view, spec.mean, spec.std))
+    shown, tiles = gather_uneven(mine[:, :2]), gather_uneven(torch.cat(parts))
     order = (shown[:, 0] * len(views) + shown[:, 1]).argsort()[:_SHOWN]
-    if trainer.is_global_zero and (folder := run_folder(trainer)) is not None:
+    if trainer.is_global_zero and run_folder(trainer) is not None:
         shown, tiles = shown[order].cpu(), tiles[order].cpu()
         images = getattr(data, "train_images", None)
         numbered = shown[:, 0]
@@ -57,6 +56,5 @@ def count_blank_views(trainer: L.Trainer, views: Sequence[Tensor], indices: Tens
                 for name, number, tile in zip(names, shown[:, 1].tolist(), tiles, strict=True)
             ],
         }
-        with replacing(folder / BLANK_FILE) as file:
-            file.write(json.dumps(content).encode())
+        keep_for_page(trainer, BLANK_FILE, json.dumps(content))
     return count / total

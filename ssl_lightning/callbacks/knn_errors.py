@@ -33,7 +33,7 @@ class KNNErrors(NamedTuple):
     wrong: int
     """How many of them are wrong."""
     classes: Tensor
-    """``(c,)`` all classes if there are few, else those of the most frequent confusions."""
+    """``(c,)`` all classes if there are few, else the classes that are confused the most often."""
     counts: Tensor
     """``(c, c)`` numbers of images, by label and by prediction."""
     indices: Tensor

@@ -20,12 +20,11 @@ from ssl_lightning.callbacks.explored import bank_of, explored
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode
 from ssl_lightning.callbacks.knn_probe import KNNProbe
 from ssl_lightning.callbacks.progress import planned_epochs
-from ssl_lightning.callbacks.tiles import tiles_of
-from ssl_lightning.checkpoints.files import replacing
+from ssl_lightning.callbacks.tiles import keep_for_page, tiles_of
 from ssl_lightning.drawing import fitted, framed, heat, picture_of, pixels_of, sheet, show, squares
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.components import aligned, joint_components, patch_colors
-from ssl_lightning.runs import ERRORS_FILE, MAP_FILE, picture_file, run_folder
+from ssl_lightning.runs import ERRORS_FILE, MAP_FILE, picture_file
 
 _NEIGHBORS = 7
 _SAME_CLASS, _OTHER_CLASS = "#3cb44b", "#e6194b"
@@ -152,7 +151,7 @@ class Pictures(L.Callback):
         points, axes = _projected(plain.features.double().numpy(), self.projection)
         if len(self._tiles[1]) == len(plain.indices):
             content = explored(plain, self._tiles[1], points, axes, data, trainer.current_epoch + 1)
-            _keep(trainer, MAP_FILE, content)
+            keep_for_page(trainer, MAP_FILE, content)
         return {
             "neighbours": _neighbors(plain, data.train_images.read, self.num_images),
             "map": _map(plain, points, axes),
@@ -164,14 +163,7 @@ class Pictures(L.Callback):
             if isinstance(probe, KNNProbe) and probe.errors is not None:
                 page, probe.errors = probe.errors.page(trainer, pl_module, data), None
                 if page is not None and trainer.is_global_zero:
-                    _keep(trainer, ERRORS_FILE, page)
-
-
-def _keep(trainer: L.Trainer, name: str, content: str) -> None:
-    """Write a file of the run folder."""
-    if (folder := run_folder(trainer)) is not None:
-        with replacing(folder / name) as file:
-            file.write(content.encode())
+                    keep_for_page(trainer, ERRORS_FILE, page)
 
 
 def _neighbors(plain: PlainFeatures, read: Callable[[int], Tensor], count: int) -> Image.Image:

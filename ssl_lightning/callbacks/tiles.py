@@ -1,4 +1,4 @@
-"""Small pictures of images of the data, many in a single picture, for the page of a run."""
+"""What callbacks keep for the page of a run: files in its folder, and small pictures of images of the data."""
 
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import no_numbers
+from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.distributed import gather_uneven
 from ssl_lightning.drawing import data_uri, picture_of, pixels_of
+from ssl_lightning.runs import run_folder
 
 TILE = 32
 """Side of a small picture in pixels."""
@@ -73,3 +75,16 @@ def names_of(images: Any, indices: Tensor) -> list[str]:
     """
     names = (images.path(index) or images.name(index) for index in indices.tolist())
     return [name.encode(errors="replace").decode() for name in names]
+
+
+def keep_for_page(trainer: L.Trainer, name: str, content: str) -> None:
+    """Write a file of the run folder, if there is one.
+
+    Args:
+        trainer: The trainer of the run, on its first process.
+        name: Name of the file.
+        content: What to write.
+    """
+    if (folder := run_folder(trainer)) is not None:
+        with replacing(folder / name) as file:
+            file.write(content.encode())

@@ -68,7 +68,7 @@ class Clock:
 
 
 class Alternation(L.Callback):
-    """Lets lightly train in turns with the training that it belongs to, and evaluates both now and then.
+    """Lets lightly and the training that this callback belongs to take turns, and evaluates both at equal intervals.
 
     Args:
         way: How lightly trains.
@@ -226,7 +226,7 @@ class LightlySide:
             yield from self.loader
 
     def _whiten(self) -> None:
-        """Compute frozen whitening layers for lightly's views: those of the copy are for ours."""
+        """Compute the frozen whitening layers anew, for lightly's views; the copied layers were computed for ours."""
         layers = [part for part in self.parts.modules() if isinstance(part, Whitening)]
         if layers:
             with self.randomness.in_use():

@@ -1,14 +1,15 @@
 """Losses against worked examples, lightly, and one process against several."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss
+from lightly.loss import DCLLoss, DINOLoss, NegativeCosineSimilarity, NTXentLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from lightly.models import utils as lightly_utils
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_lightning import losses
@@ -41,11 +42,12 @@ def test_nt_xent_gradient_of_the_worked_example() -> None:
     assert (z.grad * z).sum(1).abs().max() < 1e-12  # the scale of a projection does not matter
 
 
-def test_nt_xent_equals_lightly() -> None:
+@pytest.mark.parametrize(("decoupled", "lightly"), [(False, NTXentLoss), (True, DCLLoss)])
+def test_nt_xent_equals_lightly(decoupled: bool, lightly: Callable[[float], nn.Module]) -> None:
     torch.manual_seed(0)
     pair = [torch.randn(16, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     theirs = [z.detach().clone().requires_grad_() for z in pair]
-    loss, expected = nt_xent(*pair, 0.2), NTXentLoss(0.2)(*theirs)
+    loss, expected = nt_xent(*pair, 0.2, decoupled=decoupled), lightly(0.2)(*theirs)
     loss.backward(), expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
     for z, other in zip(pair, theirs, strict=True):
@@ -76,10 +78,10 @@ def test_nt_xent_of_half_precision_is_computed_in_float32(dtype: torch.dtype) ->
     torch.testing.assert_close(loss, nt_xent(z0.float(), z1.float(), 0.01))
 
 
-def _two_processes(rank: int, z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
+def _two_processes(rank: int, z0: Tensor, z1: Tensor, decoupled: bool) -> tuple[Tensor, Tensor]:
     part = slice(rank * 4, rank * 4 + 4)
     z0, z1 = z0[part].requires_grad_(), z1[part].requires_grad_()
-    loss = nt_xent(z0, z1, 0.2)
+    loss = nt_xent(z0, z1, 0.2, decoupled=decoupled)
     loss.backward()
     return loss.detach(), torch.stack([z0.grad, z1.grad])  # type: ignore[list-item]
 
@@ -99,12 +101,13 @@ def test_gather_leaves_the_gradient_of_others_alone() -> None:
         torch.testing.assert_close(gradient, expected)
 
 
-def test_nt_xent_of_two_processes_equals_one() -> None:
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nt_xent_of_two_processes_equals_one(decoupled: bool) -> None:
     torch.manual_seed(0)
     z0, z1 = torch.randn(2, 8, 4, dtype=torch.float64)
-    results = run_processes(_two_processes, 2, z0, z1)
+    results = run_processes(_two_processes, 2, z0, z1, decoupled)
     whole = [z.clone().requires_grad_() for z in (z0, z1)]
-    loss = nt_xent(*whole, 0.2)
+    loss = nt_xent(*whole, 0.2, decoupled=decoupled)
     loss.backward()
     torch.testing.assert_close(torch.stack([result[0] for result in results]).mean(), loss.detach())
     gradients = torch.cat([result[1] for result in results], dim=1) / 2  # processes average their gradients

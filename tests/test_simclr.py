@@ -40,15 +40,16 @@ def test_both_views_share_one_forward() -> None:
     assert method.projector[1].num_batches_tracked == 1
 
 
-def test_chance_loss_is_that_of_equal_projections() -> None:
-    method = simclr()
+@pytest.mark.parametrize(("decoupled", "candidates"), [(False, 7), (True, 6)])
+def test_chance_loss_is_that_of_equal_projections(decoupled: bool, candidates: int) -> None:
+    method = simclr(decoupled=decoupled)
     assert method.chance_loss is None
     for parameter in method.projector.parameters():
         nn.init.zeros_(parameter)
     loss = method.training_loss([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
-    assert loss.item() == pytest.approx(math.log(7))
+    assert loss.item() == pytest.approx(math.log(candidates))
     method.global_batch = 4  # as within a training
-    assert method.chance_loss == pytest.approx(math.log(7))
+    assert method.chance_loss == pytest.approx(math.log(candidates))
 
 
 def restated_loss(z: Tensor, temperature: float) -> Tensor:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from ssl_lightning import ArrayData, DigitsData, Evaluation, HealthMonitor, KNNProbe, LossFloorAlarm, UserError
-from ssl_lightning.callbacks import health_monitor, knn_probe
+from ssl_lightning import ArrayData, DigitsData, Evaluation, HealthMonitor, KNNProbe, UserError, ViewSpec
 from ssl_lightning.callbacks.awaited_metrics import AwaitedMetrics
 from ssl_lightning.callbacks.checkpoint import LastCheckpoint
 from ssl_lightning.callbacks.interval import Interval
@@ -111,33 +110,30 @@ def plain(backbone: Any, data: Any) -> torch.Tensor:
 # Intervals
 
 
-def chosen(seconds: float, epochs: int, multiple_of: int = 1, first: int | None = None) -> int:
-    """The interval after an epoch of 100 s, at most 2 % of the time."""
+def due_epochs(looked_at: int, epochs: int, multiple_of: int = 1, **running: Any) -> tuple[int, list[int]]:
+    """The interval, and the epochs in which it comes, with 60,000 passes an epoch: 10,000 images, each twice."""
+    spec = ViewSpec(size=32, count=2)
+    data = SimpleNamespace(view_specs=(spec,), image_size=32, batch_size=100)
+    running = {"world_size": 2, "num_training_batches": 50, **running}
+    trainer: Any = SimpleNamespace(datamodule=data, max_epochs=epochs, max_steps=-1, current_epoch=0, **running)
     interval = Interval("auto", "--x", 0.02)
-    running: Any = SimpleNamespace(max_epochs=epochs, max_steps=-1, num_training_batches=11, current_epoch=0)
-    running.strategy = SimpleNamespace(broadcast=lambda value: first or value)
-    interval.epoch_starts()
-    interval._batches, interval._first, interval._last = 11, 1000.0, 1000.0 + 1000 / 11
-    assert interval.is_due(running)
-    interval.took(running, seconds, multiple_of)
-    interval.took(running, 1000 * seconds)  # chosen only once
-    times = []
-    for epoch in range(1, epochs):
-        running.current_epoch = epoch
-        times += [epoch + 1] if interval.is_due(running) else []
-    assert times == [] or times[-1] == epochs, "the last epoch always"
-    if first is None and epochs > 0:
-        assert seconds * (len(times) + 1) <= max(0.02 * 100 * epochs, 2 * seconds)
-    return interval.epochs
+    interval.plan(trainer, looked_at, multiple_of)
+    due = []
+    for trainer.current_epoch in range(epochs if epochs > 0 else 30):
+        due += [trainer.current_epoch + 1] if interval.is_due(trainer) else []
+    return interval.epochs, due
 
 
-def test_an_interval_keeps_to_its_share_of_the_time() -> None:
-    assert chosen(0.1, 100) == 1
-    assert chosen(10, 100) == 6
-    assert chosen(10, 14) == 14  # only the first and the last
-    assert chosen(10, 100, multiple_of=5) == 10
-    assert chosen(10, -1) == 5  # without an end
-    assert chosen(10, 100, first=7) == 7  # the first process decides
+def test_an_interval_keeps_to_its_share_of_the_training() -> None:
+    assert due_epochs(600, 4) == (1, [1, 2, 3, 4])
+    assert due_epochs(12_000, 14) == (14, [1, 14])  # always the first and the last
+    interval, due = due_epochs(12_000, 100)
+    assert (interval, due) == (12, [1, 12, 24, 36, 48, 60, 72, 84, 96, 100])
+    assert 12_000 * len(due) <= 0.02 * 60_000 * 100
+    assert due_epochs(12_000, 100, multiple_of=5)[0] == 15
+    assert due_epochs(12_000, -1) == (10, [1, 10, 20, 30])  # without an end
+    assert due_epochs(12_000, 100, world_size=1, num_training_batches=100)[0] == 12  # processes make no difference
+    assert due_epochs(12_000, 3, num_training_batches=float("inf"))[0] == 1  # of unknown length
 
 
 class Epochs(L.Callback):
@@ -153,41 +149,59 @@ class Epochs(L.Callback):
         self.metrics.append({"val/knn_top1", "health/rankme"} & trainer.callback_metrics.keys())
 
 
-def trained(folder: Path, every: Any, epochs: int = 4, **kwargs: Any) -> tuple[list[set[str]], dict[str, Any], Any]:
+class Stopped(Exception):
+    """Ends a training."""
+
+
+class StopAfter(L.Callback):
+    """Ends a training once an epoch is over and saved."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise Stopped
+
+
+def trained(
+    folder: Path, every: Any, epochs: int = 4, stop_after: int = -1, **kwargs: Any
+) -> tuple[list[set[str]], dict[str, Any], Any]:
     L.seed_everything(0, verbose=False)
     module, noted = simclr(), Epochs()
     probes = [KNNProbe(every_n_epochs=every), HealthMonitor(every_n_epochs=every)]
-    callbacks = [*probes, noted, LastCheckpoint(dirpath=str(folder))]
+    callbacks = [*probes, noted, LastCheckpoint(dirpath=str(folder)), StopAfter(stop_after)]
     running = trainer(folder, max_epochs=epochs, callbacks=callbacks, limit_train_batches=2, enable_checkpointing=True)
     running.fit(module, digits(), **kwargs)
     return noted.metrics, module.state_dict(), running
 
 
-def test_auto_skips_epochs_changes_no_weight_and_goes_on_after_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (knn_probe, health_monitor):
-        monkeypatch.setattr(module, "_WATCHING", 1e-9)
+def test_auto_skips_epochs_changes_no_weight_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     both: set[str] = {"val/knn_top1", "health/rankme"}
     _, weights, _ = trained(tmp_path / "1", 1)
     metrics, thinned, running = trained(tmp_path / "auto", "auto")
     assert metrics == [both, set(), set(), both]
     assert running.check_val_every_n_epoch == 1
     assert all(torch.equal(value, thinned[name]) for name, value in weights.items())
-    metrics, _, _ = trained(tmp_path / "more", "auto", 9, ckpt_path=tmp_path / "auto/last.ckpt", weights_only=False)
-    assert metrics == [set(), set(), set(), both, both], "every 4 epochs, as before, and after the last"
+    with pytest.raises(Stopped):
+        trained(tmp_path / "cut", "auto", stop_after=2)
+    resumed, _, _ = trained(tmp_path / "cut", "auto", ckpt_path=tmp_path / "cut/last.ckpt", weights_only=False)
+    assert resumed == metrics[2:]
 
 
-@pytest.mark.parametrize(
-    ("stop", "option"),
-    [
-        (EarlyStopping("val/knn_top1"), "--knn_probe.every_n_epochs"),
-        (LossFloorAlarm(stop=True), "--health_monitor.every_n_epochs"),
-    ],
-)
-def test_the_speed_of_a_machine_must_not_end_a_run(stop: L.Callback, option: str, tmp_path: Path) -> None:
-    probes = [KNNProbe(every_n_epochs="auto"), HealthMonitor(every_n_epochs="auto")]
-    with pytest.raises(UserError, match=f"{type(stop).__name__} may end the run, .*; set {option} to a number"):
-        trainer(tmp_path, callbacks=[*probes, stop, AwaitedMetrics()]).fit(simclr(), digits())
+def test_early_stopping_waits_for_epochs_that_measure(tmp_path: Path) -> None:
+    stop = EarlyStopping("val/knn_top1", patience=1, mode="max", min_delta=1.0)
+    running = trainer(tmp_path, max_epochs=5, callbacks=[KNNProbe(), stop, AwaitedMetrics()], limit_train_batches=2)
+    running.fit(simclr(), digits())
+    assert running.current_epoch == 5
+    assert stop.stopped_epoch == 4, "the first and the last epoch are measured, and the last is no better"
     with pytest.raises(UserError, match=r"--knn_probe.every_n_epochs=0 must be at least 1, or auto"):
         KNNProbe(every_n_epochs=0)
+
+
+def test_a_metric_that_never_comes_is_refused_after_the_first_epoch(tmp_path: Path) -> None:
+    stop = EarlyStopping("val/knn_top", mode="max")
+    running = trainer(tmp_path, max_epochs=5, callbacks=[KNNProbe(), stop, AwaitedMetrics()], limit_train_batches=2)
+    with pytest.raises(UserError, match="val/knn_top1"):
+        running.fit(simclr(), digits())
+    assert running.current_epoch == 0

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from ssl_lightning.callbacks.checkpoint import BestCheckpoint
 from ssl_lightning.callbacks.health_monitor import HealthMonitor
 from ssl_lightning.callbacks.knn_probe import KNNProbe
-from ssl_lightning.callbacks.loss_floor_alarm import LossFloorAlarm
 from ssl_lightning.callbacks.segmentation_probe import SegmentationProbe
 from ssl_lightning.errors import UserError
 
@@ -31,17 +30,10 @@ class AwaitedMetrics(L.Callback):
         self._first_epoch = 0
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Find who watches what.
-
-        Raises:
-            UserError: The speed of the machine would decide in which epoch the run ends.
-        """
+        """Find who watches what."""
         self._logged, self._first_epoch = set(), trainer.current_epoch
         kinds = (EarlyStopping, ModelCheckpoint)
         self._watching = [one for one in trainer.callbacks if isinstance(one, kinds) and one.monitor is not None]
-        for probe in trainer.callbacks:
-            if isinstance(probe, _PROBES) and probe.interval.is_auto:
-                _refuse_to_stop(trainer.callbacks, probe)
         for watcher in self._watching:
             if isinstance(watcher, EarlyStopping):
                 watcher.strict = False
@@ -61,8 +53,9 @@ class AwaitedMetrics(L.Callback):
             UserError: A metric that is watched does not exist.
         """
         self._logged |= trainer.callback_metrics.keys()
-        # all are measured in an epoch whose number can be divided by all of these
-        parts = [one.interval.epochs for one in trainer.callbacks if isinstance(one, _PROBES)]
+        intervals = [one.interval for one in trainer.callbacks if isinstance(one, _PROBES)]
+        # all are measured in an epoch whose number can be divided by all of these; auto measures in the first, too
+        parts = [1 if one.is_auto and self._first_epoch == 0 else one.epochs for one in intervals]
         together = math.lcm(trainer.check_val_every_n_epoch or 1, *parts)
         done = trainer.current_epoch + 1
         if trainer.fast_dev_run or trainer.should_stop or done // together <= self._first_epoch // together:
@@ -76,19 +69,6 @@ class AwaitedMetrics(L.Callback):
                     f"{type(watcher).__name__} watches {watcher.monitor}, which this run does not log; set its monitor "
                     f"to {', '.join(others)}."
                 )
-
-
-def _refuse_to_stop(callbacks: list[Any], probe: Any) -> None:
-    """Refuse callbacks that end a run by what a probe measures at intervals that follow from measured times."""
-    ours = "health/" if isinstance(probe, HealthMonitor) else "val/"
-    stops: list[Any] = [one for one in callbacks if isinstance(one, EarlyStopping) and one.monitor.startswith(ours)]
-    if isinstance(probe, HealthMonitor):
-        stops += [one for one in callbacks if isinstance(one, LossFloorAlarm) and one.stop]
-    if stops:
-        raise UserError(
-            f"{type(stops[0]).__name__} may end the run, and with {probe.interval.option} auto the speed of this "
-            f"machine would decide when; set {probe.interval.option} to a number."
-        )
 
 
 def _save_if_measured(checkpoint: Any, save: Any, trainer: Any, candidates: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ssl_lightning.evaluation.clusters import cluster_measures
 from ssl_lightning.evaluation.quality import alignment, feature_measures, lidar
 
 _WATCHING = 0.005
-"""Share of the training time that ``auto`` allows."""
+"""Share of the training that ``auto`` allows."""
 _CLUSTERS = 10
 _LIDAR_IMAGES = 1024
 
@@ -41,10 +41,11 @@ class HealthMonitor(L.Callback):
         num_images: Number of training images to use, evenly spread. None means 1/32 of them, at least 64 and at most
             2,048.
         every_n_epochs: Run every this many epochs. ``auto`` runs after the first and the last epoch, and in between so
-            often that it takes at most 0.5 % of the training time. The log says what it chose.
+            often that it takes at most 0.5 % of the training. It counts images instead of measuring time, and says
+            what it chose.
     """
 
-    def __init__(self, num_images: int | None = None, every_n_epochs: EveryEpochs = 1) -> None:
+    def __init__(self, num_images: int | None = None, every_n_epochs: EveryEpochs = "auto") -> None:
         self.interval = Interval(every_n_epochs, "--health_monitor.every_n_epochs", _WATCHING)
         if num_images is not None and num_images < 2:
             raise UserError(f"--health_monitor.num_images={num_images} must be at least 2.")
@@ -55,16 +56,22 @@ class HealthMonitor(L.Callback):
         self._indices: Tensor | None = None
         self._epoch_start, self._reported = 0.0, False
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Plan in which epochs to run."""
+        data = getattr(trainer, "datamodule", None)
+        if getattr(data, "train_images", None) is not None:
+            networks = 2 if hasattr(pl_module, "teacher_backbone") else 1
+            of_batch = 2 * networks * data.batch_size * trainer.world_size
+            self.interval.plan(trainer, len(data.plain_indices(self.num_images)) + of_batch)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note when the epoch starts."""
-        self.interval.epoch_starts()
         self._epoch_start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the last batch of views."""
-        self.interval.batch_ends()
         if trainer.is_last_batch:
             self._views, self._indices = batch[0], getattr(batch, "indices", None)
 
@@ -94,15 +101,6 @@ class HealthMonitor(L.Callback):
         if not self._reported:
             self._reported = True
             rank_zero_info(f"HealthMonitor took {seconds:.2f} s, {seconds / epoch:.1%} of the epoch.")
-        self.interval.took(trainer, seconds)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The interval that ``auto`` has chosen."""
-        return self.interval.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-        self.interval.load(state_dict)
 
     def _features(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """Features ``(N, D)`` of the training images, gathered from all processes."""

@@ -1,6 +1,5 @@
 """k-nearest-neighbor accuracy of the features while the method trains."""
 
-import time
 from typing import Any
 
 import lightning as L
@@ -19,8 +18,8 @@ from ssl_lightning.evaluation import knn_predict
 from ssl_lightning.evaluation.clusters import cluster_measures
 from ssl_lightning.evaluation.knn import knn_votes
 
-_WATCHING = 0.015
-"""Share of the training time that validation and kNN may take with ``auto``."""
+_WATCHING = 0.01
+"""Share of the training that validation and kNN may take with ``auto``."""
 _CLUSTERED = 10_000
 """Largest number of validation images to cluster."""
 
@@ -39,8 +38,8 @@ class KNNProbe(L.Callback):
         k: Number of neighbors that vote.
         temperature: A neighbor votes with exp(cosine similarity / temperature).
         every_n_epochs: Run every this many epochs, and after the last one. ``auto`` runs after the first and the last
-            epoch, and in between so often that it takes at most 1.5 % of the training time, validation included: other
-            epochs have no validation. The log says what it chose.
+            epoch, and in between so often that it takes at most 1 % of the training, validation included: other epochs
+            have no validation. It counts images instead of measuring time, and says what it chose.
         max_samples: Largest number of training images to search, evenly spread. None means all. Limits the cost.
         clusters_every_n_epochs: Cluster every this many epochs, if kNN runs then, and after the last one. None never
             does.
@@ -50,7 +49,7 @@ class KNNProbe(L.Callback):
         self,
         k: int = 20,
         temperature: float = 0.07,
-        every_n_epochs: EveryEpochs = 1,
+        every_n_epochs: EveryEpochs = "auto",
         max_samples: int | None = 50_000,
         clusters_every_n_epochs: int | None = 10,
     ) -> None:
@@ -67,7 +66,6 @@ class KNNProbe(L.Callback):
         self._indices: list[Tensor] = []
         self._wanted = self._clusters = False
         self._counted = False  # whether a batch did not say which images of the data module it holds
-        self._started = 0.0
         self._validated_every: int | None = None
         self._references: dict[str, float] = {}
         self.bank: tuple[int, PlainFeatures] | None = None
@@ -82,8 +80,12 @@ class KNNProbe(L.Callback):
             rank_zero_info("KNNProbe: the data has no labels, so there is no kNN accuracy.")
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Note how often there would be a validation; a run may resume within an epoch."""
+        """Plan in which epochs to run, and to validate; a run may resume within an epoch."""
         self._validated_every = trainer.check_val_every_n_epoch
+        data = getattr(trainer, "datamodule", None)
+        if self.interval.is_auto and getattr(data, "train_images", None) is not None:
+            bank = 0 if self.num_classes is None else len(data.labelled(self.max_samples))
+            self.interval.plan(trainer, bank + len(data.val_images or []), self._validated_every or 1)
         self._plan_validation(trainer)
 
     def _plan_validation(self, trainer: Any) -> None:
@@ -94,7 +96,6 @@ class KNNProbe(L.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure the accuracy of what the method is compared with, before the first step."""
-        self.interval.epoch_starts()
         self._plan_validation(trainer)
         if self.num_classes is None or trainer.global_step > 0 or not trainer.enable_validation:
             return
@@ -107,17 +108,9 @@ class KNNProbe(L.Callback):
                     self._references[name] = accuracy
         trainer.strategy.on_validation_end()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
-        self.interval.batch_ends()
-
     def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Leave the trainer as it was."""
         trainer.check_val_every_n_epoch = self._validated_every
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note when the validation starts."""
-        self._started = time.perf_counter()
 
     def _accuracy(self, trainer: L.Trainer, pl_module: Any, reference: Any) -> float | None:
         """The accuracy of another network; None if there is nothing to search."""
@@ -133,13 +126,12 @@ class KNNProbe(L.Callback):
         return float((predicted == images.labels[known]).float().mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured before the first step, and the interval that ``auto`` has chosen."""
-        return {**({"references": self._references} if self._references else {}), **self.interval.state}
+        """What was measured before the first step."""
+        return {"references": self._references} if self._references else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self._references = state_dict.get("references", {})
-        self.interval.load(state_dict)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether to run after this epoch."""
@@ -173,8 +165,6 @@ class KNNProbe(L.Callback):
         """Build the bank, classify, and log the accuracy over all processes."""
         if self._wanted:
             self._measure(trainer, pl_module)
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.interval.took(trainer, time.perf_counter() - self._started, self._validated_every or 1)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bank = self._bank(trainer, pl_module)

@@ -1,6 +1,5 @@
 """Segmentation by nearest patches while the method trains."""
 
-import time
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,7 @@ from ssl_lightning.evaluation.patch_features import PatchFeatures
 from ssl_lightning.evaluation.patch_segmenter import PatchProtocol, segmenter_of
 
 _WATCHING = 0.005
-"""Share of the training time that ``auto`` allows."""
+"""Share of the training that ``auto`` allows."""
 
 
 class SegmentationProbe(L.Callback):
@@ -24,7 +23,8 @@ class SegmentationProbe(L.Callback):
     Args:
         data: Images with masks, e.g. VOCSegmentationData. On the command line, None turns the callback off.
         every_n_epochs: Run every this many epochs, and after the last one. ``auto`` runs after the first and the last
-            epoch, and in between so often that it takes at most 0.5 % of the training time.
+            epoch, and in between so often that it takes at most 0.5 % of the training: it counts images, as
+            ``KNNProbe`` does.
         k: Number of nearest patches.
         temperature: Divides the cosine similarities.
         memory_size: Largest number of training patches, the same of each image, rare classes first. None takes all.
@@ -43,13 +43,10 @@ class SegmentationProbe(L.Callback):
         self.protocol = PatchProtocol("hummingbird", k, temperature=temperature, memory_size=memory_size)
         self._measured_in: int | None = None
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self.interval.epoch_starts()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
-        self.interval.batch_ends()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plan in which epochs to run."""
+        if self.data is not None and self.interval.is_auto:
+            self.interval.plan(trainer, sum(map(len, self.data.splits)))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Run before checkpoints are chosen."""
@@ -69,7 +66,7 @@ class SegmentationProbe(L.Callback):
         return self.data is not None and self._measured_in != trainer.current_epoch and self.interval.is_due(trainer)
 
     def _measure(self, trainer: L.Trainer, pl_module: Any) -> None:
-        start, self._measured_in = time.perf_counter(), trainer.current_epoch
+        self._measured_in = trainer.current_epoch
         self.data.trainer = trainer
         images: Any = getattr(trainer, "datamodule", None)
         name = str(pl_module.hparams.get("backbone"))
@@ -83,12 +80,3 @@ class SegmentationProbe(L.Callback):
         measures = segmenter.measures()
         pl_module.log("val/segmentation_miou", measures["miou"], prog_bar=True)
         pl_module.log("val/segmentation_accuracy", measures["pixel_accuracy"])
-        self.interval.took(trainer, time.perf_counter() - start)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The interval that ``auto`` has chosen."""
-        return self.interval.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-        self.interval.load(state_dict)

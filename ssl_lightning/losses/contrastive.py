@@ -19,6 +19,7 @@ def nt_xent(
     temperature: float,
     reduction: Literal["mean", "sum"] = "mean",
     chunk: int | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
     """Normalized temperature-scaled cross entropy: each row identifies its positive among all 2N - 1 other rows.
 
@@ -34,6 +35,8 @@ def nt_xent(
             released code (twice the value).
         chunk: Anchors per block of logits. Only one block is in memory at a time, and it is computed again for the
             gradient. None keeps all ``(2B, 2N)`` logits.
+        decoupled: Leave the positive out of the denominator (Yeh et al. 2022, Decoupled Contrastive Learning, eq. 6):
+            easy positives in a small batch then keep their gradient.
 
     Example:
         >>> z0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -44,6 +47,8 @@ def nt_xent(
         tensor(1.3361)
         >>> nt_xent(torch.ones(4, 3), torch.ones(4, 3), temperature=0.5)  # collapsed: ln 7
         tensor(1.9459)
+        >>> nt_xent(torch.ones(4, 3), torch.ones(4, 3), temperature=0.5, decoupled=True)  # ln 6
+        tensor(1.7918)
     """
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     all0, all1 = gather(z0), gather(z1)  # (N, D)
@@ -55,6 +60,9 @@ def nt_xent(
         within = anchors @ others.T / temperature  # (C, N)
         own = torch.arange(len(anchors), device=anchors.device)
         within = within.index_put((own, target), never)  # an image is not its own negative
+        if decoupled:
+            negatives = torch.cat([across.index_put((own, target), never), within], dim=1)
+            return (negatives.logsumexp(1) - across[own, target]).sum()
         return F.cross_entropy(torch.cat([across, within], dim=1), target, reduction="sum")
 
     first = _mean_in_blocks(cross_entropy, chunk, z0, target, all1, all0)

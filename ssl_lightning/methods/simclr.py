@@ -27,6 +27,8 @@ class SimCLR(SSLModule):
         projector_layers: Linear layers of the projector: 2 in v1, 3 in v2 and by default in the released scripts.
         projector_dim: Width of the projections.
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
+        decoupled: Leave the positive out of the denominator (Yeh et al. 2022, https://arxiv.org/abs/2110.06848), for
+            small batches.
         optim: Optimizer and learning-rate schedule.
         chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
             None takes the batch in one pass; chunks cost an extra forward pass.
@@ -45,12 +47,13 @@ class SimCLR(SSLModule):
         projector_layers: int = 2,
         projector_dim: int = 128,
         reduction: Literal["mean", "sum"] = "mean",
+        decoupled: bool = False,
         optim: Optim = Optim("lars_simclr", base_lr=0.3, weight_decay=1e-6),
         chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optim=optim, **kwargs)
-        self.temperature, self.reduction = temperature, reduction
+        self.temperature, self.reduction, self.decoupled = temperature, reduction, decoupled
         self.chunk_size = checked_chunk_size(chunk_size)
         last_norm = nn.BatchNorm1d(projector_dim)
         last_norm.register_parameter("bias", None)  # scaled, but not shifted
@@ -65,11 +68,12 @@ class SimCLR(SSLModule):
         # (2B, embed_dim): in one chunk, both views share their BatchNorm statistics
         h = encode_in_chunks(self.backbone, views, self.chunk_size)
         z0, z1 = self.projector(h).chunk(2)  # (B, projector_dim)
-        return losses.nt_xent(z0, z1, self.temperature, self.reduction, self.chunk_size)
+        return losses.nt_xent(z0, z1, self.temperature, self.reduction, self.chunk_size, self.decoupled)
 
     @property
     def chance_loss(self) -> float | None:
-        """ln(2N - 1): every candidate is as likely as the positive; known once a batch has been seen."""
+        """ln(2N - 1), decoupled ln(2N - 2): all candidates are equally likely; known once a batch has been seen."""
         if self.global_batch is None:
             return None
-        return math.log(2 * self.global_batch - 1) * (1 if self.reduction == "mean" else 2)
+        candidates = 2 * self.global_batch - (2 if self.decoupled else 1)
+        return math.log(candidates) * (1 if self.reduction == "mean" else 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_lightning.callbacks.blank_views import count_blank_views
 from ssl_lightning.callbacks.features import in_eval_mode, plain_features
-from ssl_lightning.callbacks.interval import EveryEpochs, Interval
+from ssl_lightning.callbacks.interval import EveryEpochs, Interval, counted_data
 from ssl_lightning.distributed import gather
 from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.clusters import cluster_measures
@@ -58,8 +58,7 @@ class HealthMonitor(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plan in which epochs to run."""
-        data = getattr(trainer, "datamodule", None)
-        if getattr(data, "train_images", None) is not None:
+        if (data := counted_data(trainer)) is not None:
             networks = 2 if hasattr(pl_module, "teacher_backbone") else 1
             of_batch = 2 * networks * data.batch_size * trainer.world_size
             self.interval.plan(trainer, len(data.plain_indices(self.num_images)) + of_batch)

@@ -19,10 +19,9 @@ class Interval:
     """The epochs in which a callback runs: every n epochs, or with ``auto`` as often as its cost allows.
 
     ``auto`` counts images instead of measuring time: an image that is looked at takes one pass through the network, a
-    view that is trained on takes three (forward and backward), a smaller view as much less as it has fewer pixels. So it
-    chooses the same on every machine, on any number of processes and after a resume. Teachers, decoders, predictors
-    and augmentation are not counted and make training slower, so watching takes a smaller share; dropped tokens make
-    it faster.
+    view that is trained on takes three (forward and backward), a smaller one in proportion to its pixels. So it chooses
+    the same on every machine, on any number of processes and after a resume. Teachers, decoders and augmentation are
+    not counted: they only make the share of watching smaller. Dropped tokens make it larger.
 
     Args:
         epochs: A number of epochs, or ``auto``.
@@ -57,10 +56,10 @@ class Interval:
             looked_at: Number of images that the callback looks at each time, over all processes.
             multiple_of: What the interval must be a multiple of.
         """
-        passes = _passes_of_an_epoch(trainer)
-        if not self.is_auto or passes is None:
+        data = counted_data(trainer)
+        if not self.is_auto or data is None:
             return
-        share, planned = looked_at / passes, planned_epochs(trainer)
+        share, planned = looked_at / _passes_of_an_epoch(trainer, data), planned_epochs(trainer)
         if planned is None:
             interval = share / self.share
         else:
@@ -68,17 +67,25 @@ class Interval:
             interval = planned / (times - 1)
         self.epochs = max(1, math.ceil(interval / multiple_of)) * multiple_of
         if self.epochs > 1:
-            between = "" if planned is not None and self.epochs >= planned else f", every {self.epochs}th"
+            between = "" if planned is not None and self.epochs >= planned else f", every {self.epochs} epochs,"
             rank_zero_info(
-                f"{self.option} auto: runs in the first{between} and the last epoch, so that it takes about "
-                f"{self.share:.1%} of the training at most."
+                f"{self.option} auto: runs after the first epoch{between} and after the last, since each time takes up to "
+                f"{share:.1%} of an epoch."
             )
 
 
-def _passes_of_an_epoch(trainer: Any) -> float | None:
-    """Passes through the network that an epoch takes; None for data of another package or of unknown length."""
-    data, batches = getattr(trainer, "datamodule", None), trainer.num_training_batches
-    if not hasattr(data, "view_specs") or math.isinf(batches):
-        return None
+def counted_data(trainer: Any) -> Any:
+    """The data module of a training, if it knows its images; None for streams and data modules of other packages.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+    """
+    data = getattr(trainer, "datamodule", None)
+    return data if hasattr(data, "view_specs") and data.train_images is not None else None
+
+
+def _passes_of_an_epoch(trainer: Any, data: Any) -> float:
+    """Passes through the network that an epoch takes."""
     views = sum(spec.count * min(1.0, (spec.size / data.image_size) ** 2) for spec in data.view_specs)
-    return _FORWARD_AND_BACKWARD * views * batches * data.batch_size * trainer.world_size
+    images = trainer.num_training_batches * data.batch_size * trainer.world_size
+    return float(_FORWARD_AND_BACKWARD * views * images)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ssl_lightning.callbacks.features import PlainFeatures, in_eval_mode, no_features, no_numbers, plain_features
-from ssl_lightning.callbacks.interval import EveryEpochs, Interval
+from ssl_lightning.callbacks.interval import EveryEpochs, Interval, counted_data
 from ssl_lightning.callbacks.knn_errors import NEAREST, KNNErrors
 from ssl_lightning.callbacks.progress import is_nth_or_last
 from ssl_lightning.distributed import gather_uneven, reduced
@@ -82,8 +82,7 @@ class KNNProbe(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Plan in which epochs to run, and to validate; a run may resume within an epoch."""
         self._validated_every = trainer.check_val_every_n_epoch
-        data = getattr(trainer, "datamodule", None)
-        if self.interval.is_auto and getattr(data, "train_images", None) is not None:
+        if (data := counted_data(trainer)) is not None:
             bank = 0 if self.num_classes is None else len(data.labelled(self.max_samples))
             self.interval.plan(trainer, bank + len(data.val_images or []), self._validated_every or 1)
         self._plan_validation(trainer)

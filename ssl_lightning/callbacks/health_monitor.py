@@ -18,7 +18,7 @@ from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.clusters import cluster_measures
 from ssl_lightning.evaluation.quality import alignment, feature_measures, lidar
 
-_WATCHING = 0.005
+_WATCHING = 0.0025
 """Share of the training that ``auto`` allows."""
 _CLUSTERS = 10
 _LIDAR_IMAGES = 1024
@@ -41,7 +41,7 @@ class HealthMonitor(L.Callback):
         num_images: Number of training images to use, evenly spread. None means 1/32 of them, at least 64 and at most
             2,048.
         every_n_epochs: Run every this many epochs. ``auto`` runs after the first and the last epoch, and in between so
-            often that it takes at most 0.5 % of the training. It counts images instead of measuring time, and says
+            often that it takes at most 0.25 % of the training. It counts images instead of measuring time, and says
             what it chose.
     """
 

@@ -110,10 +110,13 @@ def plain(backbone: Any, data: Any) -> torch.Tensor:
 # Intervals
 
 
-def due_epochs(looked_at: int, epochs: int, multiple_of: int = 1, **running: Any) -> tuple[int, list[int]]:
+def due_epochs(
+    looked_at: int, epochs: int, multiple_of: int = 1, view_cost: float = 3, **running: Any
+) -> tuple[int, list[int]]:
     """The interval, and the epochs in which it comes, with 60,000 passes an epoch: 10,000 images, each twice."""
     spec = ViewSpec(size=32, count=2)
     data = SimpleNamespace(view_specs=(spec,), image_size=32, batch_size=100, train_images=[])
+    running["lightning_module"] = SimpleNamespace(view_cost=view_cost)
     running = {"world_size": 2, "num_training_batches": 50, **running}
     trainer: Any = SimpleNamespace(datamodule=data, max_epochs=epochs, max_steps=-1, current_epoch=0, **running)
     interval = Interval("auto", "--x", 0.02)
@@ -131,6 +134,7 @@ def test_an_interval_keeps_to_its_share_of_the_training() -> None:
     assert (interval, due) == (12, [1, 12, 24, 36, 48, 60, 72, 84, 96, 100])
     assert 12_000 * len(due) <= 0.02 * 60_000 * 100
     assert due_epochs(12_000, 100, multiple_of=5)[0] == 15
+    assert due_epochs(12_000, 100, view_cost=1.5)[0] == 25
     assert due_epochs(12_000, -1) == (10, [1, 10, 20, 30])  # without an end
     assert due_epochs(12_000, 100, world_size=1, num_training_batches=100)[0] == 12  # processes make no difference
 

@@ -11,17 +11,14 @@ from ssl_lightning.errors import UserError
 
 EveryEpochs = int | Literal["auto"]
 
-_FORWARD_AND_BACKWARD = 3
-"""Cost of an image that is trained on, if one that is looked at costs 1."""
-
 
 class Interval:
     """The epochs in which a callback runs: every n epochs, or with ``auto`` as often as its cost allows.
 
     ``auto`` counts images instead of measuring time: an image that is looked at takes one pass through the network, a
-    view that is trained on takes three (forward and backward), a smaller one in proportion to its pixels. So it chooses
-    the same on every machine, on any number of processes and after a resume. Teachers, decoders and augmentation are
-    not counted: they only make the share of watching smaller. Dropped tokens make it larger.
+    view that is trained on the method's ``view_cost``, a smaller one in proportion to its pixels. So it chooses the
+    same on every machine, on any number of processes and after a resume. Teachers and augmentation are not counted:
+    they only make the share of watching smaller. ``token_dropout`` makes it larger.
 
     Args:
         epochs: A number of epochs, or ``auto``.
@@ -88,4 +85,4 @@ def _passes_of_an_epoch(trainer: Any, data: Any) -> float:
     """Passes through the network that an epoch takes."""
     views = sum(spec.count * min(1.0, (spec.size / data.image_size) ** 2) for spec in data.view_specs)
     images = trainer.num_training_batches * data.batch_size * trainer.world_size
-    return float(_FORWARD_AND_BACKWARD * views * images)
+    return float(getattr(trainer.lightning_module, "view_cost", 3) * views * images)

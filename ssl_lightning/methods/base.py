@@ -64,6 +64,9 @@ class SSLModule(StepTools):
     local_views: bool = False
     """Whether smaller views may follow."""
 
+    view_cost: float = 3.0
+    """Cost of training on a full-size view, in passes of a whole image: 3 is forward and backward."""
+
     batch_norm: Literal["global", "per_process"] | None = None
     """Whose images BatchNorm sees in the paper: of all processes (``sync_batchnorm``) or of each process."""
 

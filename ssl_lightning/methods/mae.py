@@ -43,7 +43,7 @@ class MAE(SSLModule):
 
     views = "mae"
     remedies = "a lower learning rate or a longer warm-up, smaller patches, a mask ratio of 0.5 to 0.75"
-    global_views = 1
+    global_views, view_cost = 1, 1.5  # the encoder sees a quarter of the patches
     renamed = {  # noqa: RUF012
         **{f"decoder_{part}": f"decoder.{part}" for part in ("embed", "positions", "blocks", "norm")},
         "decoder_predictor": "decoder.projection",

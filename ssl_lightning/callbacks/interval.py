@@ -66,7 +66,7 @@ class Interval:
         if self.epochs > 1:
             between = "" if planned is not None and self.epochs >= planned else f", every {self.epochs} epochs,"
             rank_zero_info(
-                f"{self.option} auto: runs after the first epoch{between} and after the last, since each time takes up to "
+                f"{self.option} auto: runs after the first epoch{between} and after the last; each time takes about "
                 f"{share:.1%} of an epoch."
             )
 

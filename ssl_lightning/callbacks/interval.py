@@ -77,7 +77,7 @@ def counted_data(trainer: Any) -> Any:
     Args:
         trainer: The trainer, in ``fit``.
     """
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     return data if hasattr(data, "view_specs") and data.train_images is not None else None
 
 

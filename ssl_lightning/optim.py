@@ -18,6 +18,7 @@ from ssl_lightning.continued import Stages
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.lars import LARC, LARS
+from ssl_lightning.muon import Muon
 from ssl_lightning.schedules import cosine
 
 
@@ -366,7 +367,9 @@ def _optimizer_class(name: str) -> Any:
     if name.lower() in torch_optimizers:
         return torch_optimizers[name.lower()]
     if name.lower() in list_optimizers():
-        return get_optimizer_class(name.lower(), bind_defaults=True)
+        found: Any = get_optimizer_class(name.lower(), bind_defaults=True)
+        is_muon = getattr(found, "func", found) is Muon.__base__
+        return functools.partial(Muon, **getattr(found, "keywords", {})) if is_muon else found
     near = difflib.get_close_matches(name.lower(), {*ours, *torch_optimizers, *map(str, list_optimizers())}, n=5)
     hint = f"did you mean {', '.join(near)}?" if near else "see torch.optim and timm.optim.list_optimizers()."
     raise UserError(f"unknown optimizer {name!r}; {hint}")

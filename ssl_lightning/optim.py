@@ -18,7 +18,6 @@ from ssl_lightning.continued import Stages
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.lars import LARC, LARS
-from ssl_lightning.muon import Muon
 from ssl_lightning.schedules import cosine
 
 
@@ -357,6 +356,8 @@ def _optimizer_class(name: str) -> Any:
     if name.lower() in ours:
         return ours[name.lower()]
     from timm.optim import get_optimizer_class, list_optimizers
+
+    from ssl_lightning.muon import Muon
 
     torch_optimizers = {
         key.lower(): value

@@ -1,15 +1,20 @@
 """LARS against worked examples and a plain restatement; recipes against torch's optimizers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from timm.optim import get_optimizer_class
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_lightning import LARC, LARS, LastCheckpoint, Optim, SimCLR, UserError
+from ssl_lightning.optim import _optimizer_class
 from ssl_lightning.schedules import cosine
 from tests.small import ADAMW, data, simclr, trainer
 
@@ -181,6 +186,38 @@ def test_optimizers_of_torch_and_timm_by_name(name: str) -> None:
     module(torch.ones(2, 3, 1, 1)).sum().backward()
     optimizer.step()
     assert not torch.equal(before, module.weight)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {result.dtype} if isinstance(result, Tensor) else set()
+        return result
+
+
+@pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
+def test_muon_is_timms_in_float32(name: str) -> None:
+    def trained(build: Callable[..., Any]) -> tuple[Tensor, set[torch.dtype]]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+        optimizer = build(module.parameters(), lr=0.01)
+        with Dtypes() as dtypes:
+            for _ in range(3):
+                optimizer.zero_grad()
+                module(torch.rand(4, 3, 3, 3)).square().sum().backward()
+                optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in module.parameters()]), dtypes.seen
+
+    ours, dtypes = trained(_optimizer_class(name))
+    theirs, of_timm = trained(get_optimizer_class(name, bind_defaults=True))
+    assert torch.bfloat16 in of_timm - dtypes
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)  # three steps of 0.01, rounded to 8 bits
 
 
 def test_torch_comes_before_timm() -> None:

@@ -203,21 +203,22 @@ class Dtypes(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
 def test_muon_is_timms_in_float32(name: str) -> None:
-    def trained(build: Callable[..., Any]) -> tuple[Tensor, set[torch.dtype]]:
+    def updated(build: Callable[..., Any]) -> tuple[Tensor, set[torch.dtype]]:
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
-        optimizer = build(module.parameters(), lr=0.01)
+        weights = [nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 3, 3), (4, 32))]
+        optimizer = build(weights, lr=0.1)
         with Dtypes() as dtypes:
             for _ in range(3):
-                optimizer.zero_grad()
-                module(torch.rand(4, 3, 3, 3)).square().sum().backward()
+                for weight in weights:
+                    weight.grad = torch.randn(weight.shape)  # of full rank: there is nothing to round to
                 optimizer.step()
-        return torch.cat([weight.detach().flatten() for weight in module.parameters()]), dtypes.seen
+        return torch.cat([weight.detach().flatten() for weight in weights]), dtypes.seen
 
-    ours, dtypes = trained(_optimizer_class(name))
-    theirs, of_timm = trained(get_optimizer_class(name, bind_defaults=True))
+    ours, dtypes = updated(_optimizer_class(name))
+    theirs, of_timm = updated(get_optimizer_class(name, bind_defaults=True))
     assert torch.bfloat16 in of_timm - dtypes
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)  # three steps of 0.01, rounded to 8 bits
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, atol=3e-3, rtol=0)  # three steps of up to 0.1, rounded to 8 bits
 
 
 def test_torch_comes_before_timm() -> None:

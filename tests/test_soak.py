@@ -55,6 +55,7 @@ def _soak(folder: Path) -> None:
     sys.argv = ["ssl-lightning"]
     words = [f"--trainer.max_steps={STEPS}", "--trainer.accelerator=cpu", "--trainer.callbacks=tests.test_soak.Measure"]
     words += ["--trainer.max_epochs=-1", "--pictures.every_n_epochs=2", "--trainer.check_val_every_n_epoch=2"]
+    words += ["--knn_probe.every_n_epochs=2", "--health_monitor.every_n_epochs=1"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         warnings.simplefilter("ignore", DeprecationWarning)  # as Python does: they are for the authors of libraries

@@ -1,6 +1,5 @@
 """timm's Muon, quick on CPUs."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -32,7 +31,7 @@ class Muon(muon.Muon):
 _of_timm = muon.zeropower_via_newtonschulz
 
 
-@functools.wraps(_of_timm)
 def _orthogonalized(gradient: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    dtype = torch.float32 if gradient.device.type == "cpu" else torch.bfloat16
-    return _of_timm(gradient, *args, **{"dtype": dtype, **kwargs})
+    if gradient.device.type == "cpu":
+        kwargs["dtype"] = torch.float32
+    return _of_timm(gradient, *args, **kwargs)

@@ -27,11 +27,11 @@ class SimCLR(SSLModule):
         projector_layers: Linear layers of the projector: 2 in v1, 3 in v2 and by default in the released scripts.
         projector_dim: Width of the projections.
         reduction: ``mean`` of the loss over both views as in the paper, or their ``sum`` as in the released code.
-        decoupled: Leave the positive out of the denominator (Yeh et al. 2022, https://arxiv.org/abs/2110.06848), for
-            small batches.
         optim: Optimizer and learning-rate schedule.
         chunk_size: Most images per backbone pass, for batches larger than memory: the loss still spans the whole batch.
             None takes the batch in one pass; chunks cost an extra forward pass.
+        decoupled: Leave the positive out of the denominator (Yeh et al. 2022, https://arxiv.org/abs/2110.06848), for
+            small batches.
         kwargs: See SSLModule.
     """
 
@@ -47,9 +47,9 @@ class SimCLR(SSLModule):
         projector_layers: int = 2,
         projector_dim: int = 128,
         reduction: Literal["mean", "sum"] = "mean",
-        decoupled: bool = False,
         optim: Optim = Optim("lars_simclr", base_lr=0.3, weight_decay=1e-6),
         chunk_size: int | None = None,
+        decoupled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(optim=optim, **kwargs)

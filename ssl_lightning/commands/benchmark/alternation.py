@@ -226,7 +226,7 @@ class LightlySide:
             yield from self.loader
 
     def _whiten(self) -> None:
-        """Compute the frozen whitening layers anew, for lightly's views; the copied layers were computed for ours."""
+        """Compute the frozen whitening layers from lightly's views; the copied layers were computed from ours."""
         layers = [part for part in self.parts.modules() if isinstance(part, Whitening)]
         if layers:
             with self.randomness.in_use():

@@ -216,7 +216,7 @@ def alarmed(method: type[SSLModule], tmp_path: Path, wrong: bool, **options: Any
     alarm = LossFloorAlarm(patience=30, **options)
     logger = CSVLogger(tmp_path, "", "")
     epochs = 6 if wrong else 2  # of 22 steps
-    running = trainer(tmp_path, callbacks=[HealthMonitor(), alarm], max_epochs=epochs, logger=logger)
+    running = trainer(tmp_path, callbacks=[HealthMonitor(every_n_epochs=1), alarm], max_epochs=epochs, logger=logger)
     running.fit(module, data)
     return alarm, running
 

@@ -15,7 +15,7 @@ import torch
 from ssl_lightning.cli import main
 from tests.processes import FORKSERVER
 
-STEPS, SETTLED = 3000, 1000
+STEPS, SETTLED = 3000, 1500  # settled after four epochs and two validations
 SMALLEST = ["--model=RotNet", "--model.backbone=pixels", "--model.backbone_kwargs={img_size: 8}"]
 SMALLEST += ["--data=DigitsData", "--data.image_size=8", "--data.batch_size=4", "--data.num_workers=2"]
 SMALLEST += ["--data.views=[{size: 8, flip: 0}]", "--data.val_samples=64"]

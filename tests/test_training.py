@@ -37,7 +37,7 @@ class Recorder(L.Callback):
 def test_simclr_learns_digits_and_the_probes_see_it(tmp_path: Path) -> None:
     L.seed_everything(0)
     recorder = Recorder()
-    running = trainer(tmp_path, max_epochs=5, callbacks=[LinearProbe(), KNNProbe(), recorder])
+    running = trainer(tmp_path, max_epochs=5, callbacks=[LinearProbe(), KNNProbe(every_n_epochs=1), recorder])
     optim = Optim("adamw", base_lr=3e-3, lr_scaling="none", warmup_epochs=1)
     method = simclr(temperature=0.2, optim=optim, backbone_kwargs={"channels": (16, 16, 32, 64)})
     running.fit(method, digits(batch_size=64))

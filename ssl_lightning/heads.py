@@ -1,6 +1,5 @@
 """Projection heads, images as patches, and the features of a teacher as targets."""
 
-import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -45,23 +44,21 @@ def mlp(
     return nn.Sequential(*layers)
 
 
-def gelu_mlp(embed_dim: int, hidden_dim: int, output_dim: int, batch_norm: bool = False) -> nn.Sequential:
+def gelu_mlp(embed_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
     """Three linear layers with GELU between them, initialized as in DINO's released code.
 
     Args:
         embed_dim: Width of the features.
         hidden_dim: Width of the two hidden layers.
         output_dim: Width of the output.
-        batch_norm: Whether there is a BatchNorm before each GELU.
 
     Example:
         >>> sum(parameter.numel() for parameter in gelu_mlp(768, 2048, 256).parameters())  # SimDINO's head of a ViT-B
         6295808
     """
-    norm = [nn.BatchNorm1d(hidden_dim)] if batch_norm else []
     layers = nn.Sequential(
-        *(nn.Linear(embed_dim, hidden_dim), *norm, nn.GELU()),
-        *(nn.Linear(hidden_dim, hidden_dim), *copy.deepcopy(norm), nn.GELU()),
+        *(nn.Linear(embed_dim, hidden_dim), nn.GELU()),
+        *(nn.Linear(hidden_dim, hidden_dim), nn.GELU()),
         nn.Linear(hidden_dim, output_dim),
     )
     for layer in layers:
@@ -83,7 +80,6 @@ class DINOHead(nn.Module):
         bottleneck_dim: Width of the bottleneck.
         num_prototypes: Number of outputs K.
         norm_last_layer: Whether the norms of the prototypes stay 1; otherwise they are learned.
-        batch_norm: Whether the MLP has BatchNorm.
 
     Example:
         >>> head = DINOHead(8, hidden_dim=16, bottleneck_dim=4, num_prototypes=32, norm_last_layer=True)
@@ -93,16 +89,10 @@ class DINOHead(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        hidden_dim: int,
-        bottleneck_dim: int,
-        num_prototypes: int,
-        norm_last_layer: bool,
-        batch_norm: bool = False,
+        self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int, norm_last_layer: bool
     ) -> None:
         super().__init__()
-        self.mlp = gelu_mlp(embed_dim, hidden_dim, bottleneck_dim, batch_norm)
+        self.mlp = gelu_mlp(embed_dim, hidden_dim, bottleneck_dim)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))  # their direction
         nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))  # as a linear layer of torch
         self.prototype_norms = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not norm_last_layer)

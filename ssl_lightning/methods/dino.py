@@ -42,7 +42,6 @@ class DINO(SSLModule):
         backbone: Name of a timm or torchvision model.
         backbone_kwargs: Arguments that build the backbone.
         optim: Optimizer and learning-rate schedule.
-        head_batch_norm: Whether the head has BatchNorm, an option of the released code that helps CNNs.
         kwargs: See SSLModule.
     """
 
@@ -64,7 +63,6 @@ class DINO(SSLModule):
         backbone: Backbone = "vit_small_patch16_224", backbone_kwargs: dict[str, Any] | None = None,
         optim: Optim = Optim("adamw", 5e-4, weight_decay=0.04, end_weight_decay=0.4, warmup_inclusive=True,
                              end_lr_factor=0.001),
-        head_batch_norm: bool = False,
         **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, drop_path_rate=drop_path), optim, **kwargs)
@@ -74,9 +72,7 @@ class DINO(SSLModule):
         self.temperatures = Warmup(warmup_teacher_temperature, teacher_temperature, warmup_teacher_temperature_epochs)
         self.momentum, self.center_momentum = momentum, center_momentum
         self.freeze_last_layer, self.clip_gradient = freeze_last_layer, clip_gradient
-        self.projector = DINOHead(
-            self.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer, head_batch_norm
-        )
+        self.projector = DINOHead(self.embed_dim, hidden_dim, bottleneck_dim, num_prototypes, norm_last_layer)
         self.teacher_backbone = ema.teacher_of(self.backbone)
         self.teacher_projector = ema.teacher_of(self.projector)
         self.center = nn.Buffer(torch.zeros(num_prototypes))

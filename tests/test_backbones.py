@@ -174,6 +174,17 @@ def test_whitening_gives_uncorrelated_components_of_unit_variance() -> None:
     assert torch.equal(components[12:], -components[:12])
 
 
+def test_the_first_filters_of_a_whitened_cnn_copy_the_channels() -> None:
+    images = torch.randn(2, 3, 9, 9)
+    network = create_backbone("whitened_cnn", channels=(32, 48))
+    maps = F.gelu(network.whitening(images))  # type: ignore[union-attr, operator]
+    for block in network.blocks:  # type: ignore[union-attr]
+        copied = block[0](maps)[:, : maps.shape[1]]
+        torch.testing.assert_close(copied, maps)
+        assert block[0].weight[maps.shape[1] :].abs().min() > 0
+        maps = block(maps)
+
+
 def _whitened(_rank: int, processes: int, folder: Path) -> list[Tensor]:
     net = {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}}
     byol = small(BYOL, net)

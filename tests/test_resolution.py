@@ -140,6 +140,14 @@ def test_every_method_trains_on_both_sizes(method: Any, tmp_path: Path) -> None:
     assert [max(sizes.seen[epoch]) for epoch in (0, 1)] == [32, 64]
 
 
+def test_all_epochs_may_have_the_smaller_views(tmp_path: Path) -> None:
+    sizes = Sizes()
+    source = data(SimCLR, batch_size=16, resolution=Resolution(scale=0.5, until=1))
+    trainer(tmp_path, max_epochs=2, limit_train_batches=1, callbacks=[sizes]).fit(small(SimCLR), source)
+    assert sizes.seen == {0: {16}, 1: {16}}
+    assert sizes.validated == {32}
+
+
 def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
     steps = trainer(tmp_path, max_epochs=-1, max_steps=30, accumulate_grad_batches=2)
     assert length_in_epochs(steps, batches=20) == 3
@@ -149,9 +157,9 @@ def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
         length_in_epochs(trainer(tmp_path, max_epochs=-1), batches=20)
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"scale": -1}, {"noise": 2.0}])
+@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"until": 1.5}, {"scale": -1}, {"noise": 2.0}])
 def test_fractions_are_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"--data.resolution.(scale|until|noise) .*(between|from) 0 (and|to) 1"):
+    with pytest.raises(UserError, match=r"--data.resolution.(scale|until|noise) .*(between|above|from) 0.* 1\b"):
         Resolution(**wrong)
 
 

@@ -56,8 +56,8 @@ class Whitening(nn.Conv2d):
 class WhitenedCNN(nn.Module):
     """Whitened patches, then blocks of convolution, max-pooling and convolution with BatchNorm and GELU.
 
-    The network of Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.1, with the mean over the last map in place
-    of its pooling and classifier.
+    The network of Jordan 2024, https://arxiv.org/abs/2404.00498, sections 3.1 to 3.3, with the mean over the last map
+    in place of its pooling and classifier.
 
     Args:
         channels: Width of each block, which halves the resolution.
@@ -90,9 +90,17 @@ class WhitenedCNN(nn.Module):
 
 def _block(before: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(before, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU(),
-        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU(),
+        _convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU(),
+        _convolution(width, width), nn.BatchNorm2d(width), nn.GELU(),
     )  # fmt: skip
+
+
+def _convolution(before: int, width: int) -> nn.Conv2d:
+    """Its first filters copy the channels (section 3.3), the others are drawn as in ResNets (He et al. 2015)."""
+    convolution = nn.Conv2d(before, width, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.dirac_(convolution.weight[:before])
+    return convolution
 
 
 @register_model

@@ -17,7 +17,7 @@ class Resolution:
 
     Args:
         scale: Side of the views in the first epochs, as a fraction of their full side, rounded to the patches.
-        until: Fraction of the epochs after which views have their full size.
+        until: Fraction of the epochs after which views have their full size; 1 for never.
         noise: Largest standard deviation, where white is 1, of the Gaussian noise on a random square of each image once
             views have their full size, e.g. 0.5 as in the released code. All views of the image show it. 0 for none.
     """
@@ -30,14 +30,18 @@ class Resolution:
         """Reject impossible values.
 
         Raises:
-            UserError: A fraction is not between 0 and 1.
+            UserError: A number is out of range.
         """
-        for name in ("scale", "until"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(
-                    f"--data.resolution.{name} {getattr(self, name)}: give a number between 0 and 1, or set "
-                    "--data.resolution to null."
-                )
+        if not 0 < self.scale < 1:
+            raise UserError(
+                f"--data.resolution.scale {self.scale}: give a number between 0 and 1, or set --data.resolution to "
+                "null."
+            )
+        if not 0 < self.until <= 1:
+            raise UserError(
+                f"--data.resolution.until {self.until}: give a number above 0 and at most 1, or set "
+                "--data.resolution to null."
+            )
         if not 0 <= self.noise <= 1:
             raise UserError(f"--data.resolution.noise {self.noise}: give a number from 0 to 1; white is 1.")
 

@@ -304,10 +304,10 @@ def begin_with_images(trainer: Any, method: nn.Module) -> None:
     Args:
         trainer: The trainer of the training.
         method: Its backbones, or parts of them, may define ``begin_with_images(images)``, which is called with
-            ``(B, C, S, S)`` before the first step and after a checkpoint was loaded, e.g. ``backbones.whitened``.
+            ``(B, C, S, S)`` before the first step, but not when a training resumes, e.g. ``backbones.whitened``.
     """
     parts: list[Any] = [part for part in method.modules() if hasattr(part, "begin_with_images")]
-    if parts:
+    if parts and trainer.global_step == 0:
         batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
         images = gather(batch[0][0].contiguous())
         for part in parts:

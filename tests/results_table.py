@@ -33,9 +33,19 @@ _STARTS = {
 
 
 def results() -> dict[str, dict[str, str]]:
-    """The newest row of each recipe, by the recipe and its options; it is the last one in the file."""
+    """The newest row of each recipe, by the recipe and its options; it is the last one in the file.
+
+    Where the same commit has several seeds, the accuracies are their mean and standard deviation.
+    """
     with open(ROOT / "configs" / "results.csv", newline="") as file:
-        return {row["recipe"]: row for row in csv.DictReader(file)}
+        rows = [*csv.DictReader(file)]
+    newest = {row["recipe"]: row for row in rows}
+    for recipe, last in newest.items():
+        seeds = {row["seed"]: row for row in rows if row["recipe"] == recipe and row["commit"] == last["commit"]}
+        if len(seeds) > 1:
+            spread = {name: _spread([row[name] for row in seeds.values()]) for name in ("knn", "linear_online")}
+            newest[recipe] = {**last, **spread}
+    return newest
 
 
 def rendered(text: str) -> str:

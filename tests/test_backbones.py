@@ -12,6 +12,7 @@ from ssl_lightning.backbones.initialization import residual_branches
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
 from ssl_lightning.backbones.whitened import Whitening
+from ssl_lightning.callbacks.checkpoint import LastCheckpoint
 from tests.processes import run_processes
 from tests.small import data, small, trainer
 
@@ -208,3 +209,15 @@ def test_a_whitening_backbone_keeps_its_whitening_in_a_second_training(tmp_path:
     before = model.backbone.whitening.weight.clone()
     trainer(tmp_path, max_steps=1).fit(model, data(SimCLR, seed=1))
     assert torch.equal(before, model.backbone.whitening.weight)
+
+
+def test_a_training_with_a_whitening_backbone_resumes_after_an_epoch(tmp_path: Path) -> None:
+    def run(ckpt_path: str | None = None) -> dict[str, Tensor]:
+        model = small(SimCLR, {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}})
+        last = LastCheckpoint(dirpath=str(tmp_path), keep_epochs=[1])
+        running = trainer(tmp_path, max_epochs=2, callbacks=[last], enable_checkpointing=True)
+        running.fit(model, data(SimCLR, num_workers=0), ckpt_path=ckpt_path)
+        return model.state_dict()
+
+    whole, resumed = run(), run(str(tmp_path / "epoch_1.ckpt"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

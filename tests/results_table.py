@@ -33,13 +33,18 @@ _STARTS = {
 
 
 def results() -> dict[str, dict[str, str]]:
-    """The newest row of each recipe, by the recipe and its options; it is the last one in the file.
+    """The newest row of each recipe, by the recipe and its options; it is the last one in the file."""
+    return {row["recipe"]: row for row in _rows()}
 
-    Where the same commit has several seeds, the accuracies are their mean and standard deviation.
-    """
+
+def _rows() -> list[dict[str, str]]:
     with open(ROOT / "configs" / "results.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    newest = {row["recipe"]: row for row in rows}
+        return [*csv.DictReader(file)]
+
+
+def _over_seeds() -> dict[str, dict[str, str]]:
+    """``results()``, with mean and standard deviation of the accuracies where the same commit has several seeds."""
+    rows, newest = _rows(), results()
     for recipe, last in newest.items():
         seeds = {row["seed"]: row for row in rows if row["recipe"] == recipe and row["commit"] == last["commit"]}
         if len(seeds) > 1:
@@ -67,7 +72,7 @@ def _all_results() -> str:
         "| minutes | images/s | hardware | load | date | commit |",
         "|---" * 13 + "|",
     ]
-    for recipe, row in results().items():
+    for recipe, row in _over_seeds().items():
         if recipe in _STARTS.values():
             continue  # a table of their own
         losses = " → ".join(filter(None, (row["first_loss"], row["last_loss"])))
@@ -79,13 +84,11 @@ def _all_results() -> str:
 
 
 def _starts() -> str:
-    """Mean and standard deviation over seeds, a column for each way."""
-    with open(ROOT / "configs" / "results.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    newest = [{row["seed"]: row for row in rows if row["recipe"] == recipe} for recipe in _STARTS.values()]
+    """A column for each way."""
+    measured = _over_seeds()
     lines = ["| | " + " | ".join(_STARTS) + " |", "|---" * (1 + len(_STARTS)) + "|"]
     for title, column in (("kNN, %", "knn"), ("linear, %", "linear_online")):
-        cells = [_spread([row[column] for row in seeds.values()]) for seeds in newest]
+        cells = [measured[recipe][column] for recipe in _STARTS.values()]
         lines.append(f"| {' | '.join([title, *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -105,7 +108,7 @@ def _title(recipe: str) -> str:
 
 def _with_knn(table: str) -> str:
     """Fill in the next to last column: the accuracy of the recipe ``cifar10_cpu`` of the folder in the last one."""
-    measured, lines = results(), table.splitlines()
+    measured, lines = _over_seeds(), table.splitlines()
     for number, line in enumerate(lines):
         if folder := re.search(r"`(configs/\w+)/`", line):
             cells = line.split(" | ")

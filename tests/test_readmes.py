@@ -136,7 +136,7 @@ def test_results_are_of_recipes_that_exist() -> None:
         assert re.fullmatch(r"[0-9a-f]{7,40}", row["commit"]), recipe
         assert row["load"] in ("quiet", "shared", ""), recipe
         for column in [*row][5:]:
-            assert re.fullmatch(r"(-?[\d.]+( ± [\d.]+)?)?", row[column]), (recipe, column)
+            assert row[column] == "" or float(row[column]) is not None, (recipe, column)
 
 
 def test_recipes_hold_no_measured_numbers_of_their_own() -> None:

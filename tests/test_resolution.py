@@ -159,7 +159,7 @@ def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"until": 0.0}, {"until": 1.5}, {"scale": -1}, {"noise": 2.0}])
 def test_fractions_are_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"--data.resolution.(scale|until|noise) .*(between|above|from) 0.* 1\b"):
+    with pytest.raises(UserError, match=r"--data.resolution.(scale|until|noise) .*(between|from) 0 (and|to) 1"):
         Resolution(**wrong)
 
 

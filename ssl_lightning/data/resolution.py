@@ -32,16 +32,12 @@ class Resolution:
         Raises:
             UserError: A number is out of range.
         """
-        if not 0 < self.scale < 1:
-            raise UserError(
-                f"--data.resolution.scale {self.scale}: give a number between 0 and 1, or set --data.resolution to "
-                "null."
-            )
-        if not 0 < self.until <= 1:
-            raise UserError(
-                f"--data.resolution.until {self.until}: give a number above 0 and at most 1, or set "
-                "--data.resolution to null."
-            )
+        for name, possible in (("scale", 0 < self.scale < 1), ("until", 0 < self.until <= 1)):
+            if not possible:
+                raise UserError(
+                    f"--data.resolution.{name} {getattr(self, name)}: give a number between 0 and 1, or set "
+                    "--data.resolution to null."
+                )
         if not 0 <= self.noise <= 1:
             raise UserError(f"--data.resolution.noise {self.noise}: give a number from 0 to 1; white is 1.")
 

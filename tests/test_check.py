@@ -19,7 +19,7 @@ class Local(SimCLR):
         z0, z1 = (torch.nn.functional.normalize(self.projector(self.backbone(view))) for view in views)
         return torch.nn.functional.cross_entropy(z0 @ z1.T / 0.1, torch.arange(len(z0)))
 """
-TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_stride: 2, channels: [8, 8, 16, 16]}"]
+TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_stride: 2, channels: [16, 16, 16, 16]}"]
 
 
 DATA = ["--data", "FakeData", "--batch_size", "8", "--steps", "2", "--data.image_size", "32"]

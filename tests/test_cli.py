@@ -92,7 +92,7 @@ def test_a_checkpoint_of_a_notebook_is_validated(tmp_path: Path, capsys: pytest.
         "--model.backbone",
         "resnet10_cifar",
         "--model.backbone_kwargs",
-        "{stem_stride: 2, channels: [8,8,16,16]}",
+        "{stem_stride: 2, channels: [16, 16, 16, 16]}",
     ]
     main(["validate", "--model", "SimCLR", *backbone, "--data", "DigitsData", "--ckpt_path", "plain.ckpt"])
     assert "val/knn_top1" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from tests.processes import run_processes
 from tests.small import VIT, trainer
 
 CNN: dict[str, Any] = {"backbone": "resnet10t", "backbone_kwargs": {"channels": (16, 32, 64, 64), "stem_width": 16}}
-CIFAR: dict[str, Any] = {"backbone": "resnet10_cifar", "backbone_kwargs": {"channels": (8, 8, 16, 16)}}
+CIFAR: dict[str, Any] = {"backbone": "resnet10_cifar", "backbone_kwargs": {"channels": (16, 16, 16, 16)}}
 TORCHVISION: dict[str, Any] = {"backbone": "torchvision/resnet18"}
 FEW = {"rpn_post_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 50, "box_batch_size_per_image": 32}
 

@@ -281,7 +281,7 @@ def test_a_given_range_holds(tmp_path: Path) -> None:
 def test_a_checkpoint_keeps_range_and_channels(tmp_path: Path) -> None:
     data = ArrayData((BANDS[None].repeat(8, 0) * 9999).astype(np.uint16), np.arange(8) % 2, **SMALL)
     fitter = trainer(tmp_path, max_steps=1)
-    fitter.fit(simclr(backbone_kwargs={"channels": [8, 8, 8, 8], "in_chans": 13}), data)
+    fitter.fit(simclr(backbone_kwargs={"channels": [16, 16, 16, 16], "in_chans": 13}), data)
     fitter.save_checkpoint(tmp_path / "x.ckpt")
     transform = open_backbone(str(tmp_path / "x.ckpt")).image_transform
     assert transform == data.image_transform
@@ -339,7 +339,7 @@ def test_contrast_of_any_number_of_channels_blends_with_the_mean() -> None:
 
 
 def test_new_images_are_prepared_as_those_of_the_checkpoint(tmp_path: Path) -> None:
-    method, fitter = simclr(backbone_kwargs={"channels": [8, 8, 8, 8], "in_chans": 13}), trainer(tmp_path, max_steps=1)
+    method, fitter = simclr(backbone_kwargs={"channels": [16, 16, 16, 16], "in_chans": 13}), trainer(tmp_path, max_steps=1)
     images = (BANDS[None].repeat(8, 0) * 4095).astype(np.uint16)
     fitter.fit(method, ArrayData(images, **SMALL))
     fitter.save_checkpoint(tmp_path / "x.ckpt")

@@ -208,7 +208,7 @@ def test_a_step_costs_little_more_than_the_bare_passes(model: str, net: dict[str
     """Time and peak memory of a step next to its forward and backward passes only."""
     if device == "cpu":
         size = {"image_size": 32, "batch_size": 8, "steps": 1}
-        arguments = {"backbone": "resnet10_cifar", "backbone_kwargs": {"channels": (8, 8, 16, 16)}}
+        arguments = {"backbone": "resnet10_cifar", "backbone_kwargs": {"channels": (16, 16, 16, 16)}}
     else:
         size = {"image_size": 224, "batch_size": 64, "steps": 20}
         arguments = {"backbone": "vit_small_patch16_224" if net else "resnet50"}

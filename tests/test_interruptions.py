@@ -147,7 +147,7 @@ class Failing(SimCLR):
                 os.kill(os.getpid(), 9)
         return loss
 """
-TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_stride: 2, channels: [8, 8, 16, 16]}"]
+TINY = ["--model.backbone", "resnet10_cifar", "--model.backbone_kwargs", "{stem_stride: 2, channels: [16, 16, 16, 16]}"]
 DIGITS = ["--data", "DigitsData", "--data.image_size", "16", "--data.batch_size", "64", "--trainer.accelerator", "cpu"]
 PAIR = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
 

@@ -28,7 +28,7 @@ from ssl_lightning.runs import new_version, read_config, requeued_checkpoint
 from tests.small import slow_unless
 
 TINY = ["--model=SimCLR", "--model.backbone=resnet10_cifar", "--data=DigitsData", "--data.image_size=16"]
-TINY += ["--model.backbone_kwargs={stem_stride: 2, channels: [8, 8, 16, 16]}", "--trainer.accelerator=cpu"]
+TINY += ["--model.backbone_kwargs={stem_stride: 2, channels: [16, 16, 16, 16]}", "--trainer.accelerator=cpu"]
 FAST = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1", "--name=x"]
 FAST += ["--without=[pictures, health_monitor, knn_probe, view_grid]", "--trainer.enable_model_summary=false"]
 

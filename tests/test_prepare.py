@@ -179,7 +179,7 @@ def test_what_cannot_be_prepared(mixed: Path, tmp_path: Path) -> None:
 
 def test_waiting_for_large_images_names_the_command(mixed: Path, tmp_path: Path) -> None:
     (mixed / "temple" / "broken.jpg").unlink()
-    for size, named in ((32, True), (96, False)):
+    for size, named in ((32, True), (128, False)):
         data = ImageFolderData(
             str(mixed), views=[ViewSpec(size=size, count=2)], batch_size=4, num_workers=0, val_fraction=0.0
         )

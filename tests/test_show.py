@@ -18,7 +18,7 @@ from ssl_lightning.commands.show import show
 from ssl_lightning.drawing import CELL
 from tests.small import DINOV3, SWIN, VIT
 
-RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16)}
 COLORS = {"checkpoint": "untrained", "backbone": "tests.test_show.Colors"}
 
 

@@ -184,7 +184,7 @@ def test_images_of_four_channels_take_the_geometric_part(tmp_path: Path) -> None
     data = ArrayData(images, np.arange(12) % 2, batch_size=4, views=[spec])
     views = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0).views
     assert [view.shape for view in views] == [(4, 4, 16, 16)] * 2
-    trainer(tmp_path, max_steps=2).fit(simclr(backbone_kwargs={"channels": [8, 8, 8, 8], "in_chans": 4}), data)
+    trainer(tmp_path, max_steps=2).fit(simclr(backbone_kwargs={"channels": [16, 16, 16, 16], "in_chans": 4}), data)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.small import slow_unless
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 SMALL = [
-    *("fit", "--config", QUICKSTART, "--model.backbone_kwargs", "{channels: [8, 8, 16, 16]}"),
+    *("fit", "--config", QUICKSTART, "--model.backbone_kwargs", "{channels: [16, 16, 16, 16]}"),
     *("--data.train_samples", "32", "--data.val_samples", "16", "--data.batch_size", "16", "--data.num_workers", "0"),
     *("--trainer.accelerator", "cpu", "--without", "[pictures, view_grid, health_monitor]"),
 ]

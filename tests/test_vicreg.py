@@ -87,7 +87,7 @@ def test_each_view_has_its_own_forward() -> None:
 
 @pytest.mark.parametrize("form", ["mean", "sum"])
 def test_whole_steps_equal_a_plain_restatement(form: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     optim = Optim("lars", base_lr=2.0, weight_decay=1e-2)
     method = small(VICReg, variance_of_views=form, projector_dim=5, optim=optim).double()
 

@@ -2,7 +2,7 @@
 
 In a README, such a table stands between ``<!-- NAME:begin ... -->`` and the matching ``end``. ``results`` is the whole
 table of results. ``knn`` is a table of methods, whose column ``kNN`` is filled in. ``start`` compares the ways to start
-from a foundation model, over seeds.
+from a foundation model, over seeds. ``learning`` compares with lightly, from ``configs/learning.csv``.
 """
 
 import csv
@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
+from tests import learning_curves
+
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", ROOT / "configs" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "configs" / "README.md", ROOT / "ssl_lightning" / "methods" / "README.md"]
 """The READMEs with rendered tables."""
 
 _UNTRAINED = {"--model.optim.base_lr 0": "untrained", "--model.backbone pixels": "raw pixels"}
@@ -59,6 +61,7 @@ def rendered(text: str) -> str:
         "results": lambda _: _all_results(),
         "knn": _with_knn,
         "start": lambda _: _starts(),
+        "learning": lambda _: learning_curves.table(),
     }
     for name, render in renderers.items():
         marked = re.compile(rf"(<!-- {name}:begin.*?-->\n)(.*?)(<!-- {name}:end -->)", re.DOTALL)

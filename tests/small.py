@@ -57,7 +57,7 @@ METHODS: list[type[SSLModule]] = [
 ]
 """All of the package."""
 
-# 16 channels: from 8, torch 2.14 crashes in the backward pass of a 1 x 1 convolution of stride 2 (channels last, 56 px).
+# 16 channels: from 8, torch 2.14 crashes in the backward pass of 1 x 1 convolutions of stride 2 (channels last, 56 px).
 BACKBONE: dict[str, Any] = {
     "backbone": "resnet10_cifar",
     "backbone_kwargs": {"stem_stride": 2, "channels": (16, 16, 16, 16)},

@@ -86,6 +86,9 @@ OWN = {
 }
 DECAYED = Optim("adamw", base_lr=1e-2, weight_decay=50.0, lr_scaling="none", warmup_epochs=0)
 VANISHING = Optim("adamw", base_lr=1e-5, weight_decay=5e4, lr_scaling="none", warmup_epochs=0)
+NARROW: dict[str, Any] = {"stem_stride": 2, "channels": (8, 8, 16, 16)}
+"""Its features at the start are farther from the teacher's than chance."""
+
 WRONG: dict[type[SSLModule], dict[str, Any]] = {
     SimCLR: {"temperature": 100.0},
     MoCoV2: {"temperature": 100.0},
@@ -110,7 +113,7 @@ WRONG: dict[type[SSLModule], dict[str, Any]] = {
     IBOT: {"student_temperature": 10.0, "warmup_teacher_temperature": 10.0, "masked_share": 1.0},
     SimMIM: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     BEiT: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
-    Distillation: {"optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
+    Distillation: {"backbone_kwargs": NARROW, "optim": Optim("sgd", base_lr=0.0, warmup_epochs=0)},
     Jigsaw: {"optim": DECAYED},
     NPID: {"temperature": 100.0},
     BYOL: {"momentum": 0.0, "optim": Optim("adamw", base_lr=3e-2, lr_scaling="none", warmup_epochs=0)},

@@ -10,15 +10,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ssl_lightning.commands.benchmark.learning import METHODS
-from ssl_lightning.commands.benchmark.learning_result import LearningPoint, minutes_to
+from ssl_lightning.commands.benchmark.learning_result import LearningPoint, draw, outcome
 
 ROOT = Path(__file__).parent.parent
 CURVES, PICTURE = ROOT / "configs" / "learning.csv", ROOT / ".github" / "learning.png"
 
 
-def curves() -> dict[str, dict[str, list[LearningPoint]]]:
-    """The evaluations of each method and side, in order."""
-    found: dict[str, dict[str, list[LearningPoint]]] = {}
+def curves() -> dict[str, list[LearningPoint]]:
+    """The evaluations of each method, of both sides, in order."""
+    found: dict[str, list[LearningPoint]] = {}
     with CURVES.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             point = LearningPoint(
@@ -28,7 +28,7 @@ def curves() -> dict[str, dict[str, list[LearningPoint]]]:
                 images=int(row["images"]),
                 knn_top1=float(row["knn_top1"]),
             )
-            found.setdefault(row["method"], {}).setdefault(row["side"], []).append(point)
+            found.setdefault(row["method"], []).append(point)
     return found
 
 
@@ -39,31 +39,24 @@ def table() -> str:
         "| ours reaches lightly's end | lightly | times as fast |",
         "|---" * 8 + "|",
     ]
-    for method, sides in curves().items():
-        ours, lightly = sides["ours"], sides["lightly"]
-        goal = lightly[-1].knn_top1
-        needed = [minutes_to([(p.minutes, p.knn_top1) for p in side], goal) for side in (ours, lightly)]
-        if None in needed or not all(needed):
-            speed = ["never" if needed[0] is None else "before training", f"{needed[1]:.2f} min", ""]
-        else:
-            speed = [*(f"{minutes:.2f} min" for minutes in needed), f"**{needed[1] / needed[0]:.1f}**"]  # type: ignore[operator]
+    for method, points in curves().items():
+        ours, lightly = ([point for point in points if point.side == side] for side in ("ours", "lightly"))
+        found = outcome(points)
+        needed, times = found["minutes_to_lightly"], found["times_as_fast"]
         cells = [f"`{METHODS[method]}`", f"{_percent(ours[0])} / {_percent(lightly[0])}"]
-        cells += [_percent(ours[-1]), _percent(lightly[-1]), f"{ours[-1].images:,} / {lightly[-1].images:,}", *speed]
+        cells += [_percent(ours[-1]), _percent(lightly[-1]), f"{ours[-1].images:,} / {lightly[-1].images:,}"]
+        cells += ["never" if needed is None else f"{needed:.2f} min" if needed else "before training"]
+        cells += [f"{found['lightly_minutes_to_lightly']:.2f} min", f"**{times:.1f}**" if times else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw() -> None:
+def draw_all() -> None:
     """Draw the picture: a panel for each method."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(2, 4, sharex=True, sharey=True)
-    for panel, (method, sides) in zip(panels.flat, curves().items(), strict=False):
-        for side, color in (("ours", "C0"), ("lightly", "C1")):
-            minutes, accuracies = zip(*((p.minutes, 100 * p.knn_top1) for p in sides[side]), strict=True)
-            panel.plot(minutes, accuracies, color=color, marker=".", label=side)
-        panel.axhline(100 * sides["lightly"][-1].knn_top1, color="C1", linestyle=":", linewidth=1)
-        panel.set_title(METHODS[method])
-        panel.grid(alpha=0.3)
+    for panel, (method, points) in zip(panels.flat, curves().items(), strict=False):
+        draw(panel, points, METHODS[method])
     panels[0, 0].legend(loc="best")
     figure.supxlabel("minutes of training, one core")
     figure.supylabel("kNN top-1, %")
@@ -75,4 +68,4 @@ def _percent(point: LearningPoint) -> str:
 
 
 if __name__ == "__main__":
-    draw()
+    draw_all()

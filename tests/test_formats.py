@@ -339,10 +339,8 @@ def test_contrast_of_any_number_of_channels_blends_with_the_mean() -> None:
 
 
 def test_new_images_are_prepared_as_those_of_the_checkpoint(tmp_path: Path) -> None:
-    method, fitter = (
-        simclr(backbone_kwargs={"channels": [16, 16, 16, 16], "in_chans": 13}),
-        trainer(tmp_path, max_steps=1),
-    )
+    method = simclr(backbone_kwargs={"channels": [16, 16, 16, 16], "in_chans": 13})
+    fitter = trainer(tmp_path, max_steps=1)
     images = (BANDS[None].repeat(8, 0) * 4095).astype(np.uint16)
     fitter.fit(method, ArrayData(images, **SMALL))
     fitter.save_checkpoint(tmp_path / "x.ckpt")

@@ -51,31 +51,10 @@ class LearningResult:
     """What differs, by name: ours, and lightly's."""
     points: Sequence[LearningPoint]
 
-    def curve(self, side: Side) -> list[tuple[float, float]]:
-        """Minutes and accuracy at each evaluation.
-
-        Args:
-            side: ours or lightly.
-        """
-        return [(point.minutes, point.knn_top1) for point in self.points if point.side == side]
-
     @property
     def outcome(self) -> dict[str, float | None]:
-        """Final accuracies, minutes to lightly's final accuracy, and how many times as fast ours is there.
-
-        None where a side never reaches that accuracy, or where the untrained network has it already.
-        """
-        ours, lightly = self.curve("ours"), self.curve("lightly")
-        goal = lightly[-1][1]
-        minutes = {side: minutes_to(self.curve(side), goal) for side in ("ours", "lightly")}
-        both = minutes["ours"] and minutes["lightly"]
-        return {
-            "knn_top1": ours[-1][1],
-            "lightly_knn_top1": goal,
-            "minutes_to_lightly": minutes["ours"],
-            "lightly_minutes_to_lightly": minutes["lightly"],
-            "times_as_fast": minutes["lightly"] / minutes["ours"] if both else None,  # type: ignore[operator]
-        }
+        """See the function ``outcome``."""
+        return outcome(self.points)
 
     @property
     def json(self) -> str:
@@ -126,16 +105,59 @@ class LearningResult:
                 writer.writerows(asdict(point) for point in self.points)
             figure = Figure(figsize=(6, 4), layout="constrained")
             panel = figure.subplots()
-            for side, color in (("ours", "C0"), ("lightly", "C1")):
-                minutes, accuracies = zip(*self.curve(side), strict=True)  # type: ignore[arg-type]
-                panel.plot(minutes, [100 * accuracy for accuracy in accuracies], color=color, marker=".", label=side)
-            panel.axhline(100 * self.curve("lightly")[-1][1], color="C1", linestyle=":", linewidth=1)
-            panel.set(xlabel="minutes of training", ylabel="kNN top-1, %", title=f"{self.model}, {self.device}")
-            panel.grid(alpha=0.3)
+            draw(panel, self.points, f"{self.model}, {self.device}")
+            panel.set(xlabel="minutes of training", ylabel="kNN top-1, %")
             panel.legend(loc="best")
             figure.savefig(folder / PICTURE_FILE, dpi=120)
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error
+
+
+def curve(points: Sequence[LearningPoint], side: Side) -> list[tuple[float, float]]:
+    """Minutes and accuracy at each evaluation of a side.
+
+    Args:
+        points: The evaluations of both sides, in order.
+        side: ours or lightly.
+    """
+    return [(point.minutes, point.knn_top1) for point in points if point.side == side]
+
+
+def outcome(points: Sequence[LearningPoint]) -> dict[str, float | None]:
+    """Final accuracies, minutes to lightly's final accuracy, and how many times as fast ours is there.
+
+    None where a side never reaches that accuracy, or where the untrained network has it already.
+
+    Args:
+        points: The evaluations of both sides, in order.
+    """
+    ours, lightly = curve(points, "ours"), curve(points, "lightly")
+    goal = lightly[-1][1]
+    own, other = minutes_to(ours, goal), minutes_to(lightly, goal)
+    return {
+        "knn_top1": ours[-1][1],
+        "lightly_knn_top1": goal,
+        "minutes_to_lightly": own,
+        "lightly_minutes_to_lightly": other,
+        "times_as_fast": other / own if own and other else None,
+    }
+
+
+def draw(panel: Any, points: Sequence[LearningPoint], title: str) -> None:
+    """Draw accuracy over minutes of both sides, and lightly's final accuracy as a dotted line.
+
+    Args:
+        panel: Axes of matplotlib.
+        points: The evaluations of both sides, in order.
+        title: Title of the panel.
+    """
+    colors: dict[Side, str] = {"ours": "C0", "lightly": "C1"}
+    for side, color in colors.items():
+        minutes, accuracies = zip(*curve(points, side), strict=True)
+        panel.plot(minutes, [100 * accuracy for accuracy in accuracies], color=color, marker=".", label=side)
+    panel.axhline(100 * curve(points, "lightly")[-1][1], color="C1", linestyle=":", linewidth=1)
+    panel.set_title(title)
+    panel.grid(alpha=0.3)
 
 
 def minutes_to(curve: Sequence[tuple[float, float]], accuracy: float) -> float | None:

@@ -107,6 +107,8 @@ class Optim:
         per_epoch: Whether the cosine advances once per epoch (MoCo v2) instead of at every optimizer step.
         norm_and_bias_lr_scale: Learning-rate multiplier for tensors of fewer than two dimensions: biases and norms
             (Barlow Twins).
+        part_lr_scale: Learning-rate multiplier of parts of the method, e.g. ``{predictor: 10}`` (BYOL, appendix on the
+            importance of a near-optimal predictor).
         constant_lr: Parts of the method whose learning rate stays at the peak, without warm-up or schedule, e.g.
             ``[predictor]`` (SimSiam).
         extra: Further arguments of the optimizer, e.g. ``{betas: [0.9, 0.95]}``.
@@ -130,6 +132,7 @@ class Optim:
     step_factor: float = 0.1
     per_epoch: bool = False
     norm_and_bias_lr_scale: float = 1.0
+    part_lr_scale: dict[str, float] = field(default_factory=dict)
     constant_lr: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -223,11 +226,14 @@ class Optim:
             lr_scale: Learning-rate multiplier for a parameter, given its name. None means 1 for every parameter.
 
         Raises:
-            UserError: The name is unknown, the optimizer refuses an argument, or ``constant_lr`` names an unknown part.
+            UserError: The name is unknown, the optimizer refuses an argument, or an option names an unknown part.
         """
         parts = [name for name, _ in module.named_children()]
-        if unknown := set(self.constant_lr) - set(parts):
-            raise UserError(f"--model.optim.constant_lr: no part {', '.join(unknown)}; choose from {', '.join(parts)}.")
+        for option, named in {"constant_lr": self.constant_lr, "part_lr_scale": self.part_lr_scale}.items():
+            if unknown := set(named) - set(parts):
+                raise UserError(
+                    f"--model.optim.{option}: no part {', '.join(unknown)}; choose from {', '.join(parts)}."
+                )
         undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
         continued: Any = getattr(module, "continued", None)
         joining: dict[str, int] = {} if continued is None else continued.joining(module)
@@ -236,8 +242,10 @@ class Optim:
         for name, p in module.named_parameters():
             if p.requires_grad:
                 decayed = (p.ndim > 1 and name.rpartition(".")[2] not in undecayed) or self.decay_norm_and_bias
-                scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * (lr_scale(name) if lr_scale else 1.0)
-                scheduled = name.partition(".")[0] not in self.constant_lr
+                part = name.partition(".")[0]
+                scale = (1.0 if p.ndim > 1 else self.norm_and_bias_lr_scale) * self.part_lr_scale.get(part, 1.0)
+                scale *= lr_scale(name) if lr_scale else 1.0
+                scheduled = part not in self.constant_lr
                 groups.setdefault((decayed, scale, scheduled, joining.get(name, 0)), []).append(p)
         return self.build(
             [

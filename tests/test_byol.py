@@ -44,6 +44,14 @@ def test_without_predictor_and_with_equal_views_the_loss_is_zero() -> None:
     assert abs(method.training_loss([view, view]).item()) < 1e-5
 
 
+def test_the_predictor_may_learn_faster() -> None:
+    method = small(BYOL)
+    optimizer = Optim("sgd", base_lr=0.2, part_lr_scale={"predictor": 10.0}).create(method, 256)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for part, rate in (("backbone", 0.2), ("projector", 0.2), ("predictor", 2.0)):
+        assert {rates[id(p)] for p in getattr(method, part).parameters()} == {rate}
+
+
 def test_whole_steps_equal_a_plain_restatement() -> None:
     torch.manual_seed(0)
     method = small(BYOL, momentum=0.9, optim=Optim("lars", base_lr=5.0, weight_decay=1e-2)).double()

@@ -104,9 +104,10 @@ def test_the_learning_rate_of_the_predictor_stays(tmp_path: Path) -> None:
     )
 
 
-def test_a_constant_rate_of_no_part_is_refused() -> None:
-    with pytest.raises(UserError, match=r"constant_lr: no part predictr; choose from backbone, projector, predictor"):
-        Optim("sgd", constant_lr=("predictr",)).create(small(SimSiam), 256)
+@pytest.mark.parametrize(("option", "parts"), [("constant_lr", ("predictr",)), ("part_lr_scale", {"predictr": 10.0})])
+def test_a_rate_of_no_part_is_refused(option: str, parts: Any) -> None:
+    with pytest.raises(UserError, match=rf"{option}: no part predictr; choose from backbone, projector, predictor"):
+        Optim("sgd", **{option: parts}).create(small(SimSiam), 256)
 
 
 @torch.no_grad()

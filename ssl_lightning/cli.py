@@ -39,6 +39,7 @@ from ssl_lightning.commands import check, plan, preview
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.errors import UserError, of_the_machine
 from ssl_lightning.loggers import AppendingCSVLogger
+from ssl_lightning.machine import flush_denormals
 from ssl_lightning.messages import quiet
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.mistakes import dropped_options
@@ -366,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for --model my_module.MyMethod, also from the console script
     quiet()
+    flush_denormals()
     try:
         words = underscored(with_shipped_configs(sys.argv[1:] if arguments is None else arguments))
         if words and words[0] in STANDALONE:

@@ -159,32 +159,6 @@ def _sizes(specs: Any) -> list[int]:
     return [spec.size for spec in specs for _ in range(spec.count)]
 
 
-class FlushDenormals(L.Callback):
-    """Takes numbers below 1e-38 as 0 in a training on a CPU, which computes with them slowly.
-
-    The moments of units that no longer fire shrink to such numbers: with them BYOL with Muon fell from 280 to 20
-    images/s after 900 steps.
-    """
-
-    def __init__(self) -> None:
-        self._before: bool | None = None  # None outside of a training
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Begin."""
-        self._before = torch.tensor(1e-39).mul(1.0).item() == 0
-        torch.set_flush_denormal(True)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compute again as before the training."""
-        if self._before is not None:
-            torch.set_flush_denormal(self._before)
-            self._before = None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Compute again as before the training."""
-        self.on_train_end(trainer, pl_module)
-
-
 class FiniteLoss(L.Callback):
     """Stops if the loss of any process is not finite, before it reaches the weights."""
 

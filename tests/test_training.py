@@ -149,29 +149,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
         assert torch.equal(p, method.before[name])
 
 
-def _flushes() -> bool:
-    return torch.tensor(1e-39).mul(1.0).item() == 0
-
-
-@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="torch cannot flush denormal numbers on this processor")
-@pytest.mark.parametrize(("flushed_before", "last_loss"), [(False, 1.0), (True, 1.0), (False, float("nan"))])
-def test_denormal_numbers_are_zero_in_training_only(tmp_path: Path, flushed_before: bool, last_loss: float) -> None:
-    class Observed(Teaching):
-        def training_loss(self, views: Any) -> Tensor:
-            flushed.append(_flushes())
-            return super().training_loss(views) * last_loss
-
-    flushed: list[bool] = []
-    torch.set_flush_denormal(flushed_before)
-    try:
-        with suppress(UserError):
-            trainer(tmp_path, limit_train_batches=2).fit(Observed(**BACKBONE), FakeData(batch_size=8))
-        assert flushed[0]
-        assert _flushes() == flushed_before
-    finally:
-        torch.set_flush_denormal(False)
-
-
 def test_a_run_can_start_again_after_the_cause_is_removed(tmp_path: Path) -> None:
     class Mended(Teaching):
         broken = True

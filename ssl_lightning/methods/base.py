@@ -21,7 +21,7 @@ from ssl_lightning.errors import UserError
 from ssl_lightning.features import whole_features
 from ssl_lightning.optim import Optim
 from ssl_lightning.step_tools import StepTools
-from ssl_lightning.training import Checks, FiniteLoss, FlushDenormals, InitFrom, Steps, begin_with, check_views, prepare
+from ssl_lightning.training import Checks, FiniteLoss, InitFrom, Steps, begin_with, check_views, prepare
 
 
 class SSLModule(StepTools):
@@ -94,7 +94,7 @@ class SSLModule(StepTools):
     shardable: bool = True
     """Whether ``fsdp2`` can train it: False for a method that sets weights, or uses them before the first step."""
 
-    step_callbacks: tuple[type[L.Callback], ...] = (Steps, InitFrom, Checks, FlushDenormals, FiniteLoss, Continuation)
+    step_callbacks: tuple[type[L.Callback], ...] = (Steps, InitFrom, Checks, FiniteLoss, Continuation)
     """Callbacks around the steps, added to any Trainer."""
 
     unsaved_arguments: tuple[str, ...] = ()

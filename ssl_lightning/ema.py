@@ -58,6 +58,18 @@ def follow_all(method: nn.Module, momentum: float) -> None:
             follow(teacher, method.get_submodule(name.removeprefix("teacher_")), momentum)
 
 
+def evaluate_teachers(method: nn.Module) -> None:
+    """Set the teachers to eval mode, but for BatchNorm: it uses the batch in training, as ``follow`` moves no buffers.
+
+    Args:
+        method: Has teachers as children ``teacher_<name>``.
+    """
+    for name, teacher in method.named_children():
+        if name.startswith("teacher_"):
+            for part in teacher.modules():
+                part.training = method.training and isinstance(part, nn.modules.batchnorm._BatchNorm)
+
+
 @torch.no_grad()
 def follow_mean(center: Tensor, means: Sequence[Tensor], momentum: float) -> None:
     """Move a center towards the mean over all processes and accumulated batches.

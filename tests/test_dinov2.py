@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_lightning import DINOv2, FakeData, Optim, UserError, ViewSpec, losses
+from ssl_lightning import DINOv2, FakeData, Optim, SimDINOv2, UserError, ViewSpec, losses
 from ssl_lightning.backbones.tokens import layer_scale
 from ssl_lightning.optim import clip_together
 from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run, unit
@@ -150,6 +150,16 @@ def test_the_teacher_stays_in_eval_mode_and_its_temperature_rises_by_step(tmp_pa
         method._trainer = type("Trainer", (), facts)()
         temperatures.append(method.current_teacher_temperature)
     assert temperatures == pytest.approx([0.04, 0.04 + 0.03 / 59, 0.07, 0.07])
+
+
+@pytest.mark.parametrize("kind", [DINOv2, SimDINOv2])
+def test_batchnorm_of_a_teacher_uses_the_batch(kind: type[DINOv2] | type[SimDINOv2]) -> None:
+    method = small(kind)
+    norm = method.teacher_backbone.norm = nn.BatchNorm1d(2)
+    for mode in (False, True):
+        method.train(mode)
+        assert norm.training is mode
+        assert not method.teacher_backbone.blocks.training
 
 
 def test_centres_follow_class_tokens_and_masked_patches() -> None:

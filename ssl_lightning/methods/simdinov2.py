@@ -156,11 +156,9 @@ class SimDINOv2(SSLModule):
         return [*called_blocks(self.backbone), *called_blocks(self.teacher_backbone)]
 
     def train(self, mode: bool = True) -> "SimDINOv2":
-        """Set the mode of all but the teacher, which stays in eval mode."""
+        """Set the mode of all but the teacher, which stays in eval mode, except its BatchNorm if it has any."""
         super().train(mode)
-        for name, part in self.named_children():
-            if name.startswith("teacher_"):
-                part.eval()
+        ema.evaluate_teachers(self)
         return self
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:

@@ -1,13 +1,14 @@
 """Backbones by name: the width they promise is the width they give."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning import BYOL, SimCLR, UserError
+from ssl_lightning import BYOL, CAPI, IJEPA, MAE, BEiT, MoCoV3, SimCLR, SimMIM, UserError
 from ssl_lightning.backbones.initialization import residual_branches
 from ssl_lightning.backbones.names import create_backbone
 from ssl_lightning.backbones.tokens import multi_crop, sincos_positions
@@ -24,6 +25,7 @@ from tests.small import data, small, trainer
         ("resnet18", 11_176_512),
         ("resnet18_cifar", 11_168_832),
         ("whitened_cnn", 654_840),
+        ("whitened_vit", 944_312),
         ("vit_tiny_patch16_224", 5_524_416),
         ("vit_small_patch16_224", 21_665_664),
         ("vit_base_patch16_224", 85_798_656),
@@ -42,6 +44,7 @@ def test_backbones_have_the_published_size(name: str, parameters: int) -> None:
     [
         "resnet10_cifar",
         "whitened_cnn",
+        "whitened_vit",
         "mobilenetv3_small_050",
         "ghostnet_050",
         "efficientvit_b0",
@@ -84,6 +87,8 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
         ("resnet18_cifar", {"pretrained": True}, "no pretrained weights"),
         ("whitened_cnn", {"pretrained": True}, "no pretrained weights"),
         ("whitened_cnn", {"num_classes": 10}, "has no classifier"),
+        ("whitened_vit", {"pretrained": True}, "no pretrained weights"),
+        ("whitened_vit", {"patch_size": 4}, "takes no patch_size; set channels"),
         ("torchvision/squeezenet1_0", {}, "does not give one feature vector"),
     ],
 )
@@ -184,6 +189,23 @@ def test_the_first_filters_of_a_whitened_cnn_copy_the_channels() -> None:
         torch.testing.assert_close(copied, maps)
         assert block[0].weight[maps.shape[1] :].abs().min() > 0
         maps = block(maps)
+
+
+def test_patches_of_a_whitened_vit_lie_where_the_image_has_them() -> None:
+    vit = create_backbone("whitened_vit", channels=(8, 24)).eval()
+    images = torch.rand(1, 3, 48, 40).expand(2, 1, 3, 48, 40).clone()
+    images[1, :, :, 16:20, 8:12] += 1
+    before, after = (vit.patch_embed(view) for view in images)  # type: ignore[operator]
+    assert before.shape == (1, 12, 10, 24)
+    changed = (before != after).any(-1)[0].nonzero().tolist()
+    assert [4, 2] in changed
+    assert all(abs(row - 4) <= 3 and abs(column - 2) <= 3 for row, column in changed)
+
+
+@pytest.mark.parametrize("method", [MAE, SimMIM, BEiT, IJEPA, CAPI, MoCoV3])
+def test_methods_that_need_projected_patches_say_so(method: Any) -> None:
+    with pytest.raises(UserError, match=r"whitened_vit"):
+        method(backbone="whitened_vit")
 
 
 def _whitened(_rank: int, processes: int, folder: Path) -> list[Tensor]:

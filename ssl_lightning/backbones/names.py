@@ -37,7 +37,7 @@ def create_backbone(name: Backbone, **kwargs: Any) -> nn.Module:
     """
     import timm
 
-    from ssl_lightning.backbones import resnet, whitened  # noqa: F401 # make their names known to timm
+    from ssl_lightning.backbones import resnet, whitened, whitened_vit  # noqa: F401 # make their names known to timm
     from ssl_lightning.backbones.vit import adapted
 
     if is_own(name):
@@ -154,9 +154,9 @@ def token_vit(
         pooling = (backbone.global_pool, type(backbone.fc_norm))
         suits = {
             "class": has_class_token and pooling == ("token", nn.Identity),
-            "patches": not has_class_token and pooling == ("avg", nn.Identity),
-            "plain": backbone.is_plain,
-            "any": True,
+            "patches": backbone.projects_patches and not has_class_token and pooling == ("avg", nn.Identity),
+            "plain": backbone.projects_patches and backbone.is_plain,
+            "any": backbone.projects_patches,
         }[tokens]
     elif isinstance(backbone, RotaryViT):
         suits = has_class_token
@@ -166,9 +166,9 @@ def token_vit(
         return backbone  # type: ignore[return-value] # or like it
     wanted = {
         "class": "a class token that is its features",
-        "patches": "no class token and the mean of patches",
-        "plain": "a class token and no other",
-        "any": "patches to mask",
+        "patches": "projected patches, no class token and the mean of patches",
+        "plain": "projected patches, a class token and no other",
+        "any": "projected patches",
     }
     raise UserError(
         f"{method} reads the patch tokens of a ViT with {wanted[tokens]}, which "

@@ -82,6 +82,11 @@ class AnySizeViT(VisionTransformer, TimmViT):
         plain = self.cls_token is not None and self.num_prefix_tokens == 1 and not self.no_embed_class
         return plain and isinstance(self.norm_pre, nn.Identity)
 
+    @property
+    def projects_patches(self) -> bool:
+        """Whether a patch knows its own pixels only, unlike one of ``whitened_vit``: else masking would hide little."""
+        return hasattr(self.patch_embed, "proj")
+
     def fix_positions(self, rows_first: bool) -> None:
         """Replace the learned positions by fixed sine-cosine ones.
 

@@ -54,6 +54,7 @@ class DINOv2(SSLModule):
     """
 
     views, global_views, local_views = "dinov2", 2, True
+    batch_norm = "global"
     remedies = "centering sinkhorn, a teacher temperature of 0.04 to 0.07 with its warm-up, a lower learning rate"
     backbone: ViT
     teacher_backbone: ViT

@@ -50,6 +50,7 @@ class IBOT(SSLModule):
     """
 
     views, collapsed_loss, global_views, local_views = "ibot", 0.0, 2, True
+    batch_norm = "global"
     remedies = "teacher temperatures of 0.04 to 0.07 with their warm-up, centering on, a lower learning rate"
     backbone: ViT
     teacher_backbone: ViT

@@ -47,6 +47,7 @@ class SimDINOv2(SSLModule):
     """
 
     views, global_views, local_views = "simdinov2", 2, True
+    batch_norm = "global"
     remedies = "a smaller epsilon, smooth on, a batch larger than projector_dim, a lower learning rate"
     backbone: ViT
     teacher_backbone: ViT

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,16 +21,17 @@ class WhitenedPatches(nn.Module):
     https://arxiv.org/abs/2106.14881).
 
     Args:
-        img_size: Side of the images in pixels.
+        img_size: Side of the images in pixels, or their height and width.
         in_chans: Number of channels of the images.
         channels: Width of each block of the CNN, which halves the resolution.
         timm: What timm gives its own patch projection besides.
     """
 
-    def __init__(self, img_size: int, in_chans: int, channels: Sequence[int], **timm: Any) -> None:
+    def __init__(self, img_size: int | tuple[int, int], in_chans: int, channels: Sequence[int], **timm: Any) -> None:
         super().__init__()
         side = 2 ** len(channels)
-        self.patch_size, self.grid_size = (side, side), (img_size // side, img_size // side)
+        height, width = to_2tuple(img_size)
+        self.patch_size, self.grid_size = (side, side), (height // side, width // side)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.maps = WhitenedCNN(channels, in_chans)
 

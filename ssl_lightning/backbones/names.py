@@ -166,8 +166,8 @@ def token_vit(
         return backbone  # type: ignore[return-value] # or like it
     wanted = {
         "class": "a class token that is its features",
-        "patches": "projected patches, no class token and the mean of patches",
-        "plain": "projected patches, a class token and no other",
+        "patches": "no class token and the mean of projected patches",
+        "plain": "a class token, no other and projected patches",
         "any": "projected patches",
     }
     raise UserError(

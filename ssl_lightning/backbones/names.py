@@ -167,7 +167,7 @@ def token_vit(
     wanted = {
         "class": "a class token that is its features",
         "patches": "no class token and the mean of projected patches",
-        "plain": "a class token, no other and projected patches",
+        "plain": "projected patches and one more token, the class token",
         "any": "projected patches",
     }
     raise UserError(

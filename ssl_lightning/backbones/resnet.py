@@ -6,7 +6,7 @@ from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ssl_lightning.errors import UserError
+from ssl_lightning.backbones.builder_arguments import builder_arguments
 
 
 def _cifar_resnet(block: Any, layers: tuple[int, ...], stem_stride: int = 1, **kwargs: Any) -> ResNet:
@@ -14,9 +14,7 @@ def _cifar_resnet(block: Any, layers: tuple[int, ...], stem_stride: int = 1, **k
 
     ``stem_stride=2`` halves the resolution instead: a quarter of the work, for recipes sized for CPUs.
     """
-    kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None), kwargs.pop("cache_dir", None)
-    if kwargs.pop("pretrained", False):
-        raise UserError("ResNets with the CIFAR stem have no pretrained weights; leave out pretrained.")
+    kwargs = builder_arguments("ResNets with the CIFAR stem have", **kwargs)
     model: Any = ResNet(block, layers, **kwargs)
     width = model.bn1.num_features
     stem = nn.Conv2d(kwargs.get("in_chans", 3), width, kernel_size=3, stride=stem_stride, padding=1, bias=False)

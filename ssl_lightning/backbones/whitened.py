@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.builder_arguments import builder_arguments
 from ssl_lightning.errors import UserError
 
 
@@ -106,7 +107,4 @@ def _convolution(before: int, width: int) -> nn.Conv2d:
 @register_model
 def whitened_cnn(pretrained: bool = False, **kwargs: Any) -> WhitenedCNN:
     """Three blocks of 48, 96 and 192 channels: 0.65 million parameters."""
-    if pretrained:
-        raise UserError("whitened_cnn has no pretrained weights; leave out pretrained.")
-    of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    return WhitenedCNN(**{name: value for name, value in kwargs.items() if name not in of_timm})
+    return WhitenedCNN(**builder_arguments("whitened_cnn has", pretrained, **kwargs))

@@ -10,6 +10,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ssl_lightning.backbones.builder_arguments import builder_arguments
 from ssl_lightning.backbones.whitened import WhitenedCNN
 from ssl_lightning.errors import UserError
 
@@ -43,17 +44,14 @@ class WhitenedPatches(nn.Module):
 
 @register_model
 def whitened_vit(pretrained: bool = False, channels: Sequence[int] = (16, 64, 192), **kwargs: Any) -> VisionTransformer:
-    """One block of attention on patches of 8 px: 0.94 million parameters. Each of ``channels`` doubles the patches."""
-    if pretrained:
-        raise UserError("whitened_vit has no pretrained weights; leave out pretrained.")
+    """One block of attention on patches of 8 px: 0.94 million parameters. Each of ``channels`` doubles their side."""
+    kwargs = builder_arguments("whitened_vit has", pretrained, **kwargs)
     given = [name for name in ("patch_size", "embed_dim") if name in kwargs]
     if given:
         raise UserError(
             f"whitened_vit takes no {given[0]}; set channels in --model.backbone_kwargs: its length gives the size of "
             "the patches, 2 ** 3 = 8 px, and its last number the width."
         )
-    of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    kwargs = {name: value for name, value in kwargs.items() if name not in of_timm}
     own = {"patch_size": 2 ** len(channels), "embed_dim": channels[-1], "dynamic_img_size": True}
     patches: Any = functools.partial(WhitenedPatches, channels=channels)
     return VisionTransformer(**{"img_size": 32, "depth": 1, "num_heads": 3, **kwargs, **own}, embed_layer=patches)

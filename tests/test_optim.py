@@ -1,14 +1,16 @@
 """LARS against worked examples and a plain restatement; recipes against torch's optimizers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
-from timm.optim import get_optimizer_class
+from timm.optim import get_optimizer_class, muon
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,24 +203,36 @@ class Dtypes(TorchDispatchMode):
         return result
 
 
+def _three_steps(build: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, set[torch.dtype]]:
+    """Weights after three steps, and the types of all tensors on the way."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = build(weights, lr=0.1)
+    with Dtypes() as dtypes:
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)  # of full rank: there is nothing to round to
+            optimizer.step()
+    return torch.cat([weight.detach().flatten() for weight in weights]), dtypes.seen
+
+
 @pytest.mark.parametrize("name", ["muon", "nmuon", "adamuon"])
 def test_muon_is_timms_in_float32(name: str) -> None:
-    def updated(build: Callable[..., Any]) -> tuple[Tensor, set[torch.dtype]]:
-        torch.manual_seed(0)
-        weights = [nn.Parameter(torch.randn(shape)) for shape in ((8, 3, 3, 3), (4, 32))]
-        optimizer = build(weights, lr=0.1)
-        with Dtypes() as dtypes:
-            for _ in range(3):
-                for weight in weights:
-                    weight.grad = torch.randn(weight.shape)  # of full rank: there is nothing to round to
-                optimizer.step()
-        return torch.cat([weight.detach().flatten() for weight in weights]), dtypes.seen
-
-    ours, dtypes = updated(_optimizer_class(name))
-    theirs, of_timm = updated(get_optimizer_class(name, bind_defaults=True))
+    shapes = ((8, 3, 3, 3), (4, 32), (8, 8))
+    ours, dtypes = _three_steps(_optimizer_class(name), shapes)
+    theirs, of_timm = _three_steps(get_optimizer_class(name, bind_defaults=True), shapes)
     assert torch.bfloat16 in of_timm - dtypes
     assert not torch.equal(ours, theirs)
     torch.testing.assert_close(ours, theirs, atol=3e-3, rtol=0)  # three steps of up to 0.1, rounded to 8 bits
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 64), (16, 32, 3, 3)])
+def test_muon_in_fewer_multiplications_is_timms(shape: tuple[int, ...]) -> None:
+    ours, _ = _three_steps(_optimizer_class("muon"), [shape])
+    precise = partial(muon.zeropower_via_newtonschulz, dtype=torch.float64)
+    with mock.patch.object(muon, "zeropower_via_newtonschulz", precise):
+        theirs, _ = _three_steps(get_optimizer_class("muon", bind_defaults=True), [shape])
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
 
 
 def test_torch_comes_before_timm() -> None:

@@ -36,13 +36,13 @@ def _orthogonalized(
     gradient: Tensor, steps: int, coefficients: list[tuple[float, float, float]], **options: Any
 ) -> Tensor:
     """The orthogonalized gradient, of the same shape."""
-    short, long = sorted(gradient.shape[-2:])
     if gradient.device.type != "cpu":
         return _of_timm(gradient, steps, coefficients, **options)
     options["dtype"] = torch.float32
+    short, long = sorted(gradient.shape[-2:])
     if gradient.ndim > 2 or long < 3 * short or isinstance(gradient, DTensor):
         return _of_timm(gradient, steps, coefficients, **options)
-    normalized = _of_timm(gradient, 0, coefficients, **options)
+    normalized = _of_timm(gradient, 0, coefficients, **options)  # no step: timm only divides by the norm
     wide = normalized if gradient.shape[-1] == long else normalized.mT
     orthogonal = _product_of_steps(wide @ wide.mT, [*coefficients, *[coefficients[-1]] * steps][:steps]) @ wide
     return orthogonal if wide is normalized else orthogonal.mT
@@ -52,9 +52,9 @@ def _product_of_steps(gram: Tensor, coefficients: list[tuple[float, float, float
     """The matrix by which all Newton-Schulz steps together multiply X, given G = XXᵀ.
 
     A step multiplies X from the left by P = a + bG + cG², and so turns G into PGP. So only the short side of X is
-    multiplied again and again; timm multiplies with X itself twice in every step. Three rounds that took turns on one
-    core of an Intel Xeon: an optimizer step was 1.41, 1.40 and 1.43 times as fast with the net of
-    ``mae/cifar10_cpu.yaml``, and 1.81, 1.78 and 1.80 times with that of ``speedrun/cifar10_15min.yaml``.
+    multiplied again and again; timm multiplies with X itself twice in every step. On one core of an
+    Intel Xeon, in three rounds that took turns, an optimizer step was 1.41, 1.40 and 1.43 times as fast for the net in
+    ``mae/cifar10_cpu.yaml``, and 1.81, 1.78 and 1.80 times for the net in ``speedrun/cifar10_15min.yaml``.
 
     Args:
         gram: G, shape (n, n).
@@ -69,6 +69,7 @@ def _product_of_steps(gram: Tensor, coefficients: list[tuple[float, float, float
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """P of one step."""
     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal().add_(a)
     return factor

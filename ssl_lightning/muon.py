@@ -52,8 +52,8 @@ def _product_of_steps(gram: Tensor, coefficients: list[tuple[float, float, float
     """The matrix by which all Newton-Schulz steps together multiply X, given G = XXᵀ.
 
     A step multiplies X from the left by P = a + bG + cG², and so turns G into PGP. So only the short side of X is
-    multiplied again and again; timm multiplies with X itself twice in every step. On one core of an
-    Intel Xeon, in three rounds that took turns, an optimizer step was 1.41, 1.40 and 1.43 times as fast for the net in
+    multiplied again and again; timm multiplies with X itself twice in every step. On one core of an Intel Xeon, in
+    three rounds that took turns, an optimizer step was 1.41, 1.40 and 1.43 times as fast for the net in
     ``mae/cifar10_cpu.yaml``, and 1.81, 1.78 and 1.80 times for the net in ``speedrun/cifar10_15min.yaml``.
 
     Args:

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ssl_lightning import BYOL, DINO, MAE, BarlowTwins, MoCoV2, SimCLR, SimSiam, SwAV, UserError, VICReg, ViewSpec
 from ssl_lightning.commands import benchmark
 from ssl_lightning.commands.benchmark import learning
+from ssl_lightning.commands.benchmark.learning import with_recipe
 from ssl_lightning.commands.benchmark.learning_result import minutes_to
 from tests.small import digits, slow_unless, small
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = 6
 COMPARED = (SimCLR, MoCoV2, BYOL, SwAV, DINO, BarlowTwins, VICReg, MAE)
 FEW: dict[str, Any] = {"batch_size": 32, "train_samples": 64, "val_samples": 32}
@@ -74,6 +79,30 @@ def test_both_sides_train_for_the_same_time(method: Any, tmp_path: Path) -> None
     assert all(f"{name}: ours" in str(result) for name in found["differences"])
 
 
+@pytest.mark.usefixtures("a_second_per_step")
+def test_both_sides_have_the_precision(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    recipe["trainer"] |= {"precision": "bf16-mixed", "gradient_clip_val": 1.0}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.warns(UserWarning, match=r"without the recipe's trainer.gradient_clip_val"):
+        words = with_recipe(["learning", "--config", str(path), "--minutes", "1"])
+    assert words[words.index("--precision") + 1] == "bf16-mixed"
+
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}  # of our linear layers, and of lightly's
+    model = small(SimCLR)
+    ours = {*model.modules()}
+
+    def note(module: Any, _: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and module.training:
+            dtypes[module in ours].add(output.dtype)
+
+    with register_module_forward_hook(note):
+        result = learning(model, digits(**FEW, num_workers=0), 2 / 60, clock="processor", precision="bf16-mixed")
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert "bf16-mixed" in str(result)
+
+
 def test_minutes_to_an_accuracy_are_interpolated() -> None:
     curve = [(0.0, 0.3), (2.0, 0.5), (4.0, 0.4), (6.0, 0.6)]
     assert [minutes_to(curve, accuracy) for accuracy in (0.2, 0.45, 0.55)] == pytest.approx([0.0, 1.5, 5.5])
@@ -92,6 +121,19 @@ def test_minutes_to_an_accuracy_are_interpolated() -> None:
 def test_a_wrong_choice_is_explained(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         benchmark.run(["learning", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--minuts 1", "--minuts: no such option; did you mean --minutes?"),
+        ("--precision 16-mixed", "--precision 16-mixed: expected 32-true, bf16-mixed."),
+    ],
+)
+def test_the_recipe_is_not_blamed_for_a_wrong_option(words: str, message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.run(["learning", "--config=configs/quickstart.yaml", *words.split()])
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_what_cannot_be_compared_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

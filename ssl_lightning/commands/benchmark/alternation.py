@@ -5,7 +5,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ class Alternation(L.Callback):
         if self.processor and workers > 0:
             raise UserError("--clock processor does not see workers; set --data.num_workers 0.")
         self.optim = pl_module.optim
-        self.lightly = LightlySide(self.way, pl_module, data, workers, self.seconds, Clock(self.processor), self.seed)
+        clock, in_precision = Clock(self.processor), trainer.precision_plugin.train_step_context
+        self.lightly = LightlySide(self.way, pl_module, data, workers, self.seconds, clock, self.seed, in_precision)
         self._evaluate(trainer, pl_module)
         self.clock.start()
 
@@ -182,6 +183,7 @@ class LightlySide:
         seconds: Training time, with which the learning rate falls.
         clock: Its clock.
         seed: Seed of weights and views.
+        in_precision: Context in which the loss is computed in the precision of both sides.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class LightlySide:
         seconds: float,
         clock: Clock,
         seed: int,
+        in_precision: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         from lightly.transforms.utils import IMAGENET_NORMALIZE
 
@@ -215,7 +218,7 @@ class LightlySide:
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        self.clock, self.steps, self._batches = clock, 0, self._all_batches()
+        self.clock, self.steps, self._batches, self._in_precision = clock, 0, self._all_batches(), in_precision
         self._whiten()
         prepared = (data.image_transform[key] for key in ("mean", "std"))
         own = (IMAGENET_NORMALIZE[key] for key in ("mean", "std"))
@@ -247,7 +250,9 @@ class LightlySide:
             while self.clock.seconds < seconds:
                 views = [view.to(self.device) for view in next(self._batches)]
                 self._set_rate(min(1.0, self.clock.seconds / self.seconds))
-                self.loss(views).backward()
+                with self._in_precision():
+                    loss = self.loss(views)
+                loss.backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.steps += 1

@@ -1,6 +1,7 @@
 """The benchmark ``learning``: what our training and lightly's learn in the same time."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ssl_lightning.arguments import SSLArgumentParser, with_shipped_configs
 from ssl_lightning.commands.benchmark.alternation import UNPLANNED, Alternation
@@ -41,6 +43,7 @@ def learning(
     epochs: float | None = None,
     clock: Literal["wall", "processor"] = "wall",
     seed: int = 0,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     output: str | None = None,
 ) -> LearningResult:
     """Compare what our training and lightly's learn in the same time: kNN accuracy over minutes.
@@ -66,6 +69,7 @@ def learning(
         clock: What the clocks count: wall-clock time, or processor time of this process, all threads together, for a
             CPU that other programs use, too.
         seed: Seed of weights, data and steps.
+        precision: Precision of both sides, in training and evaluation. By default the recipe's.
         output: Folder for the curves, ``curves.csv`` and ``curves.png``. None writes none.
 
     Raises:
@@ -86,6 +90,7 @@ def learning(
     trainer = L.Trainer(
         accelerator="cpu" if clock == "processor" else "auto",
         devices=1,
+        precision=precision,
         max_epochs=-1,
         max_steps=UNPLANNED,
         limit_val_batches=0,
@@ -105,6 +110,7 @@ def learning(
         batch_size=data.batch_size,
         num_workers=alternation.lightly.loader.num_workers,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        precision=precision,
         minutes=minutes,
         clock=clock,
         seed=seed,
@@ -132,7 +138,9 @@ def add_recipe_arguments(parser: SSLArgumentParser) -> None:
 
 
 def with_recipe(words: Sequence[str]) -> list[str]:
-    """Write the method, the data and the length of the recipe before the options, which may then change them.
+    """Write what the recipe says before the options, which may then change it: method, data, length and precision.
+
+    Says which other settings of the recipe's trainer are left out.
 
     Args:
         words: The command line after ``benchmark``.
@@ -140,12 +148,11 @@ def with_recipe(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: No such method or recipe, or they do not fit.
     """
-    given = {"--method": "", "--config": ""}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if option in given:
-            given[option] = value if equals else following
-    method, config = given["--method"], given["--config"]
+    choice = ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--method", nargs="?")
+    choice.add_argument("--config", nargs="?")
+    given, options = choice.parse_known_args(words[1:])
+    method, config = given.method, given.config
     if method and method not in METHODS:
         raise UserError(
             f"--method {method}: no such method; {did_you_mean(method, METHODS)}Choose from {', '.join(METHODS)}."
@@ -156,13 +163,17 @@ def with_recipe(words: Sequence[str]) -> list[str]:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         model, data = recipe["model"], recipe["data"]
         name = model["class_path"].rpartition(".")[2]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        trainer = dict(recipe.get("trainer") or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--config {path} is not a recipe with a model and data: {error!r}") from error
     if method and METHODS[method] != name:
         raise UserError(f"--config {path} trains {name}; set --method to match it, or leave out --method.")
-    epochs = (recipe.get("trainer") or {}).get("max_epochs")
+    epochs, precision = trainer.pop("max_epochs", None), trainer.pop("precision", None)
+    if trainer:
+        rank_zero_warn(f"--config {path}: both sides train without the recipe's trainer.{', trainer.'.join(trainer)}.")
     length = [] if epochs is None or epochs < 1 else ["--epochs", str(epochs)]
-    return [words[0], "--model", json.dumps(model), "--data", json.dumps(data), *length, *words[1:]]
+    rounding = [] if precision is None else ["--precision", str(precision)]
+    return [words[0], "--model", json.dumps(model), "--data", json.dumps(data), *length, *rounding, *options]
 
 
 def _differences(

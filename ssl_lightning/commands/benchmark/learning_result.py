@@ -44,6 +44,7 @@ class LearningResult:
     batch_size: int
     num_workers: int
     device: str
+    precision: str
     minutes: float
     clock: str
     seed: int
@@ -76,7 +77,7 @@ class LearningResult:
         ]
         lines = [
             f"{self.model} with {self.backbone}: {self.images:,} images of {self.image_size} px, batches of "
-            f"{self.batch_size}, {self.num_workers} workers, {self.device}, {self.clock} time",
+            f"{self.batch_size}, {self.num_workers} workers, {self.device}, {self.precision}, {self.clock} time",
             table(rows),
             _speed(outcome),
             "What differs, apart from the code:",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_lightning import CAPI, FakeData, Optim, backbones, losses
+from ssl_lightning import CAPI, FakeData, Optim, UserError, backbones, losses
 from ssl_lightning.backbones.tokens import sincos_positions
 from ssl_lightning.masks import inverse_block_mask
 from ssl_lightning.methods.capi import released_network
@@ -102,6 +102,12 @@ def test_the_clusters_learn_at_their_own_rate(tmp_path: Any) -> None:
             if name in before:
                 moves = clustering_lr > 0 if name.startswith("clusters.") else rate > 0
                 assert torch.equal(p, before[name]) != moves, name
+
+
+@pytest.mark.parametrize("options", [{"part_lr_scale": {"predictor": 2.0}}, {"norm_and_bias_lr_scale": 0.5}])
+def test_options_of_the_optimizer_that_it_would_ignore_are_refused(options: Any) -> None:
+    with pytest.raises(UserError, match=rf"CAPI has no --model.optim.{next(iter(options))}; use --model.norm_weight"):
+        small(CAPI, optim=Optim("adamw", **options))
 
 
 def test_more_clusters_than_the_batch_can_fill_are_warned_of() -> None:

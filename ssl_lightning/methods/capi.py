@@ -16,6 +16,7 @@ from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.predictor import CrossPredictor
 from ssl_lightning.backbones.rotary import ReleasedCAPI
 from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, patch_tokens, sincos_positions
+from ssl_lightning.errors import UserError
 from ssl_lightning.heads import PrototypeHead
 from ssl_lightning.masks import checked_ratio, inverse_block_mask, taken
 from ssl_lightning.methods.base import SSLModule
@@ -72,6 +73,12 @@ class CAPI(SSLModule):
         pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False, "no_embed_class": True}
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, **plain, **pooled), optim, **kwargs)
         vit = token_vit("CAPI", backbone, self.backbone, tokens="patches")
+        for name in ("decay_norm_and_bias", "norm_and_bias_lr_scale", "part_lr_scale", "constant_lr"):
+            if getattr(optim, name) != getattr(Optim(), name):
+                raise UserError(
+                    f"CAPI has no --model.optim.{name}; use --model.norm_weight_decay, --model.patch_embed_lr and "
+                    "--model.clustering_lr."
+                )
         self.target_temperature, self.temperature = target_temperature, temperature
         self.mask_ratio, self.predicted_share = checked_ratio(mask_ratio), predicted_share
         self.sinkhorn_iterations, self.momentum = sinkhorn_iterations, momentum

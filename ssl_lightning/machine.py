@@ -1,8 +1,11 @@
 """The processors of this machine."""
 
 import os
+import platform
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,14 @@ import torch
 def processors() -> int:
     """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """Name of the processor, e.g. AMD EPYC; its architecture where the system does not tell."""
+    with suppress(OSError):  # Python itself knows no names on Linux
+        if named := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return named[1]
+    return platform.processor() or platform.machine()
 
 
 def flush_denormals() -> None:

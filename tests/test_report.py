@@ -335,6 +335,15 @@ def test_the_run_writes_where_it_ran_and_what_it_warned_of(run: Path) -> None:
     assert [float(momentum) for momentum in momenta] == pytest.approx([0.98] * 12)  # of every step
 
 
+@pytest.mark.skipif(shutil.which("lscpu") is None, reason="there is no lscpu to ask for the processor's name")
+def test_the_processor_has_the_name_that_the_system_knows(run: Path) -> None:
+    told = subprocess.run(["lscpu", "--json"], capture_output=True, text=True, check=True).stdout
+    names = [field["data"] for field in json.loads(told)["lscpu"] if field["field"] == "Model name:"]
+    if not names:
+        pytest.skip("the system does not tell it")
+    assert json.loads((run / "environment.json").read_text())[0]["hardware"]["processor"] == names[0]
+
+
 class Ends(L.Callback):
     """Ends a run in its second step."""
 

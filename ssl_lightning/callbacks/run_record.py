@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_lightning.checkpoints.files import replacing
 from ssl_lightning.continued import what_trains
-from ssl_lightning.machine import processors
+from ssl_lightning.machine import processor_name, processors
 from ssl_lightning.runs import ENVIRONMENT_FILE, WARNINGS_FILE, read_starts, run_folder
 
 _PACKAGES = ("ssl_lightning", "torch", "lightning", "torchvision", "timm", "numpy")
@@ -142,7 +142,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         hardware |= {"device": properties.name, "device memory, GB": round(properties.total_memory / 1e9, 1)}
         hardware |= {"devices of this machine": torch.cuda.device_count(), "CUDA": torch.version.cuda}
-    hardware |= {"processors": processors(), "processor": platform.processor() or platform.machine()}
+    hardware |= {"processors": processors(), "processor": processor_name()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         hardware["memory, GB"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     return hardware

@@ -171,9 +171,12 @@ def with_recipe(words: Sequence[str]) -> list[str]:
     epochs, precision = trainer.pop("max_epochs", None), trainer.pop("precision", None)
     if trainer:
         rank_zero_warn(f"--config {path}: both sides train without the recipe's trainer.{', trainer.'.join(trainer)}.")
-    length = [] if epochs is None or epochs < 1 else ["--epochs", str(epochs)]
-    rounding = [] if precision is None else ["--precision", str(precision)]
-    return [words[0], "--model", json.dumps(model), "--data", json.dumps(data), *length, *rounding, *options]
+    of_recipe = ["--model", json.dumps(model), "--data", json.dumps(data)]
+    if epochs is not None and epochs >= 1:
+        of_recipe += ["--epochs", str(epochs)]
+    if precision is not None:
+        of_recipe += ["--precision", str(precision)]
+    return [words[0], *of_recipe, *options]
 
 
 def _differences(

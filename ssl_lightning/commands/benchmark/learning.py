@@ -43,8 +43,8 @@ def learning(
     epochs: float | None = None,
     clock: Literal["wall", "processor"] = "wall",
     seed: int = 0,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     output: str | None = None,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> LearningResult:
     """Compare what our training and lightly's learn in the same time: kNN accuracy over minutes.
 
@@ -69,8 +69,8 @@ def learning(
         clock: What the clocks count: wall-clock time, or processor time of this process, all threads together, for a
             CPU that other programs use, too.
         seed: Seed of weights, data and steps.
-        precision: Precision of both sides, in training and evaluation. By default the recipe's.
         output: Folder for the curves, ``curves.csv`` and ``curves.png``. None writes none.
+        precision: Precision of both sides, in training and evaluation. By default the recipe's.
 
     Raises:
         UserError: lightly has no such method here, the images have no labels, ...

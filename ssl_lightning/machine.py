@@ -1,4 +1,4 @@
-"""The processors of this machine."""
+"""The processors and devices of this machine."""
 
 import os
 import platform
@@ -21,6 +21,18 @@ def processor_name() -> str:
         if named := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return named[1]
     return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, e.g. NVIDIA H100 80GB HBM3 or AMD EPYC, 2 threads.
+
+    Args:
+        device: A GPU or the CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def flush_denormals() -> None:

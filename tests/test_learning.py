@@ -20,6 +20,7 @@ from ssl_lightning.commands import benchmark
 from ssl_lightning.commands.benchmark import learning
 from ssl_lightning.commands.benchmark.learning import with_recipe
 from ssl_lightning.commands.benchmark.learning_result import minutes_to
+from ssl_lightning.machine import device_name
 from tests.small import digits, slow_unless, small
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -100,7 +101,7 @@ def test_both_sides_have_the_precision(tmp_path: Path) -> None:
     with register_module_forward_hook(note):
         result = learning(model, digits(**FEW, num_workers=0), 2 / 60, clock="processor", precision="bf16-mixed")
     assert dtypes == {True: {torch.bfloat16}, False: {torch.bfloat16}}
-    assert "bf16-mixed" in str(result)
+    assert f"{device_name(torch.device('cpu'))}, bf16-mixed, processor time" in str(result)
 
 
 def test_minutes_to_an_accuracy_are_interpolated() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -19,6 +18,7 @@ from ssl_lightning.commands.benchmark.lightly_learning import LIGHTLY, LightlyMe
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.views import ViewSpec
 from ssl_lightning.errors import UserError
+from ssl_lightning.machine import device_name
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.mistakes import did_you_mean
 from ssl_lightning.optim import Optim
@@ -101,7 +101,6 @@ def learning(
         enable_model_summary=False,
     )
     trainer.fit(model, datamodule=data)
-    device = model.device
     result = LearningResult(
         model=name,
         backbone=model.hparams["backbone"],
@@ -109,7 +108,7 @@ def learning(
         image_size=data.image_size,
         batch_size=data.batch_size,
         num_workers=alternation.lightly.loader.num_workers,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        device=device_name(alternation.lightly.device),
         precision=precision,
         minutes=minutes,
         clock=clock,

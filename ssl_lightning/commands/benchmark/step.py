@@ -22,6 +22,7 @@ from ssl_lightning.commands.benchmark.counter import OperationCounter
 from ssl_lightning.commands.benchmark.lightly_step import lightly_step
 from ssl_lightning.data.views import resolve
 from ssl_lightning.errors import UserError
+from ssl_lightning.machine import device_name
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.mistakes import did_you_mean
 
@@ -140,7 +141,7 @@ def step(
         backbone=method.hparams["backbone"],
         sizes=sizes,
         batch_size=batch_size,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        device=device_name(device),
         ours=turns.cost("ours"),
         bare=turns.cost("bare"),
         lightly=turns.cost("lightly") if composed else None,

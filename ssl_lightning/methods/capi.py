@@ -73,8 +73,9 @@ class CAPI(SSLModule):
         pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False, "no_embed_class": True}
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, **plain, **pooled), optim, **kwargs)
         vit = token_vit("CAPI", backbone, self.backbone, tokens="patches")
+        unset = Optim()
         for name in ("decay_norm_and_bias", "norm_and_bias_lr_scale", "part_lr_scale", "constant_lr"):
-            if getattr(optim, name) != getattr(Optim(), name):
+            if getattr(optim, name) != getattr(unset, name):
                 raise UserError(
                     f"CAPI has no --model.optim.{name}; use --model.norm_weight_decay, --model.patch_embed_lr and "
                     "--model.clustering_lr."

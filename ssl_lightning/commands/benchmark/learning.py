@@ -163,7 +163,7 @@ def with_recipe(words: Sequence[str]) -> list[str]:
         model, data = recipe["model"], recipe["data"]
         name = model["class_path"].rpartition(".")[2]
         trainer = dict(recipe.get("trainer") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--config {path} is not a recipe with a model and data: {error!r}") from error
     if method and METHODS[method] != name:
         raise UserError(f"--config {path} trains {name}; set --method to match it, or leave out --method.")

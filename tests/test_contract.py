@@ -184,7 +184,7 @@ def test_a_subclass_with_one_override_trains(method: type[SSLModule], tmp_path: 
     trainer(tmp_path, limit_train_batches=2).fit(small(Doubled), data(method))
 
 
-@some_methods
+@every_method
 def test_a_checkpoint_holds_what_builds_the_method_again(method: type[SSLModule], tmp_path: Path) -> None:
     running = trainer(tmp_path, limit_train_batches=1)
     module = small(method)

@@ -75,7 +75,7 @@ class CAPI(SSLModule):
         vit = token_vit("CAPI", backbone, self.backbone, tokens="patches")
         unset = Optim()
         for name in ("decay_norm_and_bias", "norm_and_bias_lr_scale", "part_lr_scale", "constant_lr"):
-            if getattr(optim, name) != getattr(unset, name):
+            if getattr(self.optim, name) != getattr(unset, name):
                 raise UserError(
                     f"CAPI has no --model.optim.{name}; use --model.norm_weight_decay, --model.patch_embed_lr and "
                     "--model.clustering_lr."

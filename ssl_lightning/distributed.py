@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def world_size() -> int:
@@ -147,6 +147,18 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
         tensors: Parameters, gradients or states of an optimizer.
     """
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def sharded_like(shard: Any, whole: Any) -> Any:
+    """A tensor, sharded like another if that is sharded and has the same shape; anything else as it is.
+
+    Args:
+        shard: A parameter or another tensor.
+        whole: The whole of what it is to hold, the same on every process.
+    """
+    if not isinstance(shard, DTensor) or not isinstance(whole, Tensor) or whole.shape != shard.shape:
+        return whole
+    return distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements)
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from ssl_lightning.backbones.tokens import blocks_in
 from ssl_lightning.checkpoints import reading
+from ssl_lightning.distributed import sharded_like
 from ssl_lightning.errors import UserError
 
 
@@ -139,7 +140,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         assert self.lightning_module is not None
         shards = self.lightning_module.state_dict()
-        state = {name: _like(shards.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        state = {name: sharded_like(shards.get(name), value) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -151,17 +152,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             params = [param for group in optimizer.param_groups for param in group["params"]]
             parts = {
-                number: {name: _like(params[number], value) for name, value in values.items()}
+                number: {name: sharded_like(params[number], value) for name, value in values.items()}
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": parts})
-
-
-def _like(shard: Any, whole: Any) -> Any:
-    """A tensor, sharded like another if that has the same shape."""
-    if not isinstance(shard, DTensor) or not isinstance(whole, Tensor) or whole.shape != shard.shape:
-        return whole
-    return distribute_tensor(whole.to(shard.device), shard.device_mesh, shard.placements)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Torch's fully sharded data parallelism (FSDP2)")

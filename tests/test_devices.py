@@ -50,6 +50,11 @@ def test_every_method_trains(method: type[SSLModule], on_device: Any, tmp_path: 
     on_device(_step, method, tmp_path)
 
 
+@pytest.mark.parametrize("backbone", ["whitened_cnn", "whitened_vit"])
+def test_whitened_networks_train(backbone: str, on_device: Any, tmp_path: Path) -> None:
+    on_device(_step, DINO, tmp_path, {"backbone": backbone, "backbone_kwargs": {"channels": (8, 8, 12)}})
+
+
 def _deterministic_step(method: type[SSLModule], net: dict[str, Any], folder: Path) -> None:
     try:
         _step(method, folder, net, deterministic=True)

@@ -12,7 +12,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from ssl_lightning import DINO, MAE, FakeData, Jigsaw, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
+from ssl_lightning import BYOL, DINO, MAE, FakeData, Jigsaw, KNNProbe, MoCoV2, MoCoV3, Optim, SSLModule, SwAV, UserError
+from ssl_lightning.backbones.names import create_backbone
 from tests.processes import run_processes
 from tests.small import BACKBONE, METHODS, VIT, data, needs_fsdp2, slow_unless, small, trainer
 
@@ -68,6 +69,24 @@ def test_sharded_training_ends_as_ddp(tmp_path: Path) -> None:
     for number, state in moments.items():
         buffer = again[number]["momentum_buffer"]
         torch.testing.assert_close(buffer, state["momentum_buffer"], atol=1e-5, rtol=1e-3)
+
+
+def _whitened(_rank: int, folder: Path) -> list[dict[str, Tensor]]:
+    states = []
+    for strategy in ("ddp", "fsdp2"):
+        net = {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}}
+        more: dict[str, Any] = {"devices": 2, "plugins": [LightningEnvironment()], "max_steps": 2}
+        running = trainer(folder, strategy=strategy, limit_val_batches=0, **more)
+        running.fit(small(BYOL, net, {"optim": SGD}), FakeData(batch_size=8, seed=0, num_workers=0))
+        states.append(running.strategy.lightning_module_state_dict())
+    return states
+
+
+def test_whitening_is_computed_for_sharded_weights(tmp_path: Path) -> None:
+    (ddp, fsdp2), _ = run_processes(_whitened, 2, tmp_path)
+    for name in ("backbone.whitening.weight", "teacher_backbone.whitening.weight"):
+        assert torch.equal(fsdp2[name], ddp[name])
+        assert not torch.equal(ddp[name], create_backbone("whitened_cnn").whitening.weight)  # type: ignore[union-attr]
 
 
 def _refused(rank: int) -> list[str]:

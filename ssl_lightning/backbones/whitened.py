@@ -9,6 +9,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from ssl_lightning.backbones.builder_arguments import builder_arguments
+from ssl_lightning.distributed import sharded_like
 from ssl_lightning.errors import UserError
 
 
@@ -44,13 +45,14 @@ class Whitening(nn.Conv2d):
         """
         if self.whitened:
             return
-        patches = F.unfold(images.double(), self.patch).transpose(1, 2).flatten(0, 1)  # (B * places, components)
+        # on the CPU: the GPUs of Macs have no float64
+        patches = F.unfold(images.cpu().double(), self.patch).transpose(1, 2).flatten(0, 1)  # (B * places, components)
         patches = patches - patches.mean(0)
         variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # the components in columns
-        generic = torch.arange(1.0, len(components) + 1, device=images.device, dtype=torch.float64).sqrt()
+        generic = torch.arange(1.0, len(components) + 1, dtype=torch.float64).sqrt()
         components = components * (generic @ components).sign()  # else the library would choose their signs
         rows = (components / (variances + self.epsilon).sqrt()).T.reshape(-1, *self.weight.shape[1:])
-        self.weight.copy_(torch.cat([rows, -rows]))
+        self.weight.copy_(sharded_like(self.weight, torch.cat([rows, -rows])))
         self.whitened.fill_(True)
 
 

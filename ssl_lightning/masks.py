@@ -25,6 +25,19 @@ def checked_ratio(mask_ratio: float) -> float:
     return mask_ratio
 
 
+def checked_crop_masks(mask_ratio: tuple[float, float], masked_share: float) -> None:
+    """Raise a UserError if crops cannot be masked like that.
+
+    Args:
+        mask_ratio: Smallest and largest share of the patches of a masked crop.
+        masked_share: Share of the crops that are masked.
+    """
+    if not 0 <= mask_ratio[0] <= mask_ratio[1] <= 1:
+        raise UserError(f"--model.mask_ratio={list(mask_ratio)} must be two shares from 0 to 1, the smaller one first.")
+    if not 0 <= masked_share <= 1:
+        raise UserError(f"--model.masked_share={masked_share} must lie between 0 and 1.")
+
+
 def block_mask(grid: tuple[int, int], count: int, smallest: int, largest: int, seed: int) -> Tensor:
     """Mask rectangles of patches until enough are masked.
 

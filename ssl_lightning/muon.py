@@ -25,8 +25,11 @@ class Muon(muon.Muon):
         Args:
             closure: Computes the loss and the gradients first.
         """
+        step: Any = muon.Muon.step
+        if getattr(step, "hooked", False):  # torch has built timm's Muon before: its hooks would run a second time
+            step = step.__wrapped__
         with mock.patch.object(muon, "zeropower_via_newtonschulz", _orthogonalized):
-            return super().step(closure)
+            return step(self, closure)
 
 
 _of_timm = muon.zeropower_via_newtonschulz

@@ -262,7 +262,12 @@ def check_views(method: Any, sizes: Sequence[int], global_batch: int) -> None:
         if size % patch:
             raise UserError(
                 f"the backbone's patches of {patch} px do not divide views of {size} px; set --data.image_size, "
-                "the sizes in --data.views, or --model.backbone_kwargs.patch_size."
+                "the sizes in --data.views, or the backbone's patches in --model.backbone_kwargs."
+            )
+        if size < (smallest := getattr(method.backbone, "smallest_side", 1)):
+            raise UserError(
+                f"views of {size} px are too small for the backbone, which needs {smallest} px; set --data.image_size, "
+                "the sizes in --data.views, or fewer blocks in --model.backbone_kwargs."
             )
         if (only := only_size(method.backbone)) not in (None, size):
             raise UserError(

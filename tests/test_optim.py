@@ -235,6 +235,16 @@ def test_muon_in_fewer_multiplications_is_timms(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
 
 
+def test_the_hooks_of_a_step_run_once_where_timms_muon_was_built_before() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    get_optimizer_class("muon", bind_defaults=True)([weight], lr=0.1)
+    optimizer, calls = Optim("muon", base_lr=0.1, lr_scaling="none").create(nn.Linear(4, 4), 256), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
 def test_torch_comes_before_timm() -> None:
     optimizer = Optim("sgd", momentum=0.8).create(nn.Linear(2, 2), 256)
     assert isinstance(optimizer, torch.optim.SGD)

@@ -158,10 +158,13 @@ def called_blocks(backbone: nn.Module) -> list[nn.Module]:
 def blocks_in(module: nn.Module) -> list[nn.Module]:
     """The blocks in a module, in order: of the children ``*blocks`` that are sequences or lists; none of a ResNet.
 
+    What embeds the patches has none, even if it is a CNN (``whitened_vit``).
+
     Args:
         module: A ViT, BEiT, Swin or ConvNeXt of timm, or what holds one.
     """
-    sequences = [part for name, part in module.named_modules() if name.endswith("blocks")]
+    parts = [(name.split("."), part) for name, part in module.named_modules()]
+    sequences = [part for words, part in parts if words[-1].endswith("blocks") and "patch_embed" not in words]
     return [block for part in sequences if isinstance(part, nn.Sequential | nn.ModuleList) for block in part]
 
 

@@ -72,7 +72,9 @@ class WhitenedCNN(nn.Module):
         super().__init__()
         if num_classes:
             raise UserError("whitened_cnn has no classifier; leave num_classes out of --model.backbone_kwargs.")
-        self.num_features = channels[-1]
+        if not channels:
+            raise UserError("channels in --model.backbone_kwargs needs at least one number, the width of a block.")
+        self.num_features, self.smallest_side = channels[-1], 2 ** len(channels) + 1  # of images
         self.whitening = Whitening(in_chans)
         widths = [self.whitening.out_channels, *channels]
         self.blocks = nn.Sequential(*(_block(before, width) for before, width in zip(widths, channels, strict=False)))

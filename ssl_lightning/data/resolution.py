@@ -17,7 +17,7 @@ class Resolution:
 
     Args:
         scale: Side of the views in the first epochs, as a fraction of their full side, rounded to the patches.
-        until: Fraction of the epochs after which views have their full size; 1 for never.
+        until: Fraction of the epochs, rounded up to whole ones, after which views have their full size; 1 for never.
         noise: Largest standard deviation, where white is 1, of the Gaussian noise on a random square of each image once
             views have their full size, e.g. 0.5 as in the released code. All views of the image show it. 0 for none.
     """
@@ -47,8 +47,17 @@ class Resolution:
         Args:
             specs: The views at their full size.
             patch: Number of pixels that their sides must be divisible by.
+
+        Raises:
+            UserError: None is smaller.
         """
         sides = [max(1, round(spec.size * self.scale / patch)) * patch for spec in specs]
+        if all(side >= spec.size for side, spec in zip(sides, specs, strict=True)):
+            sizes = ", ".join(str(size) for size in sorted({spec.size for spec in specs}))
+            raise UserError(
+                f"--data.resolution.scale {self.scale} makes no view smaller than {sizes} px, in steps of {patch} px; "
+                "set it lower."
+            )
         return tuple(
             with_side(spec, side) if side < spec.size else spec for spec, side in zip(specs, sides, strict=True)
         )

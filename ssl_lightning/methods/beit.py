@@ -1,6 +1,7 @@
 """BEiT."""
 
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,8 +137,14 @@ class BEiT(SSLModule):
         return called_blocks(self.backbone)
 
     def check(self, sizes: list[int], global_batch: int) -> None:
-        """There must be a tokenizer."""
+        """There must be a tokenizer, and rectangles must be no larger than what is to be masked."""
         super().check(sizes, global_batch)
+        patches = math.prod(grid_of(self.backbone, torch.empty(1, 1, sizes[0], sizes[0], device="meta")))
+        if self.smallest_block > (count := round(self.mask_ratio * patches)):
+            raise UserError(
+                f"--model.smallest_block={self.smallest_block} is more than {count}, the patches to mask of {patches}; set "
+                "it lower, or smaller patches in --model.backbone_kwargs."
+            )
         _ = self.tokenizer
 
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
@@ -158,5 +165,5 @@ def _read_tokenizer(path: str) -> ImageTokenizer:
         )
     try:
         return ImageTokenizer.load_from_checkpoint(path, map_location="cpu")
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"--model.tokenizer={path} is not the checkpoint of an ImageTokenizer: {error}") from error

@@ -73,6 +73,8 @@ class CAPI(SSLModule):
         pooled = {"class_token": False, "global_pool": "avg", "fc_norm": False, "no_embed_class": True}
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, **plain, **pooled), optim, **kwargs)
         vit = token_vit("CAPI", backbone, self.backbone, tokens="patches")
+        if self.continued is not None:
+            raise UserError("CAPI has no --model.continued; begin with other weights by --model.init_from alone.")
         unset = Optim()
         for name in ("decay_norm_and_bias", "norm_and_bias_lr_scale", "part_lr_scale", "constant_lr"):
             if getattr(self.optim, name) != getattr(unset, name):
@@ -202,13 +204,16 @@ class CAPI(SSLModule):
         steps = 1 if self._trainer is None else self.trainer.estimated_stepping_batches
         if self._trainer is None or not 0 < steps < float("inf"):
             return self.momentum
-        warmup = round(min(steps, self.optim.warmup_epochs * steps_per_epoch(self.trainer)))
+        warmup = self.optim.warmup_steps(steps, steps_per_epoch(self.trainer))
         step = round(progress * steps)
         return truncated_cosine(step, steps, self.momentum, 1.0, warmup, start=1.0, share=0.8)
 
     def check(self, sizes: list[int], global_batch: int) -> None:
-        """Warn if the images of a batch cannot fill the clusters."""
+        """At least one patch must be masked; warn if the images of a batch cannot fill the clusters."""
         super().check(sizes, global_batch)
+        patches = math.prod(grid_of(self.backbone, torch.empty(1, 1, sizes[0], sizes[0], device="meta")))
+        if patches * self.mask_ratio < 1:
+            raise UserError(f"--model.mask_ratio={self.mask_ratio} masks none of {patches} patches; set it higher.")
         if (clusters := self.clusters.out_features) > 2 * global_batch:
             rank_zero_warn(
                 f"CAPI spreads {global_batch} images over {clusters} clusters at each position, so every image belongs "

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import gather, reduced
+from ssl_lightning.errors import UserError
 from ssl_lightning.heads import DINOHead
-from ssl_lightning.masks import global_crop_masks, masked_patches
+from ssl_lightning.masks import checked_crop_masks, global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, by_layer, clip_parts, steps_per_epoch
 from ssl_lightning.schedules import Warmup, cosine
@@ -74,6 +75,7 @@ class DINOv2(SSLModule):
     ) -> None:  # fmt: skip
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, init_values=1e-5), optim, **kwargs)
         even_drop_path(token_vit("DINOv2", backbone, self.backbone, tokens="class"), drop_path)
+        checked_crop_masks(mask_ratio, masked_share)
         self.centering, self.koleo_weight = centering, koleo_weight
         self.mask_ratio, self.masked_share, self.student_temperature = mask_ratio, masked_share, student_temperature
         self.temperatures = Warmup(warmup_teacher_temperature, teacher_temperature, warmup_teacher_temperature_epochs)
@@ -172,7 +174,7 @@ class DINOv2(SSLModule):
         Args:
             crops: ``(2B, 3, S, S)``.
         """
-        rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
+        rows, columns = grid_of(self.backbone, crops)
         images = len(crops) // 2
         return global_crop_masks((rows, columns), images, self.mask_ratio, self.masked_share, self.generator)
 
@@ -181,7 +183,7 @@ class DINOv2(SSLModule):
         """Teacher temperature of this step."""
         warmup = self.temperatures  # in epochs
         epoch = 1.0 if self._trainer is None else steps_per_epoch(self.trainer)
-        return Warmup(warmup.start, warmup.end, warmup.length * epoch)(self.global_step)
+        return Warmup(warmup.start, warmup.end, warmup.length * epoch if warmup.length else 0.0)(self.global_step)
 
     def teacher_momentum(self, progress: float) -> float:
         """Rises to 1 along a cosine."""
@@ -189,7 +191,12 @@ class DINOv2(SSLModule):
 
     def configure_optimizers(self) -> Any:
         """The schedule of ``self.optim``, with a learning rate for each layer."""
-        return self.optim.configure(self, lr_scale=by_layer(self))
+        configured = self.optim.configure(self, lr_scale=by_layer(self))
+        if self.temperatures.length and steps_per_epoch(self.trainer) == math.inf:
+            raise UserError(
+                "the loader has no length to count epochs by; set --model.warmup_teacher_temperature_epochs to 0."
+            )
+        return configured
 
     @property
     def evaluated_backbone(self) -> nn.Module:
@@ -210,7 +217,7 @@ class DINOv2(SSLModule):
     def health(self, views: Sequence[Tensor]) -> dict[str, Tensor | float]:
         """Entropies of the teacher's assignments, of views and of patches, and the share of prototypes in use."""
         crops = torch.cat(list(views[:2]))
-        patches = len(crops) * crops[0, 0].numel() // self.backbone.patch_side**2
+        patches = len(crops) * math.prod(grid_of(self.backbone, crops))
         logits, patch_logits = self._teacher_logits(crops, torch.arange(patches, device=crops.device))
         assignments = self._targets(logits, self.center)  # (2B, K)
         return {

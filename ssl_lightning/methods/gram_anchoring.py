@@ -99,7 +99,7 @@ class GramAnchoring(DINOv2):
         if anchor_sizes[0] % patch:
             raise UserError(
                 f"the backbone's patches of {patch} px do not divide the anchor's crops of {anchor_sizes[0]} px; set "
-                "their size in --data.views, or --model.backbone_kwargs.patch_size."
+                "their size in --data.views, or the backbone's patches in --model.backbone_kwargs."
             )
 
     def _step_of(self, share: float) -> float:

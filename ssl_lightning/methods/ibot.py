@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.heads import DINOHead, IBOTHead
-from ssl_lightning.masks import block_masks, masked_patches, random_masks
+from ssl_lightning.masks import block_masks, checked_crop_masks, masked_patches, random_masks
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, clip_each
 from ssl_lightning.schedules import Warmup, cosine
@@ -72,6 +72,7 @@ class IBOT(SSLModule):
         vit = token_vit("IBOT", backbone, self.backbone, tokens="class")
         if not self.pretrained:
             initialization.dino(vit)
+        checked_crop_masks(mask_ratio, masked_share)
         self.mask_ratio, self.masked_share, self.mask_shape = mask_ratio, masked_share, mask_shape
         start, epochs = warmup_teacher_temperature, warmup_teacher_temperature_epochs
         self.teacher_temperatures = Warmup(start, teacher_temperature, epochs)
@@ -136,7 +137,7 @@ class IBOT(SSLModule):
         Args:
             crops: ``(2B, 3, S, S)``.
         """
-        rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
+        rows, columns = grid_of(self.backbone, crops)
         grid, smallest, (low, high) = (rows, columns), (min(rows, columns) // 3) ** 2, self.mask_ratio
         masks = []
         for view in crops.chunk(2):

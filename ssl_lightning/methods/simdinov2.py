@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ssl_lightning import ema, losses
 from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
-from ssl_lightning.backbones.tokens import ViT, called_blocks, masked_tokens, multi_crop, patch_tokens
+from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, masked_tokens, multi_crop, patch_tokens
 from ssl_lightning.distributed import world_size
 from ssl_lightning.heads import gelu_mlp
-from ssl_lightning.masks import global_crop_masks, masked_patches
+from ssl_lightning.masks import checked_crop_masks, global_crop_masks, masked_patches
 from ssl_lightning.methods.base import SSLModule
 from ssl_lightning.optim import Optim, by_layer, clip_parts
 from ssl_lightning.schedules import cosine
@@ -84,6 +84,7 @@ class SimDINOv2(SSLModule):
         backbone_kwargs = vit_defaults(backbone, backbone_kwargs, init_values=0.1, **registers)
         super().__init__(backbone, backbone_kwargs, optim, **kwargs)
         even_drop_path(token_vit("SimDINOv2", backbone, self.backbone, tokens="class"), drop_path)
+        checked_crop_masks(mask_ratio, masked_share)
         self.epsilon, self.coefficient, self.smooth = epsilon, coefficient, smooth
         self.mask_ratio, self.masked_share, self.momentum = mask_ratio, masked_share, momentum
         self.projector_dim, self.clip_gradient = projector_dim, clip_gradient
@@ -134,7 +135,7 @@ class SimDINOv2(SSLModule):
         Args:
             crops: ``(2B, 3, S, S)``.
         """
-        rows, columns = (side // self.backbone.patch_side for side in crops.shape[2:])
+        rows, columns = grid_of(self.backbone, crops)
         images = len(crops) // 2
         return global_crop_masks((rows, columns), images, self.mask_ratio, self.masked_share, self.generator)
 

@@ -12,8 +12,9 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ssl_lightning.arguments import SSLArgumentParser, with_shipped_configs
+from ssl_lightning.backbones.whitened import Whitening
 from ssl_lightning.commands.benchmark.alternation import UNPLANNED, Alternation
-from ssl_lightning.commands.benchmark.learning_result import LearningResult
+from ssl_lightning.commands.benchmark.learning_result import LearningResult, created
 from ssl_lightning.commands.benchmark.lightly_learning import LIGHTLY, LightlyMethod
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.views import ViewSpec
@@ -56,7 +57,9 @@ def learning(
 
     Both train in one process, in short turns. Each side has a clock, which runs while it loads images and trains, and
     stands still while the other side trains and during evaluation. Each side stops when its clock shows the minutes.
-    Learning rates and other schedules of both follow these clocks, so that they end with the minutes.
+    Learning rates and other schedules of both follow these clocks, so that they end with the minutes. But views keep
+    the size of the recipe's first epochs, and what our method counts in epochs, such as DINO's frozen prototypes, keeps
+    its epochs.
 
     kNN (k 20, temperature 0.07) searches up to 10,000 training images and classifies all validation images, the same
     for both sides, each normalized as in its training.
@@ -77,6 +80,8 @@ def learning(
     """
     if not minutes > 0:
         raise UserError(f"--minutes {minutes} must be more than 0.")
+    if epochs is not None and not epochs > 0:
+        raise UserError(f"--epochs {epochs} must be more than 0.")
     name = type(model).__name__
     way = next((LIGHTLY[base.__name__] for base in type(model).__mro__ if base.__name__ in LIGHTLY), None)
     if way is None:
@@ -85,6 +90,8 @@ def learning(
         import lightly  # noqa: F401
     except ImportError as error:
         raise UserError("this compares with lightly, which is not installed; pip install lightly") from error
+    if output is not None:
+        created(Path(output))
     L.seed_everything(seed, verbose=False)
     alternation = Alternation(way, 60 * minutes, epochs, clock == "processor", seed)
     trainer = L.Trainer(
@@ -190,12 +197,20 @@ def _differences(
     ours = f"{optim.warmup_epochs:g} epochs" if epochs is None else f"{optim.warmup_epochs / epochs:.0%}"
     return {
         "loss and heads": (", ".join(f"{name} {value}" for name, value in settings.items()), way.settings),
-        "views": (" and ".join(map(_view, data.view_specs)), way.views(data.image_size)),
+        "views": (" and ".join(map(_view, data.small_view_specs or data.view_specs)), way.views(data.image_size)),
         "optimizer": (f"{optim.name}, weight decay {optim.weight_decay:g}", way.optimizer_text),
         "highest learning rate": (f"{optim.peak_lr(data.batch_size):.3g}", f"{rate:.3g}"),
         "warm-up": (ours, f"{way.warmup:.0%}"),
-        "first weights of the backbone": ("our own", "its own" if "decoder_dim" in method.hparams else "the same"),
+        "first weights of the backbone": ("our own", _first_weights(method)),
     }
+
+
+def _first_weights(method: Any) -> str:
+    """lightly's, in words."""
+    if "decoder_dim" in method.hparams:
+        return "its own"
+    whitens = any(isinstance(part, Whitening) for part in method.modules())
+    return "the same, but its own views are whitened" if whitens else "the same"
 
 
 def _view(spec: ViewSpec) -> str:

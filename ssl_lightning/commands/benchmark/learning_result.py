@@ -98,8 +98,8 @@ class LearningResult:
         """
         from matplotlib.figure import Figure
 
+        created(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with (folder / CURVES_FILE).open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, [*asdict(self.points[0])], lineterminator="\n")
                 writer.writeheader()
@@ -112,6 +112,21 @@ class LearningResult:
             figure.savefig(folder / PICTURE_FILE, dpi=120)
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error
+
+
+def created(folder: Path) -> None:
+    """Create a folder, unless it exists.
+
+    Args:
+        folder: Folder to write to.
+
+    Raises:
+        UserError: It cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error
 
 
 def curve(points: Sequence[LearningPoint], side: Side) -> list[tuple[float, float]]:
@@ -186,7 +201,9 @@ def _speed(outcome: dict[str, Any]) -> str:
     goal = f"lightly's final {100 * outcome['lightly_knn_top1']:.1f} %"
     if outcome["minutes_to_lightly"] is None:
         return f"ours ended with {100 * outcome['knn_top1']:.1f} % and never reached {goal}"
-    if outcome["times_as_fast"] is None:
-        return f"the untrained network has {goal} already: lightly learned nothing in this time"
+    if outcome["lightly_minutes_to_lightly"] == 0:
+        return f"lightly's untrained network has {goal} already: lightly learned nothing in this time"
+    if outcome["minutes_to_lightly"] == 0:
+        return f"our untrained network has {goal} already"
     times = f"{outcome['minutes_to_lightly']:.2f} minutes, lightly in {outcome['lightly_minutes_to_lightly']:.2f}"
     return f"ours reached {goal} in {times}: {outcome['times_as_fast']:.2f} times as fast"

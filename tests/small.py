@@ -144,6 +144,14 @@ CNN_AND_VIT: list[tuple[type[SSLModule], dict[str, Any]]] = [
 """Each method with arguments for each kind of backbone that it trains; DINOv3's ViT where it differs from a ViT."""
 
 
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Batches of two views of random images, without an end or a length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield [torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32)], torch.zeros(8)
+
+
 needs_fsdp2 = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_reshard_after_forward"), reason="the strategy fsdp2 needs torch 2.8"
 )

@@ -225,6 +225,16 @@ def test_a_whitening_backbone_meets_the_first_images_once_on_any_number_of_proce
     assert not torch.equal(one, create_backbone("whitened_cnn").whitening.weight)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [((), r"channels in --model.backbone_kwargs needs"), ((8, 8, 8, 8, 8), r"views of 32 px are too .* needs 33 px")],
+)
+def test_a_whitening_backbone_says_what_does_not_fit(channels: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    net = {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": channels}}
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path).fit(small(SimCLR, net), data(SimCLR))
+
+
 def test_a_whitening_backbone_keeps_its_whitening_in_a_second_training(tmp_path: Path) -> None:
     model = small(SimCLR, {"backbone": "whitened_cnn", "backbone_kwargs": {"channels": (8, 8, 16)}})
     trainer(tmp_path, max_steps=1).fit(model, data(SimCLR))

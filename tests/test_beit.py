@@ -14,7 +14,7 @@ from ssl_lightning.backbones.tokens import masked_tokens
 from ssl_lightning.data.views import IMAGENET_MEAN, IMAGENET_STD, preset
 from tests.oracle import Weights, adamw, compare, linear, random_views, run
 from tests.processes import run_processes
-from tests.small import SWIN, TOKENIZER, VIT, small, trainer
+from tests.small import SWIN, TEACHER, TOKENIZER, VIT, small, trainer
 
 
 class Brightness(torch.nn.Module):
@@ -139,8 +139,11 @@ def test_two_processes_have_masks_and_loss_of_one() -> None:
     [
         ({"backbone": "resnet18", "backbone_kwargs": {}}, "set --model.backbone to a ViT"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 must lie between 0 and 1"),
+        ({"smallest_block": 8}, "smallest_block=8 is more than 6, the patches to mask of 16; set it lower"),
         ({"tokenizer": ""}, "train one, e.g. python -m ssl_lightning fit --model ImageTokenizer"),
         ({"tokenizer": "nowhere.ckpt"}, "model.tokenizer=nowhere.ckpt is not the checkpoint of an ImageTokenizer"),
+        ({"tokenizer": __file__}, "test_beit.py is not the checkpoint of an ImageTokenizer"),
+        ({"tokenizer": TEACHER}, "teacher.ckpt is not the checkpoint of an ImageTokenizer"),
         ({"num_tokens": 64}, "the tokenizer knows 32 words; set --model.num_tokens"),
     ],
 )

@@ -13,7 +13,7 @@ from ssl_lightning.backbones.tokens import sincos_positions
 from ssl_lightning.masks import inverse_block_mask
 from ssl_lightning.methods.capi import released_network
 from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run, unit
-from tests.small import small, trainer
+from tests.small import Endless, small, trainer
 
 
 def assigned(scores: Tensor, epsilon: float) -> Tensor:
@@ -108,6 +108,13 @@ def test_the_clusters_learn_at_their_own_rate(tmp_path: Any) -> None:
 def test_options_of_the_optimizer_that_it_would_ignore_are_refused(options: Any) -> None:
     with pytest.raises(UserError, match=rf"CAPI has no --model.optim.{next(iter(options))}; use --model.norm_weight"):
         small(CAPI, optim=Optim("adamw", **options))
+
+
+def test_what_it_cannot_do_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=r"CAPI has no --model.continued"):
+        small(CAPI, init_from="x.ckpt", continued={})
+    with pytest.raises(UserError, match=r"--model.mask_ratio=0.01 masks none of 16 patches"):
+        small(CAPI, mask_ratio=0.01).check([32], 16)
 
 
 def test_more_clusters_than_the_batch_can_fill_are_warned_of() -> None:
@@ -262,3 +269,12 @@ def test_whole_steps_equal_a_plain_restatement() -> None:
         method, loss_of, update, random_views(3, 32),
         after=lambda weights: moved(weights, 0.9), optimizer=method.create_optimizer(256),
     )  # fmt: skip
+
+
+def test_a_teacher_without_warm_up_follows_from_the_first_step_without_a_length_of_the_loader(tmp_path: Any) -> None:
+    method, momenta = small(CAPI, momentum=0.9, optim=Optim("adamw", 1e-3, lr_scaling="none", warmup_epochs=0)), []
+    method.update_teacher = lambda: momenta.append(method.teacher_momentum(method.progress))
+    loader = ([views[:1], labels] for views, labels in Endless())
+    trainer(tmp_path, max_epochs=-1, max_steps=4).fit(method, loader)
+    assert momenta[0] == pytest.approx(0.9)
+    assert momenta == sorted(momenta)

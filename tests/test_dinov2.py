@@ -12,7 +12,7 @@ from ssl_lightning import DINOv2, FakeData, Optim, SimDINOv2, UserError, ViewSpe
 from ssl_lightning.backbones.tokens import layer_scale
 from ssl_lightning.optim import clip_together
 from tests.oracle import Weights, adamw, compare, linear, moved, random_views, run, unit
-from tests.small import VIT, small, trainer
+from tests.small import VIT, Endless, small, trainer
 
 CROPS = [ViewSpec(size=32, count=2), ViewSpec(size=16, count=2)]
 
@@ -253,3 +253,13 @@ def test_whole_steps_equal_a_plain_restatement(separate: bool) -> None:
     )
     torch.testing.assert_close(method.center, center, atol=1e-6, rtol=0)
     torch.testing.assert_close(method.patch_center, patch_center, atol=1e-6, rtol=0)
+
+
+def test_a_loader_without_a_length_is_refused_only_if_the_temperature_counts_epochs(tmp_path: Any) -> None:
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    constant = Optim("adamw", 1e-3, lr_scaling="none", warmup_epochs=0)
+    with pytest.raises(UserError, match=r"--model.warmup_teacher_temperature_epochs to 0"):
+        trainer(tmp_path, max_epochs=-1, max_steps=2).fit(small(DINOv2, optim=constant), loader)
+    method = small(DINOv2, optim=constant, warmup_teacher_temperature_epochs=0)
+    trainer(tmp_path, max_epochs=-1, max_steps=2).fit(method, loader)
+    assert method.current_teacher_temperature == 0.07

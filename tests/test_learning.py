@@ -117,6 +117,8 @@ def test_minutes_to_an_accuracy_are_interpolated() -> None:
         ("--method byol --config configs/quickstart.yaml", r"quickstart.yaml trains SimCLR; set --method"),
         ("--config README.md", r"--config README.md is not a recipe"),
         ("--config configs/quickstart.yaml --minutes 0", r"--minutes 0.0 must be more than 0"),
+        ("--config configs/quickstart.yaml --epochs 0", r"--epochs 0.0 must be more than 0"),
+        ("--config configs/quickstart.yaml --output README.md", r"cannot write to README.md .*another folder as --out"),
     ],
 )
 def test_a_wrong_choice_is_explained(words: str, message: str) -> None:

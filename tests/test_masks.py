@@ -1,10 +1,14 @@
 """Random masks over grids of patches."""
 
+from typing import Any
+
 import pytest
 import torch
 from scipy.ndimage import label
 
+from ssl_lightning import IBOT, DINOv2, SimDINOv2, UserError
 from ssl_lightning.masks import block_mask
+from tests.small import VIT, small
 
 
 def test_beits_masks_hold_about_75_patches_of_196_and_never_more() -> None:
@@ -40,3 +44,25 @@ def test_small_grids_are_masked_too(grid: tuple[int, int], count: int, smallest:
     assert masks.shape[1:] == grid
     assert int(masks.flatten(1).sum(1).max()) <= count
     assert float(masks.flatten(1).sum(1).float().mean()) > 0.6 * count
+
+
+@pytest.mark.parametrize("method", [IBOT, DINOv2, SimDINOv2])
+def test_masks_of_crops_fit_patches_of_any_shape(method: Any) -> None:
+    net = {**VIT, "backbone_kwargs": {**VIT["backbone_kwargs"], "patch_size": (4, 8)}}
+    masks = small(method, net, masked_share=1.0).draw_masks(torch.rand(8, 3, 32, 32))
+    assert masks.shape == (8, 8 * 4)
+    assert masks.any()
+
+
+@pytest.mark.parametrize("method", [IBOT, DINOv2, SimDINOv2])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"masked_share": 1.5}, r"--model.masked_share=1.5 must lie between 0 and 1"),
+        ({"mask_ratio": [0.5, 1.5]}, r"--model.mask_ratio=\[0.5, 1.5\] must be two shares from 0 to 1"),
+        ({"mask_ratio": (0.5, 0.1)}, r"the smaller one first"),
+    ],
+)
+def test_shares_that_are_none_are_refused(method: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        small(method, **arguments)

@@ -163,6 +163,13 @@ def test_fractions_are_checked(wrong: dict[str, float]) -> None:
         Resolution(**wrong)
 
 
+def test_a_scale_that_changes_nothing_is_refused() -> None:
+    views = [ViewSpec(size=32, count=2), ViewSpec(size=16)]
+    assert [view.size for view in Resolution(0.9).small(views, 4)] == [28, 16]
+    with pytest.raises(UserError, match=r"scale 0.9 makes no view smaller than 16, 32 px, in steps of 8 px"):
+        Resolution(0.9).small(views, 8)
+
+
 def test_what_cannot_change_its_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set --data.resolution to null"):
         FakeData(transform=nn.Identity(), resolution=HALF)

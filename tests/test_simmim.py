@@ -119,6 +119,7 @@ def test_the_papers_encoders_see_the_token_in_the_place_of_masked_patches() -> N
     [
         ({"backbone": "resnet18"}, "set --model.backbone to a ViT, BEiT or Swin"),
         ({"mask_ratio": 1.0}, "mask_ratio=1.0 must lie between 0 and 1"),
+        ({"backbone_kwargs": {"patch_size": (8, 16)}}, "SimMIM needs square patches, not 8 x 16 px"),
         ({"mask_unit": 24}, "mask_unit=24 is not a multiple of the backbone's patches of 16 px"),
     ],
 )

@@ -15,6 +15,7 @@ from tests.test_init_from import saved
 
 BEIT: dict[str, Any] = {**VIT, "backbone": "beit_base_patch16_224"}
 BIASED: dict[str, Any] = {**DINOV3, "backbone": "vit_small_patch16_dinov3_qkvb"}  # timm bypasses its qkv
+WHITENED: dict[str, Any] = {"backbone": "whitened_vit", "backbone_kwargs": {"channels": (8, 8, 12), "depth": 2}}
 CONVNEXT: dict[str, Any] = {
     "backbone": "convnext_atto",
     "backbone_kwargs": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
@@ -105,6 +106,7 @@ def test_only_what_is_chosen_learns(net: dict[str, Any], trainable: Any, learns:
         ({}, "lora", "--model.trainable.lora: the backbone has no blocks"),
         (CONVNEXT, "lora", "adapts the attention of timm's ViTs"),
         ({}, {"last_blocks": 1}, "--model.trainable.last_blocks: the backbone has no blocks"),
+        (WHITENED, {"last_blocks": 3}, "--model.trainable.last_blocks 3: the backbone has 2 blocks"),
         (VIT, {"last_blocks": 3}, "--model.trainable.last_blocks 3: the backbone has 2 blocks"),
         (VIT, {"last_blocks": -1}, "--model.trainable.last_blocks -1"),
         (VIT, {"lora": {"whole_blocks": 3}}, "--model.trainable.lora.whole_blocks 3: the backbone has 2 blocks"),
@@ -119,3 +121,10 @@ def test_only_what_is_chosen_learns(net: dict[str, Any], trainable: Any, learns:
 def test_what_cannot_be_trained_is_refused(net: dict[str, Any], trainable: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         small(SimCLR, net, trainable=trainable)
+
+
+def test_the_maps_of_a_whitened_vit_are_no_blocks_to_adapt() -> None:
+    module = small(SimCLR, WHITENED, trainable="lora")
+    learning = {name.split(".lora")[0] for name, p in module.backbone.named_parameters() if p.requires_grad}
+    assert "blocks.0.attn.qkv" in learning
+    assert not any(name.startswith("patch_embed") for name in learning)

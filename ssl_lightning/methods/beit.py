@@ -142,8 +142,8 @@ class BEiT(SSLModule):
         patches = math.prod(grid_of(self.backbone, torch.empty(1, 1, sizes[0], sizes[0], device="meta")))
         if self.smallest_block > (count := round(self.mask_ratio * patches)):
             raise UserError(
-                f"--model.smallest_block={self.smallest_block} is more than {count}, the patches to mask of {patches}; set "
-                "it lower, or smaller patches in --model.backbone_kwargs."
+                f"--model.smallest_block={self.smallest_block} is more than {count}, the patches to mask of {patches}; "
+                "set it lower, or smaller patches in --model.backbone_kwargs."
             )
         _ = self.tokenizer
 

@@ -93,6 +93,8 @@ class SimMIM(SSLModule):
         else:
             self.patch_side, self.stride = encoder.patch_embed.patch_size[0], encoder.feature_info[-1]["reduction"]
             width = encoder.patch_embed.proj.out_channels
+            if (sides := encoder.patch_embed.patch_size)[0] != sides[1]:
+                raise UserError(f"SimMIM needs square patches, not {sides[0]} x {sides[1]} px; set patch_size.")
         if mask_unit % self.patch_side:
             raise UserError(
                 f"--model.mask_unit={mask_unit} is not a multiple of the backbone's patches of {self.patch_side} px."

@@ -137,11 +137,18 @@ class Optim:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Reject a start of the decay that is none.
+        """Reject impossible values.
 
         Raises:
-            UserError: It is negative, or the schedule has no cosine that could begin then.
+            UserError: A number is out of range, or the schedule has no cosine that could begin at ``decay_start``.
         """
+        for name in ("base_lr", "weight_decay", "warmup_epochs", "warmup_start_factor", "end_lr_factor"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--model.optim.{name} {getattr(self, name)}: give a number of 0 or more.")
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise UserError(
+                f"--model.optim.milestones {list(self.milestones)}: give shares of the training from 0 to 1."
+            )
         if self.decay_start is None:
             return
         if not self.decay_start >= 0:

@@ -308,9 +308,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         folder: The run folder.
     """
     file = folder / CONFIG_FILE
-    with suppress(yaml.YAMLError):  # a run may have been killed while it wrote the file
-        return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-    return {}
+    config = None
+    with suppress(OSError, ValueError, yaml.YAMLError):  # a run may have been killed while it wrote the file
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return config if isinstance(config, dict) else {}
 
 
 def data_of_run(checkpoint: Path, views: bool = False) -> dict[str, Any] | None:
@@ -335,9 +336,10 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: The run folder.
     """
+    starts = None
     with suppress(OSError, ValueError):
-        return json.loads((folder / ENVIRONMENT_FILE).read_text())
-    return []
+        starts = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    return starts if isinstance(starts, list) else []
 
 
 def timestamp(moment: str) -> float | None:

@@ -97,3 +97,26 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
     evaluation = str(tmp_path / "run" / "evaluations" / "knn")
     with pytest.raises(UserError, match="nothing to record"):
         compare([evaluation]).record(tmp_path / "new.csv")
+
+
+@pytest.mark.parametrize("words", [["--plot", "x.foo"], ["--plot", "no/x.png"], ["--record", "no/x.csv"]])
+def test_the_table_is_printed_even_if_a_file_cannot_be_written(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", START)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "run", *words])
+    printed = capsys.readouterr()
+    assert "35.6" in printed.out
+    assert "error: cannot be written" in printed.err + str(end.value.code)
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"# nothing\nname", b"null"])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_a_damaged_file_of_a_run_leaves_cells_empty(damaged: bytes, name: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", START)
+    (tmp_path / "run" / name).write_bytes(damaged)
+    comparison = compare([str(tmp_path)])
+    assert "35.6" in str(comparison)
+    comparison.record(tmp_path / "x.csv", "")

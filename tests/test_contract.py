@@ -29,6 +29,7 @@ from ssl_lightning import (
     ViewSpec,
 )
 from ssl_lightning.commands import check
+from ssl_lightning.methods.ranges import _RANGES
 from tests.processes import run_processes
 from tests.small import (
     CNN_AND_VIT,
@@ -299,6 +300,34 @@ def test_two_processes_train_as_one(method: type[SSLModule], net: dict[str, Any]
 
 
 # What cannot be trained is refused before training starts
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "possible"),
+    [
+        (SimCLR, {"temperature": 0.0}, "above 0"),
+        (SwAV, {"epsilon": -0.05}, "above 0"),
+        (MoCoV2, {"momentum": 1.5}, "from 0 to 1"),
+        (DINO, {"drop_path": 1.0}, "from 0 to below 1"),
+        (MAE, {"probe_every": 0}, "of 1 or more"),
+        (MoCoV2, {"queue_length": -5}, "of 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(method: type[SSLModule], options: dict[str, Any], possible: str) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=rf"--model.{name} {value}: give a number {possible}\."):
+        small(method, **options)
+
+
+def test_names_of_ranges_are_those_of_options() -> None:
+    known = {name for method in METHODS for name in inspect.signature(method.__init__).parameters}
+    assert {name for _, names in _RANGES.values() for name in names.split()} <= known
+
+
+@pytest.mark.parametrize("options", [{"decoder_dim": 30}, {"decoder_dim": 36, "decoder_heads": 5}])
+def test_widths_that_the_heads_do_not_divide_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"give a width that 4 and the heads divide"):
+        small(MAE, **options)
 
 
 @pytest.mark.parametrize(

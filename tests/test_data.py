@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from ssl_lightning import (
+    ArrayData,
     CIFAR10Data,
     CIFAR100Data,
     DigitsData,
@@ -490,3 +491,30 @@ def test_plain_images_of_any_shape_are_made_square() -> None:
         images = ImageArray(torch.randint(256, (1, *shape), dtype=torch.uint8))
         batch = PlainDataset(images, ViewSpec(size=32), 0.875)[0, np.arange(1)]
         assert batch.images.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 10}, "val_fraction 10: give a number from 0"),
+        ({"val_fraction": -0.1}, "val_fraction -0.1: give a number from 0"),
+        ({"crop_fraction": 1.5}, "crop_fraction 1.5: give a number above 0, at most 1"),
+        ({"crop_fraction": 0}, "crop_fraction 0: give a number above 0"),
+        ({"train_samples": 0}, "train_samples 0: give a number 2 or more"),
+        ({"image_size": 0}, "image_size 0: give a number 1 or more"),
+        ({"max_unreadable": -1}, "max_unreadable -1: give a number from 0 to 1"),
+        ({"seed": 2**64}, "seed 18446744073709551616: give a number from 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"--data.{message}"):
+        ArrayData(np.zeros((8, 3, 8, 8), np.uint8), np.arange(8) % 2, **options).setup()
+
+
+@pytest.mark.parametrize("no", ["0", "0.0", "FALSE"])
+def test_a_list_from_a_spreadsheet_is_read(no: str, photos: Path, tmp_path: Path) -> None:
+    rows = [f"flower/{number:02}.jpg,{no if number % 2 else 1}" for number in range(20)]
+    (tmp_path / "files.csv").write_text("\n".join(["path,kept", *rows]), encoding="utf-8-sig")
+    data = ImageFolderData(str(photos), files=str(tmp_path / "files.csv"), val_fraction=0.0)
+    data.setup()
+    assert len(data.train_images or []) == 10

@@ -563,6 +563,34 @@ def test_bad_input_is_refused_and_nothing_is_written(case: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        ("knn", {"temperature": [0.07, 0.0]}),
+        ("robustness", {"temperature": -1.0}),
+        ("lowshot", {"shots": 0}),
+        ("linear", {"epochs": 0}),
+        ("linear", {"batch_size": -1}),
+        ("finetune", {"epochs": -1}),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(protocol: str, options: dict[str, Any], evaluation: Evaluation) -> None:
+    with pytest.raises(UserError, match=rf"--{next(iter(options))} .*: give numbers above 0"):
+        getattr(evaluation, protocol)(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "2 training images leave 0 to train on"), ({"lrs": 0.1, "batch_size": 1}, "BatchNorm needs 2 images")],
+)
+def test_too_few_images_for_a_linear_classifier_are_refused(options: dict[str, Any], message: str) -> None:
+    images, labels = classes(0, 1)
+    data = ArrayData(images[[0, -1]], labels[[0, -1]], images, labels, val_fraction=0, batch_size=2)
+    evaluation = Evaluation("untrained", data, BACKBONE["backbone"], BACKBONE["backbone_kwargs"], trainer=CPU)
+    with pytest.raises(UserError, match=message):
+        evaluation.linear(**options)
+
+
 def test_commands_answer_mistakes_in_a_line(
     run: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

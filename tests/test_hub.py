@@ -164,10 +164,13 @@ def test_transformers_gives_the_same_features(
     torch.testing.assert_close(values["features"], model(values["images"]), atol=1e-4, rtol=1e-4)
 
 
-def test_what_transformers_lacks_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]}), ("whitened_vit", {"channels": [8, 8, 12]})],
+)
+def test_what_transformers_lacks_is_refused(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    kwargs = {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]}
-    path, _ = saved(tmp_path, "convnext_tiny", kwargs)
-    with pytest.raises(UserError, match="transformers has no network that is convnext_tiny"):
-        export(path, "transformers", tmp_path / "folder", backbone="convnext_tiny", backbone_kwargs=kwargs)
+    path, _ = saved(tmp_path, name, kwargs)
+    with pytest.raises(UserError, match=f"transformers has no network that is {name}"):
+        export(path, "transformers", tmp_path / "folder", backbone=name, backbone_kwargs=kwargs)
     assert not (tmp_path / "folder").exists()

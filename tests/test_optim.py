@@ -245,6 +245,19 @@ def test_the_hooks_of_a_step_run_once_where_timms_muon_was_built_before() -> Non
     assert calls == ["before", "after"]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"milestones": (30, 60)}, r"milestones \[30, 60\]: give shares of the training from 0 to 1"),
+        ({"end_lr_factor": -2.0}, r"end_lr_factor -2.0: give a number of 0 or more"),
+        ({"base_lr": -0.1}, r"base_lr -0.1: give a number of 0 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"--model.optim.{message}"):
+        Optim(**option)
+
+
 def test_torch_comes_before_timm() -> None:
     optimizer = Optim("sgd", momentum=0.8).create(nn.Linear(2, 2), 256)
     assert isinstance(optimizer, torch.optim.SGD)

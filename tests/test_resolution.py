@@ -151,6 +151,7 @@ def test_all_epochs_may_have_the_smaller_views(tmp_path: Path) -> None:
 def test_the_end_of_a_training_may_be_given_in_steps(tmp_path: Path) -> None:
     steps = trainer(tmp_path, max_epochs=-1, max_steps=30, accumulate_grad_batches=2)
     assert length_in_epochs(steps, batches=20) == 3
+    assert length_in_epochs(steps, batches=19) == 3  # the last step is of a single batch
     steps = trainer(tmp_path, max_epochs=2, max_steps=30, limit_train_batches=0.5)
     assert length_in_epochs(steps, batches=20) == 2
     with pytest.raises(UserError, match=r"set --trainer.max_epochs"):

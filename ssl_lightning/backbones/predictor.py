@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ssl_lightning.backbones.checkpointing import CheckpointedBlocks
 from ssl_lightning.backbones.drop_path import DropPath
 from ssl_lightning.backbones.tokens import sincos_positions
+from ssl_lightning.errors import UserError
 
 
 class TokenPredictor(nn.Module):
@@ -44,6 +45,8 @@ class TokenPredictor(nn.Module):
 
         norm: Any = functools.partial(nn.LayerNorm, eps=1e-6)
         super().__init__()
+        if width < 1 or width % 4 or width % heads:
+            raise UserError(f"blocks of width {width} with {heads} heads: give a width that 4 and the heads divide.")
         self.embed = nn.Linear(width_in, width)
         self.grid, self.width, self.class_token = grid, width, class_token
         self.positions = nn.Parameter(self._fixed_positions(grid).clone(), requires_grad=False)

@@ -80,7 +80,7 @@ class Run:
         }
         if not self.config and self.results:
             backbone = self.results[0][1].backbone
-            row |= {"method": backbone.get("method"), "backbone": backbone["name"]}
+            row |= {"method": backbone.get("method"), "backbone": backbone.get("name")}
         for key, title in _CURVES.items():
             if points := self.curves.get(key):
                 row[title] = round(points[-1][1], 2)
@@ -212,13 +212,16 @@ def run(words: Sequence[str]) -> None:
     )
     options = parser.parse_args(list(words))
     comparison = compare(options.runs)
-    if options.csv is not None:
-        comparison.write_csv(Path(options.csv))
-    if options.plot is not None:
-        comparison.draw(Path(options.plot))
-    if options.record is not None:
-        comparison.record(Path(options.record), options.load or "")
     print(comparison)
+    try:
+        if options.csv is not None:
+            comparison.write_csv(Path(options.csv))
+        if options.plot is not None:
+            comparison.draw(Path(options.plot))
+        if options.record is not None:
+            comparison.record(Path(options.record), options.load or "")
+    except (OSError, ValueError) as error:  # matplotlib does not know the format
+        raise UserError(f"cannot be written: {error}") from error
 
 
 def compare(runs: Sequence[str]) -> Comparison:

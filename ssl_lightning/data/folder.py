@@ -205,13 +205,13 @@ def _chosen(listing: FolderListing, root: Path, file: Path) -> FolderListing:
         UserError: The file cannot be read, names no image, or names files that are not there.
     """
     try:
-        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
             rows = list(csv.DictReader(opened))
     except (OSError, csv.Error) as error:
         raise UserError(f"--data.files {file} cannot be read: {error}.") from error
     if not rows or "path" not in rows[0]:
         raise UserError(f"--data.files {file} needs a header with a column path, and a row for each image.")
-    paths = [row["path"] for row in rows if (row.get("kept") or "1").strip() not in ("0", "false", "False")]
+    paths = [row["path"] for row in rows if (row.get("kept") or "1").strip().lower() not in ("0", "0.0", "false")]
     below = [os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path) for path in paths]
     wanted = np.array(sorted({os.fsencode(path) for path in below}) or [b""], dtype=np.bytes_)
     if len(missing := wanted[~np.isin(wanted, listing.paths)]):

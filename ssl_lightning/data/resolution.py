@@ -1,5 +1,6 @@
 """Smaller views for the first part of a training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,8 @@ def length_in_epochs(trainer: Any, batches: int) -> float:
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     ends = [float(trainer.max_epochs)] if trainer.max_epochs is not None and trainer.max_epochs >= 0 else []
     if trainer.max_steps >= 0:
-        ends.append(trainer.max_steps * trainer.accumulate_grad_batches / max(1, batches))
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)  # the last one may be of fewer batches
+        ends.append(trainer.max_steps / max(1, steps))
     if not ends:
         raise UserError("--data.resolution counts in fractions of the training; set --trainer.max_epochs.")
     return min(ends)

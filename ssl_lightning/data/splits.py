@@ -11,6 +11,7 @@ import numpy as np
 
 from ssl_lightning.data.images import Images
 from ssl_lightning.data.labels import as_labels, known, numbered
+from ssl_lightning.errors import UserError
 
 _WORDS = {
     "train": ("train", "training", "trn", "trainval"),
@@ -174,7 +175,12 @@ def split(images: Images, val_fraction: float) -> tuple[Images, Images | None]:
     Args:
         images: The images.
         val_fraction: The fraction.
+
+    Raises:
+        UserError: The fraction is none.
     """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--data.val_fraction {val_fraction}: give a number from 0, for none, to below 1.")
     labels = None if images.labels is None else as_labels(images.labels)
     labeled = np.arange(0) if labels is None else np.flatnonzero(known(labels))
     count = round(len(labeled) * val_fraction)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_lightning.checkpoints import open_backbone
+from ssl_lightning.errors import UserError
 from ssl_lightning.evaluation.features import LabelledFeatures, Tokens
 from ssl_lightning.evaluation.lowshot import choose
 from ssl_lightning.evaluation.supervised import SupervisedModule, named_protocol
@@ -161,7 +162,12 @@ def fit_heads(
         protocol: The protocol. Its batch size is reduced to N if it is larger.
         seed: Seed of the initial weights and of the order of the data.
         device: Where to train.
+
+    Raises:
+        UserError: BatchNorm would see a single image.
     """
+    if min(protocol.batch_size, len(train.labels)) < 2 and protocol.batch_norm:
+        raise UserError("this protocol's BatchNorm needs 2 images or more in a batch; set --batch_size, or give more.")
     features, labels = train.features.to(device), train.labels.to(device)
     batch_size = min(protocol.batch_size, len(labels))
     steps_per_epoch = len(labels) // batch_size
@@ -224,6 +230,11 @@ def best_head(
         return max(shares), [{**row, "top-1, %": 100 * share} for row, share in zip(rows, shares, strict=True)]
     held_out = torch.zeros(len(train.labels), dtype=torch.bool)
     held_out[torch.from_numpy(choose(train.labels.numpy(), 0.1, seed))] = True
+    if (left := int((~held_out).sum())) < 2:
+        raise UserError(
+            f"{len(held_out)} training images leave {left} to train on where some are held out to choose among "
+            f"{len(rows)} classifiers; give --lrs one number, or more images."
+        )
     part, rest = (LabelledFeatures(train.features[some], train.labels[some]) for some in (~held_out, held_out))
     shares = accuracies(fit_heads(part, num_classes, protocol, seed, device), rest)
     rows = [{**row, "held out, %": 100 * share} for row, share in zip(rows, shares, strict=True)]

@@ -75,6 +75,7 @@ class Evaluation(WithoutLabels):
             return None
         size = len(features.train.labels)
         ks = _neighbors(k, size, [number for number in (10, 20, 100, 200) if number <= size] or [size])
+        _check_positive(temperature=temperature)
         temperatures = as_list(temperature) or [0.07]
         (bank, labels), (queries, truth) = map(self._on_device, (features.train, features.test))
         grid = knn_grid(bank, labels, queries, features.num_classes, ks, temperatures)
@@ -111,6 +112,7 @@ class Evaluation(WithoutLabels):
         Raises:
             UserError: The protocol is unknown, needs another backbone, or tries several settings with ``augment``.
         """
+        _check_positive(lrs=lrs, epochs=epochs, batch_size=batch_size)
         chosen = named_protocol(LINEAR_PROTOCOLS, protocol)
         given: dict[str, Any] = {"lrs": tuple(as_list(lrs)), "epochs": epochs, "batch_size": batch_size}
         chosen = replace(chosen, **{key: value for key, value in given.items() if value})
@@ -142,6 +144,7 @@ class Evaluation(WithoutLabels):
         """
         if draws < 2:
             raise UserError(f"--draws {draws}: a standard deviation needs at least 2.")
+        _check_positive(shots=shots)
         if (features := self._features()) is None:
             return None
         from scipy import stats  # only here: help texts should not wait for it
@@ -184,6 +187,7 @@ class Evaluation(WithoutLabels):
         """
         if not 0 < fraction <= 1:
             raise UserError(f"--fraction {fraction} is not a share of the labels; give a number above 0, up to 1.")
+        _check_positive(epochs=epochs)
         chosen = named_protocol(FINETUNE_PROTOCOLS, protocol)
         optim = chosen.optim if lr is None else replace(chosen.optim, base_lr=lr)
         chosen = replace(chosen, optim=optim, epochs=epochs or chosen.epochs, head_lr=head_lr or chosen.head_lr)
@@ -220,6 +224,7 @@ class Evaluation(WithoutLabels):
         if features is None:
             return None
         _neighbors(k, len(features.train.labels), [])
+        _check_positive(temperature=temperature)
         (bank, labels), (clean, truth) = map(self._on_device, (features.train, features.test))
         rows, accuracies = [], []
         for name, features_of_change in [("none", features), *changed.items()]:
@@ -306,6 +311,13 @@ def _neighbors(k: Any, size: int, default: list[int]) -> list[int]:
     if not all(1 <= number <= size for number in ks):
         raise UserError(f"--k {ks} must lie between 1 and {size}, the number of labeled training images.")
     return ks
+
+
+def _check_positive(**options: Any) -> None:
+    """Raise a UserError if an option, or a number of its list, is not above 0."""
+    for name, value in options.items():
+        if not all(number > 0 for number in as_list(value)):
+            raise UserError(f"--{name} {value}: give numbers above 0.")
 
 
 def _accuracy(predicted: Tensor, truth: Tensor) -> float:

@@ -29,7 +29,7 @@ from ssl_lightning import (
     ViewSpec,
 )
 from ssl_lightning.commands import check
-from ssl_lightning.methods.ranges import _RANGES
+from ssl_lightning.ranges import _OF_METHODS
 from tests.processes import run_processes
 from tests.small import (
     CNN_AND_VIT,
@@ -321,7 +321,7 @@ def test_options_out_of_range_are_refused(method: type[SSLModule], options: dict
 
 def test_names_of_ranges_are_those_of_options() -> None:
     known = {name for method in METHODS for name in inspect.signature(method.__init__).parameters}
-    assert {name for _, names in _RANGES.values() for name in names.split()} <= known
+    assert {name for _, names in _OF_METHODS.values() for name in names.split()} <= known
 
 
 @pytest.mark.parametrize("options", [{"decoder_dim": 30}, {"decoder_dim": 36, "decoder_heads": 5}])

@@ -29,6 +29,7 @@ from ssl_lightning.data.transforms import OwnViews, first_image
 from ssl_lightning.data.unreadable import report_unreadable
 from ssl_lightning.data.views import ViewSpec, adapted, resolve
 from ssl_lightning.errors import UserError
+from ssl_lightning.ranges import check_ranges
 from ssl_lightning.runs import run_folder, unreadable_file
 
 _TRANSFORM_KEYS = ("interpolation", "mean", "std")
@@ -95,19 +96,10 @@ class SSLDataModule(PlainLoaders):
         pair_distance: int = 1,
         resolution: Resolution | None = None,
     ) -> None:
+        check_ranges("data", locals())
         super().__init__(num_workers, seed)
         if batch_size < 2:
             raise UserError(f"--data.batch_size={batch_size}: BatchNorm and contrastive losses need at least 2 images.")
-        numbers: dict[str, tuple[Any, bool, str]] = {
-            "image_size": (image_size, image_size is None or image_size >= 1, "1 or more"),
-            "crop_fraction": (crop_fraction, crop_fraction is None or 0 < crop_fraction <= 1, "above 0, at most 1"),
-            "train_samples": (train_samples, train_samples is None or train_samples >= 2, "2 or more"),
-            "seed": (seed, seed is None or 0 <= seed < 2**63, "from 0 to below 2 ** 63"),
-            "max_unreadable": (max_unreadable, 0 <= max_unreadable <= 1, "from 0 to 1"),
-        }
-        for name, (value, fits, possible) in numbers.items():
-            if not fits:
-                raise UserError(f"--data.{name} {value}: give a number {possible}.")
         if views is not None and transform is not None:
             raise UserError("--data.transform makes the views itself; leave out --data.views, or set it to null.")
         if resolution is not None and transform is not None:

@@ -19,8 +19,8 @@ from ssl_lightning.continued import Continuation, Continued
 from ssl_lightning.distributed import world_size
 from ssl_lightning.errors import UserError
 from ssl_lightning.features import whole_features
-from ssl_lightning.methods.ranges import check_ranges
 from ssl_lightning.optim import Optim
+from ssl_lightning.ranges import check_ranges
 from ssl_lightning.step_tools import StepTools
 from ssl_lightning.training import Checks, FiniteLoss, InitFrom, Steps, begin_with, check_views, prepare
 
@@ -127,7 +127,7 @@ class SSLModule(StepTools):
         self.continued = Continued(**continued) if isinstance(continued, dict) else continued
         self.trainable = chosen(trainable)
         self.save_hyperparameters(ignore=["optim", "backbone", *self.unsaved_arguments])
-        check_ranges(self.hparams)
+        check_ranges("model", self.hparams)
         backbone_kwargs = backbone_kwargs or {}
         self.save_hyperparameters(  # a method's, too
             {

@@ -1,11 +1,11 @@
-"""Which numbers the options take that methods share by name."""
+"""Which numbers the options of methods and of the data take."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ssl_lightning.errors import UserError
 
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+_OF_METHODS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
         lambda value: value > 0,
         "temperature student_temperature teacher_temperature teacher_patch_temperature warmup_teacher_temperature "
@@ -33,14 +33,24 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def check_ranges(options: Mapping[str, Any]) -> None:
-    """Raise a UserError if an option of a method is a number that it cannot be.
+_OF_DATA: dict[str, tuple[Callable[[float], bool], str]] = {
+    "of 1 or more": (lambda value: value >= 1, "image_size"),
+    "of 2 or more": (lambda value: value >= 2, "train_samples"),
+    "above 0, at most 1": (lambda value: 0 < value <= 1, "crop_fraction"),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, "max_unreadable"),
+    "from 0 to below 2 ** 63": (lambda value: 0 <= value < 2**63, "seed"),
+}
+
+
+def check_ranges(group: Literal["model", "data"], options: Mapping[str, Any]) -> None:
+    """Raise a UserError if an option is a number that it cannot be.
 
     Args:
-        options: Names and values; only names that this package's methods have are checked.
+        group: Whose options.
+        options: Names and values; only the names above are checked.
     """
-    for possible, (fits, names) in _RANGES.items():
+    for possible, (fits, names) in (_OF_METHODS if group == "model" else _OF_DATA).items():
         for name in names.split():
             value = options.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):
-                raise UserError(f"--model.{name} {value}: give a number {possible}.")
+                raise UserError(f"--{group}.{name} {value}: give a number {possible}.")

@@ -18,6 +18,7 @@ from ssl_lightning.continued import Stages
 from ssl_lightning.distributed import norms, shards
 from ssl_lightning.errors import UserError
 from ssl_lightning.lars import LARC, LARS
+from ssl_lightning.ranges import check_ranges
 from ssl_lightning.schedules import cosine
 
 
@@ -142,9 +143,7 @@ class Optim:
         Raises:
             UserError: A number is out of range, or the schedule has no cosine that could begin at ``decay_start``.
         """
-        for name in ("base_lr", "weight_decay", "warmup_epochs", "warmup_start_factor", "end_lr_factor"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--model.optim.{name} {getattr(self, name)}: give a number of 0 or more.")
+        check_ranges("model.optim", vars(self))
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise UserError(
                 f"--model.optim.milestones {list(self.milestones)}: give shares of the training from 0 to 1."

@@ -1,4 +1,4 @@
-"""Which numbers the options of methods and of the data take."""
+"""Which numbers the options of methods, optimizers and data take."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -33,6 +33,13 @@ _OF_METHODS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
+_OF_OPTIMIZERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "of 0 or more": (
+        lambda value: value >= 0,
+        "base_lr weight_decay warmup_epochs warmup_start_factor end_lr_factor",
+    ),
+}
+
 _OF_DATA: dict[str, tuple[Callable[[float], bool], str]] = {
     "of 1 or more": (lambda value: value >= 1, "image_size"),
     "of 2 or more": (lambda value: value >= 2, "train_samples"),
@@ -42,14 +49,17 @@ _OF_DATA: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def check_ranges(group: Literal["model", "data"], options: Mapping[str, Any]) -> None:
+_RANGES = {"model": _OF_METHODS, "model.optim": _OF_OPTIMIZERS, "data": _OF_DATA}
+
+
+def check_ranges(group: Literal["model", "model.optim", "data"], options: Mapping[str, Any]) -> None:
     """Raise a UserError if an option is a number that it cannot be.
 
     Args:
         group: Whose options.
         options: Names and values; only the names above are checked.
     """
-    for possible, (fits, names) in (_OF_METHODS if group == "model" else _OF_DATA).items():
+    for possible, (fits, names) in _RANGES[group].items():
         for name in names.split():
             value = options.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not fits(value):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_lightning import FakeData, KNNProbe, LastCheckpoint, LinearProbe, Optim, SSLModule, Throughput, UserError
 from ssl_lightning.evaluation import knn_predict
-from tests.small import BACKBONE, digits, simclr, slow_unless, trainer
+from tests.small import BACKBONE, Endless, digits, simclr, slow_unless, trainer
 
 
 class Recorder(L.Callback):
@@ -199,11 +199,6 @@ def test_probes_are_silent_where_validation_has_no_labels(tmp_path: Path) -> Non
 
 
 def test_an_endless_loader_needs_no_length_but_for_the_warm_up(tmp_path: Path) -> None:
-    class Endless(torch.utils.data.IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            while True:
-                yield [torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)], torch.zeros(4)
-
     loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
     running = trainer(tmp_path, max_epochs=-1, max_steps=4)
     running.fit(simclr(), loader)

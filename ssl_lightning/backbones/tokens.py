@@ -1,6 +1,7 @@
 """Images as tokens: what methods do with a backbone at every step; needs torch only."""
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -143,6 +144,16 @@ def grid_of(backbone: nn.Module, images: Tensor | None = None) -> tuple[int, int
     sides = getattr(vit.patch_embed, "patch_size", None)
     rows, columns = sides if isinstance(sides, tuple) else (vit.patch_side, vit.patch_side)
     return images.shape[2] // rows, images.shape[3] // columns
+
+
+def number_of_patches(backbone: nn.Module, side: int) -> int:
+    """Number of patches of a square image.
+
+    Args:
+        backbone: As for ``grid_of``.
+        side: Side of the image in pixels.
+    """
+    return math.prod(grid_of(backbone, torch.empty(1, 1, side, side, device="meta")))
 
 
 def called_blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -137,7 +137,7 @@ def _described(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, Any], 
     if "blocks.0.attn.qkv.weight" not in names or "norm.weight" not in names:
         raise _no_twin(pretrained, "it is neither a ResNet nor a ViT")
     if not isinstance(getattr(model.patch_embed, "proj", None), torch.nn.Conv2d):
-        raise _no_twin(pretrained, "its patches are not those of a single convolution")
+        raise _no_twin(pretrained, "more than one convolution embeds its patches")
     block, prefix = model.blocks[0], model.num_prefix_tokens
     hidden = block.mlp.fc2.in_features
     config = {

@@ -13,7 +13,7 @@ from ssl_lightning import losses
 from ssl_lightning.backbones import initialization
 from ssl_lightning.backbones.names import BEIT_IN_PRETRAINING, Backbone, is_beit, token_vit, vit_defaults
 from ssl_lightning.backbones.own import is_own
-from ssl_lightning.backbones.tokens import called_blocks, grid_of, masked_tokens, patch_tokens
+from ssl_lightning.backbones.tokens import called_blocks, grid_of, masked_tokens, number_of_patches, patch_tokens
 from ssl_lightning.errors import UserError
 from ssl_lightning.masks import block_masks, checked_ratio, masked_patches
 from ssl_lightning.methods.base import SSLModule
@@ -139,7 +139,7 @@ class BEiT(SSLModule):
     def check(self, sizes: list[int], global_batch: int) -> None:
         """There must be a tokenizer, and rectangles must be no larger than what is to be masked."""
         super().check(sizes, global_batch)
-        patches = math.prod(grid_of(self.backbone, torch.empty(1, 1, sizes[0], sizes[0], device="meta")))
+        patches = number_of_patches(self.backbone, sizes[0])
         if self.smallest_block > (count := round(self.mask_ratio * patches)):
             raise UserError(
                 f"--model.smallest_block={self.smallest_block} is more than {count}, the patches to mask of {patches}; "

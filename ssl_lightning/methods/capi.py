@@ -15,7 +15,14 @@ from ssl_lightning.backbones.drop_path import even_drop_path
 from ssl_lightning.backbones.names import Backbone, token_vit, vit_defaults
 from ssl_lightning.backbones.predictor import CrossPredictor
 from ssl_lightning.backbones.rotary import ReleasedCAPI
-from ssl_lightning.backbones.tokens import ViT, called_blocks, grid_of, patch_tokens, sincos_positions
+from ssl_lightning.backbones.tokens import (
+    ViT,
+    called_blocks,
+    grid_of,
+    number_of_patches,
+    patch_tokens,
+    sincos_positions,
+)
 from ssl_lightning.errors import UserError
 from ssl_lightning.heads import PrototypeHead
 from ssl_lightning.masks import checked_ratio, inverse_block_mask, taken
@@ -74,7 +81,7 @@ class CAPI(SSLModule):
         super().__init__(backbone, vit_defaults(backbone, backbone_kwargs, **plain, **pooled), optim, **kwargs)
         vit = token_vit("CAPI", backbone, self.backbone, tokens="patches")
         if self.continued is not None:
-            raise UserError("CAPI has no --model.continued; begin with other weights by --model.init_from alone.")
+            raise UserError("CAPI has no --model.continued; leave it out: --model.init_from begins with other weights.")
         unset = Optim()
         for name in ("decay_norm_and_bias", "norm_and_bias_lr_scale", "part_lr_scale", "constant_lr"):
             if getattr(self.optim, name) != getattr(unset, name):
@@ -211,7 +218,7 @@ class CAPI(SSLModule):
     def check(self, sizes: list[int], global_batch: int) -> None:
         """At least one patch must be masked; warn if the images of a batch cannot fill the clusters."""
         super().check(sizes, global_batch)
-        patches = math.prod(grid_of(self.backbone, torch.empty(1, 1, sizes[0], sizes[0], device="meta")))
+        patches = number_of_patches(self.backbone, sizes[0])
         if patches * self.mask_ratio < 1:
             raise UserError(f"--model.mask_ratio={self.mask_ratio} masks none of {patches} patches; set it higher.")
         if (clusters := self.clusters.out_features) > 2 * global_batch:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from ssl_lightning.arguments import SSLArgumentParser, with_shipped_configs
 from ssl_lightning.backbones.whitened import Whitening
 from ssl_lightning.commands.benchmark.alternation import UNPLANNED, Alternation
-from ssl_lightning.commands.benchmark.learning_result import LearningResult, created
+from ssl_lightning.commands.benchmark.learning_result import LearningResult, writing_to
 from ssl_lightning.commands.benchmark.lightly_learning import LIGHTLY, LightlyMethod
 from ssl_lightning.data.base import SSLDataModule
 from ssl_lightning.data.views import ViewSpec
@@ -91,7 +91,8 @@ def learning(
     except ImportError as error:
         raise UserError("this compares with lightly, which is not installed; pip install lightly") from error
     if output is not None:
-        created(Path(output))
+        with writing_to(Path(output)):
+            pass  # before the minutes are spent
     L.seed_everything(seed, verbose=False)
     alternation = Alternation(way, 60 * minutes, epochs, clock == "processor", seed)
     trainer = L.Trainer(

@@ -1,7 +1,8 @@
 """What the benchmark ``learning`` measured: accuracy over minutes of both sides, as text, JSON, CSV and a picture."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -98,8 +99,7 @@ class LearningResult:
         """
         from matplotlib.figure import Figure
 
-        created(folder)
-        try:
+        with writing_to(folder):
             with (folder / CURVES_FILE).open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, [*asdict(self.points[0])], lineterminator="\n")
                 writer.writeheader()
@@ -110,21 +110,21 @@ class LearningResult:
             panel.set(xlabel="minutes of training", ylabel="kNN top-1, %")
             panel.legend(loc="best")
             figure.savefig(folder / PICTURE_FILE, dpi=120)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error
 
 
-def created(folder: Path) -> None:
-    """Create a folder, unless it exists.
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Create a folder, unless it exists, and write to it.
 
     Args:
         folder: Folder to write to.
 
     Raises:
-        UserError: It cannot be created.
+        UserError: It cannot be created, or what is within the context cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error}); give another folder as --output.") from error
 
